@@ -1,0 +1,352 @@
+"""Preference pairs: read from JSONL or drawn from a synthetic world, then encoded and batched.
+
+    Pair (text)  --encode-->  PairData (token ids; rows; pairs of rows)  --batch-->  Batch (tensors for one step)
+
+Nothing here touches a parameter. A *row* is a prompt with one response; a *pair* is two rows with the same prompt, and
+p, the probability that an annotator prefers the first ("chosen") to the second ("rejected").
+Sizes: N pairs, B pairs in a batch, R rows, T tokens, X prompts of a synthetic world, Y responses to each.
+"""
+import itertools
+import json
+import os
+from array import array
+from typing import Callable, Iterable, Iterator, NamedTuple
+
+import tiktoken
+import torch
+import torch.nn.functional as F
+
+EOT = "<|endoftext|>"
+TOKENIZERS = ["gpt2", "bytes"]  # for JSONL files; the synthetic worlds bring words of their own
+
+
+class BadData(ValueError):
+    """Input that its owner can mend; the message is one line: where (file:line), what, and the remedy."""
+
+
+class Pair(NamedTuple):
+    """One comparison, as text; p = P(chosen is preferred); line = where it stands in its file (0: in none)."""
+    prompt: str
+    chosen: str
+    rejected: str
+    p: float = 1.0
+    line: int = 0
+
+
+class Batch(NamedTuple):
+    """B pairs as tensors: rows 0..B-1 are the chosen responses, B..2B-1 the rejected ones."""
+    tokens: torch.Tensor  # (2B,T) int64, padded on the right: under causal attention that changes no log-prob
+    mask: torch.Tensor    # (2B,T) bool, True on response tokens, <|endoftext|> included; not on prompt or padding
+    p: torch.Tensor       # (B,) float32
+    rows: torch.Tensor    # (2B,) int64, where the cached log-probs of these rows lie
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenisers
+
+def word_encoding(name: str, words: list[str], more: list[str]) -> tiktoken.Encoding:
+    """A tiktoken encoding built in place: ids for words, <|endoftext|>, more words, then the 256 bytes (any text works)."""
+    ids = {w.encode(): i + (i >= len(words)) for i, w in enumerate(words + more)}
+    ids |= {bytes([b]): len(words + more) + 1 + b for b in range(256)}
+    return tiktoken.Encoding(name, pat_str=r"review of the| ?\w+:?|[^\w\s]|\s", mergeable_ranks=ids,
+                             special_tokens={EOT: len(words)})
+
+
+def get_tokenizer(name: str) -> tiktoken.Encoding:
+    """The encoding "world" or one of TOKENIZERS. Raises BadData if GPT-2's can be neither read nor downloaded."""
+    if name == "world":
+        return word_encoding(name, [f" {w}" for w in VALENCE], ["review of the", *(f" {s}:" for s in SUBJECTS)])
+    if name == "bytes":
+        return word_encoding(name, [], [])
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as error:  # tiktoken passes on whatever its HTTP library or the file system raises
+        raise BadData(f"--tokenizer {name}: tiktoken can neither read nor download it ({type(error).__name__}); connect "
+                      "once, set TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer bytes") from None
+
+
+# ---------------------------------------------------------------------------------------------------------- JSONL files
+
+def read_jsonl(path: str) -> list[Pair]:
+    """All pairs of a JSONL file, in order. Raises BadData that names file, line, key and remedy; see `iter_jsonl`."""
+    return list(iter_jsonl(path))
+
+
+def iter_jsonl(path: str) -> Iterator[Pair]:
+    """A Pair per line of {"prompt", "chosen", "rejected"}, optional "p", or of Anthropic-HH's {"chosen", "rejected"}."""
+    unused, blank = {}, 0
+    try:
+        file = open(path, "rb")
+    except OSError as error:
+        raise BadData(f"{path}: {error.strerror}; --data takes a JSONL file or one of {', '.join(WORLDS)}") from None
+    with file:
+        for line, raw in enumerate(file, 1):
+            if raw.strip():
+                yield parse_pair(raw, f"{path}:{line}", line, unused)
+            else:
+                blank += 1
+    if blank:
+        print(f"{path}: {blank} blank lines skipped")
+    if unused:
+        print(f"{path}: keys not used: " + ", ".join(f"{key!r} ({n} lines)" for key, n in unused.items()))
+
+
+def parse_pair(raw: bytes, where: str, line: int = 0, unused: dict[str, int] | None = None) -> Pair:
+    """The pair on one line; counts in `unused` the keys that nothing reads. Raises BadData that starts with `where`."""
+    try:
+        item = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise BadData(f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
+    except (ValueError, RecursionError) as error:  # ValueError: bad JSON, and whole numbers of over 4,300 digits
+        why = error.msg if isinstance(error, json.JSONDecodeError) else "a number too long or nesting too deep"
+        raise BadData(f"{where}: not JSON ({why}); write one JSON object per line") from None
+    if not isinstance(item, dict):
+        raise BadData(f"{where}: a JSON {type(item).__name__}, not an object; write "
+                      '{"prompt": ..., "chosen": ..., "rejected": ...}')
+    for key in ("chosen", "rejected", "prompt"):
+        if key not in item and key != "prompt":
+            raise BadData(f"{where}: key {key!r} is missing; keys found: {', '.join(map(repr, item)) or 'none'}")
+        text = item.get(key, "")
+        if not isinstance(text, str):
+            raise BadData(f"{where}: {key!r} is a JSON {type(text).__name__}, not a string; write it as one text")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadData(f"{where}: {key!r} holds {text[error.start]!a}, half of a surrogate pair; remove it") from None
+    p = item.get("p", 1.0)
+    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
+        raise BadData(f"{where}: 'p' is {str(p)[:40]!r}; it is the probability that chosen is preferred, from 0 to 1")
+    prompt, chosen, rejected = item.get("prompt"), item["chosen"], item["rejected"]
+    if prompt is None:  # Anthropic-HH: both texts repeat the dialogue; what they share up to the last turn is the prompt
+        turn = "\n\nAssistant:"
+        cut = os.path.commonprefix([chosen, rejected]).rfind(turn) + len(turn)
+        if cut < len(turn):
+            raise BadData(f"{where}: key 'prompt' is missing, and chosen and rejected share no {turn!r}; add a prompt")
+        prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
+    for key, text in (("chosen", chosen), ("rejected", rejected)):
+        if not text:
+            raise BadData(f"{where}: {key!r} is empty, so there is no token to score; fill it or remove the line")
+    for key in item.keys() - {"prompt", "chosen", "rejected", "p"} if unused is not None else ():
+        unused[key] = unused.get(key, 0) + 1
+    return Pair(prompt, chosen, rejected, float(p), line)
+
+
+# ------------------------------------------------------------------------------------------ text -> token ids -> tensors
+
+class PairData(NamedTuple):
+    """N pairs over R rows, as flat tensors: 4 bytes a token, whatever the lengths."""
+    tokens: torch.Tensor      # (all tokens,) int32; row r is tokens[start[r]:start[r+1]]
+    start: torch.Tensor       # (R+1,) int64
+    prompt_len: torch.Tensor  # (R,) int32, how many tokens of the row are its prompt
+    chosen: torch.Tensor      # (N,) int64, row of the chosen response
+    rejected: torch.Tensor    # (N,) int64
+    p: torch.Tensor           # (N,) float32
+    prompt: torch.Tensor      # (N,) int64, equal for pairs with the same prompt
+
+    def select(self, pairs: torch.Tensor) -> "PairData":
+        """The same rows with only these pairs (indices)."""
+        return PairData(*self[:3], *(field[pairs] for field in self[3:]))
+
+    def rows(self, rows: torch.Tensor):  # (n,) -> (n,T), (n,T)
+        """Tokens, padded on the right with id 0, and response mask of these rows."""
+        start, end = self.start[rows, None], self.start[rows + 1, None]
+        t = torch.arange(int((end - start).max()))
+        real = start + t < end
+        tokens = self.tokens[(start + t).clamp(max=len(self.tokens) - 1)].long() * real
+        return tokens, real & (t >= self.prompt_len[rows, None])
+
+    def pair_rows(self) -> torch.Tensor:  # -> (2N,)
+        """The rows of all pairs, chosen first."""
+        return torch.cat([self.chosen, self.rejected])
+
+    def batch(self, pairs: torch.Tensor) -> Batch:  # (B,) -> Batch
+        """The tensors of these pairs, chosen rows first."""
+        rows = torch.cat([self.chosen[pairs], self.rejected[pairs]])
+        return Batch(*self.rows(rows), self.p[pairs], rows)
+
+    def prompt_ids(self, row: int) -> list[int]:
+        """The prompt's tokens in this row."""
+        return self.tokens[self.start[row]:self.start[row] + self.prompt_len[row]].tolist()
+
+
+def pack(rows: Iterable[tuple[list[int], list[int]]]):
+    """(prompt ids, response ids) per row -> the first three fields of PairData. There must be at least one row."""
+    tokens, start, prompt_len = array("i"), array("q", [0]), array("i")
+    for prompt, response in rows:
+        tokens.extend(prompt)
+        tokens.extend(response)
+        start.append(len(tokens))
+        prompt_len.append(len(prompt))
+    return (torch.frombuffer(tokens, dtype=torch.int32), torch.frombuffer(start, dtype=torch.int64),
+            torch.frombuffer(prompt_len, dtype=torch.int32))
+
+
+def encode(pairs: Iterable[Pair], tokenizer: tiktoken.Encoding, block_size: int) -> PairData:
+    """Token ids of pairs, <|endoftext|> appended to each response; prints what is dropped or cut, and how many.
+
+    Prompt and response are encoded apart, so no token spans the border. Only prompts are cut, from the left: a response
+    that lost its <|endoftext|> would teach the model not to stop there. Raises BadData if no pair is left.
+    """
+    eot, numbers, prompts, p, read = tokenizer.eot_token, {}, array("q"), array("f"), 0
+    notes = {  # what may happen to a pair -> how often it did
+        (same := "pairs dropped: chosen and rejected are the same tokens"): 0,
+        (long := f"pairs dropped: response and <|endoftext|> leave no room for a prompt in {block_size} tokens"): 0,
+        (cut := f"prompts cut from the left to fit {block_size} tokens"): 0,
+        (bare := "empty prompts: the response starts from <|endoftext|>"): 0,
+        (against := "pairs have p < 1/2: kept as they are, their target favours the rejected response"): 0}
+
+    def usable_rows():  # a generator, so that a long file is never held as Python objects
+        nonlocal read
+        for pair in pairs:
+            read += 1
+            prompt, chosen, rejected = map(tokenizer.encode_ordinary, pair[:3])  # a written-out "<|endoftext|>" is text
+            room = block_size - 1 - max(len(chosen), len(rejected))
+            if chosen == rejected or room < 1:
+                notes[same if chosen == rejected else long] += 1
+                continue
+            notes[bare] += not prompt
+            notes[cut] += len(prompt) > room
+            notes[against] += pair.p < 0.5
+            prompt = prompt[-room:] or [eot]  # what GPT-2 reads at the start of a text
+            prompts.append(numbers.setdefault(pair.prompt, len(numbers)))
+            p.append(pair.p)
+            yield prompt, chosen + [eot]
+            yield prompt, rejected + [eot]
+        for note, n in notes.items():
+            if n:
+                print(f"data: {n:,} of {read:,} {note}")
+        if not p:
+            raise BadData(f"no usable pair among {read} read; " + ("the counts above say why" if read else "the file is empty"))
+
+    rows = pack(usable_rows())
+    n = torch.arange(len(p))
+    return PairData(*rows, 2 * n, 2 * n + 1, torch.frombuffer(p, dtype=torch.float32),
+                    torch.frombuffer(prompts, dtype=torch.int64))
+
+
+def split(data: PairData, holdout: float, generator: torch.Generator) -> tuple[PairData, PairData]:
+    """(training, held-out) pairs, no prompt in both; `holdout` is the share of prompts held out, rounded, never all."""
+    n = int(data.prompt.max()) + 1
+    held = torch.zeros(n, dtype=torch.bool)
+    held[torch.randperm(n, generator=generator)[:min(round(holdout * n), n - 1)]] = True
+    held = held[data.prompt]
+    return data.select(~held), data.select(held)
+
+
+def batches(n: int, size: int, steps: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Yields `steps` index tensors (size,): all of 0..n-1 in random order, then all in another order, and so on."""
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        while len(order) < size:
+            order = torch.cat([order, torch.randperm(n, generator=generator)])
+        yield order[:size]
+        order = order[size:]
+
+
+# ----------------------------------------------------------------------------------------------------- synthetic worlds
+# A response is any string of at most three of the seven words below, "" included: 1 + 7 + 49 + 343 = 400 per prompt.
+# The model has outputs for these words and <|endoftext|> only, and after the third word its context is full: it can emit
+# nothing outside the list, so the probabilities of the list sum to one. In an open vocabulary pairs fix only the ratios
+# between responses that occur, and training may move probability to strings that never occur ("leak"): on real data
+# that is one reason why the log-prob of chosen responses may fall.
+
+SUBJECTS = ("pizza", "coffee", "beer", "gelato")
+VALENCE = {  # pizza coffee  beer  gelato: what the word adds to the reward of a review
+    "superb": (+0.9, +0.9, +0.9, +0.9),
+    "good":   (+0.5, +0.5, +0.5, +0.5),
+    "fine":   (+0.1, +0.1, +0.1, +0.1),
+    "dull":   (-0.5, -0.5, -0.5, -0.5),
+    "awful":  (-0.9, -0.9, -0.9, -0.9),
+    "hot":    (+0.5, +0.7, -0.6, -0.9),
+    "cold":   (-0.5, -0.7, +0.6, +0.4),
+}
+MAX_WORDS = 3
+STOP = 0.25  # the base distribution: one word or more, every word as likely as any other, and after each it may end
+WORLDS = ("bt", "deterministic", "cyclic")
+
+
+class World(NamedTuple):
+    """A preference world small enough to enumerate: X prompts, Y responses to each, every probability known (float64)."""
+    name: str
+    prompts: list[str]     # X
+    responses: list[str]   # Y
+    reward: torch.Tensor   # (X,Y) r(y|x)
+    pstar: torch.Tensor    # (X,Y,Y) p*(y>y'|x)
+    base: torch.Tensor     # (Y,) what the reference is trained on
+    data: PairData         # row x * Y + y is prompt x with response y; no pairs yet
+    block_size: int        # tokens of the longest row: prompt and MAX_WORDS
+    vocab_size: int        # ids that the model can read: all but the bytes
+    head_size: int         # ids that it can emit: response words and <|endoftext|>, which come first
+
+    def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:  # -> (n,)
+        """Rows with responses from the base distribution; the prompts take turns."""
+        X, Y = self.reward.shape
+        return torch.arange(n) % X * Y + torch.multinomial(self.base, n, replacement=True, generator=generator)
+
+    def draw(self, n: int, mu: torch.Tensor, labels: str, noise: float, generator: torch.Generator) -> PairData:
+        """n pairs, y and y' i.i.d. from mu (X,Y) given y != y' (equals have margin 0 and target 0: no optimum moves).
+
+        labels "hard": winner first, drawn from p*, flipped with probability `noise`; p = 1. "soft": as drawn; p = p*.
+        """
+        X, Y = self.reward.shape
+        per = -(-n // X)
+        two = lambda: torch.multinomial(mu, 2 * per, replacement=True, generator=generator).view(X, per, 2)
+        y = two()
+        while (equal := y[..., :1] == y[..., 1:]).any():
+            y = torch.where(equal, two(), y)
+        x = torch.arange(X).repeat(per)[:n]  # the prompts take turns
+        a, b = y.transpose(0, 1).reshape(-1, 2)[:n].T
+        p = self.pstar[x, a, b]
+        if labels == "hard":
+            a_wins = (torch.rand(n, generator=generator) < p) ^ (torch.rand(n, generator=generator) < noise)
+            a, b, p = torch.where(a_wins, a, b), torch.where(a_wins, b, a), torch.ones(n)
+        return self.data._replace(chosen=x * Y + a, rejected=x * Y + b, p=p.float(), prompt=x)
+
+
+def build_world(name: str) -> World:
+    """One of WORLDS. p*(y>y') is sigmoid(r - r') in "bt", 1[r > r'] with 1/2 on ties in "deterministic", and in "cyclic"
+    sigmoid(r - r' + 2 c), where c = 1, 0 or -1 plays rock-paper-scissors on the first words: no reward explains it."""
+    words = list(VALENCE)
+    responses = [r for k in range(MAX_WORDS + 1) for r in itertools.product(words, repeat=k)]
+    reward = torch.tensor([[sum(VALENCE[w][x] for w in r) for r in responses] for x in range(len(SUBJECTS))]).double()
+    gap = (reward[:, :, None] - reward[:, None, :]).round(decimals=4)  # (X,Y,Y); unrounded, .9 + .5 and .5 + .9 may not tie
+    hand = torch.tensor([words.index(r[0]) % 3 if r else 3 for r in responses])  # 3: no first word, no game
+    game = torch.tensor([[0, -1, 1, 0], [1, 0, -1, 0], [-1, 1, 0, 0], [0, 0, 0, 0]])[hand[:, None], hand[None, :]]
+    pstar = {"bt": gap.sigmoid(), "deterministic": (gap.sign() + 1) / 2, "cyclic": (gap + 2 * game).sigmoid()}[name]
+    base = [0.0 if not r else (1 - STOP) ** (len(r) - 1) / len(words) ** len(r) * (STOP if len(r) < MAX_WORDS else 1)
+            for r in responses]
+    tokenizer, prompts = get_tokenizer("world"), [f"review of the {s}:" for s in SUBJECTS]
+    texts = ["".join(f" {w}" for w in r) for r in responses]
+    stops = [[tokenizer.eot_token] if len(r) < MAX_WORDS else [] for r in responses]  # the third word is the end
+    x_ids, y_ids = tokenizer.encode_ordinary_batch(prompts), tokenizer.encode_ordinary_batch(texts)
+    rows = pack((x, y + stop) for x in x_ids for y, stop in zip(y_ids, stops))
+    none = torch.empty(0, dtype=torch.int64)
+    return World(name, prompts, texts, reward, pstar, torch.tensor(base).double(), PairData(*rows, none, none, none, none),
+                 block_size=len(x_ids[0]) + MAX_WORDS, vocab_size=1 + max(map(max, x_ids)), head_size=len(words) + 1)
+
+
+# ----------------------------------------------------------------------------------------------------- exact quantities
+
+def optimum(ref_logp: torch.Tensor, pstar: torch.Tensor, mu: torch.Tensor, psi: Callable, tau: float) -> torch.Tensor:
+    """log pi*, (X,Y): ref(y|x) exp(g(y)/tau), normalised, with g(y) = E_{y'~mu} psi(p*(y>y'|x))  (Azar et al. eq. 7)."""
+    g = (psi(pstar) * mu[:, None, :]).sum(-1)
+    return (ref_logp + g / tau).log_softmax(-1)
+
+
+def base_kl(base: torch.Tensor, logp: torch.Tensor) -> float:  # (Y,), (X,Y) -> nats
+    """KL(base||pi), mean over prompts: how well a policy has learned the distribution that it was fine-tuned on."""
+    return F.kl_div(logp, base.expand_as(logp), reduction="none").sum(-1).mean().item()
+
+
+def exact(logp, ref_logp, best_logp, fit_logp, pstar, mu, psi, tau) -> dict[str, float | None]:
+    """What enumeration knows of a policy, mean over prompts; None where infinite. Log-probs, mu (X,Y); pstar (X,Y,Y).
+
+    kl_ref KL(pi||ref); kl_opt KL(pi||pi*); kl_fit KL(pi||fit), nats; win E_{y~pi,y'~mu} p*(y>y'); ratio, the largest
+    |log pi/ref|; objective J = E psi(p*) - tau KL(pi||ref) (eq. 6). The theorem: J(pi*) - J(pi) = tau KL(pi||pi*).
+    """
+    pi = logp.exp()
+    kl = lambda other: (pi * (logp - other)).sum(-1).mean()
+    expect = lambda value: torch.einsum("xy,xyz,xz->x", pi, value, mu).mean()
+    numbers = {"kl_ref": kl(ref_logp), "kl_opt": kl(best_logp), "win": expect(pstar),
+               "objective": expect(psi(pstar)) - tau * kl(ref_logp), "ratio": (logp - ref_logp).abs().max(),
+               "kl_fit": kl(fit_logp)}
+    return {name: value.item() if value.isfinite() else None for name, value in numbers.items()}

@@ -1,0 +1,216 @@
+"""A GPT in the shapes and names of GPT-2, the log-probability of a response under it, sampling, and checkpoint files.
+
+Nothing here knows what a preference is. Sizes: N rows, T tokens in a row, C channels, V vocabulary.
+"""
+import math
+import os
+import pickle
+import zipfile
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class BadCheckpoint(ValueError):
+    """A file of weights that cannot be used; the message is one line: which, why, and the remedy."""
+
+
+@dataclass
+class GPTConfig:
+    """Sizes of a GPT; the defaults are GPT-2's smallest (124M parameters)."""
+    block_size: int = 1024   # tokens of context
+    vocab_size: int = 50257  # ids that can be read
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768        # channels C
+    dropout: float = 0.0
+    bias: bool = True        # in the linear layers and layer norms
+    head_size: int = 0       # ids that can be emitted: 0 .. head_size-1; 0 means all of vocab_size
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head, self.dropout = config.n_head, config.dropout
+
+    def forward(self, x):  # (N,T,C) -> (N,T,C)
+        N, T, C = x.shape
+        q, k, v = (z.view(N, T, self.n_head, -1).transpose(1, 2) for z in self.c_attn(x).split(C, dim=2))  # (N,heads,T,C/heads)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        return F.dropout(self.c_proj(y.transpose(1, 2).reshape(N, T, C)), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Two linear layers, four times as wide in between."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = config.dropout
+
+    def forward(self, x):  # (N,T,C) -> (N,T,C)
+        return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Pre-norm: each half reads a normalised stream and adds to the raw one."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x):  # (N,T,C) -> (N,T,C)
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """The language model. `hidden` and `head` are separate, so that only scored positions pay for the vocabulary."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias)))
+        for name, p in self.named_parameters():  # GPT-2's: N(0, .02), projections into the stream smaller; biases 0, norms 1
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    @property
+    def device(self):
+        return self.transformer.wte.weight.device
+
+    def hidden(self, tokens):  # (N,T) -> (N,T,C)
+        """The normalised stream after the last block. Raises ValueError if T exceeds the context."""
+        T, t = tokens.shape[1], self.transformer
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens exceed block_size {self.config.block_size}")
+        x = t.wte(tokens) + t.wpe(torch.arange(T, device=tokens.device))
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in t.h:
+            x = block(x)
+        return t.ln_f(x)
+
+    def head(self, x):  # (...,C) -> (...,V)
+        """Logits over the ids that can be emitted; the weights are the embedding's (tied)."""
+        return F.linear(x, self.transformer.wte.weight[:self.config.head_size or None])
+
+    def forward(self, tokens):  # (N,T) -> (N,T,V)
+        return self.head(self.hidden(tokens))
+
+
+def sequence_logp(model, tokens, mask, mean=False):  # (N,T), (N,T) -> (N,)
+    """log pi(y|x) of each row in nats: the sum of the log-probs of the tokens where mask is 1 (the response y).
+
+    A probability of a whole response is a product, so its log is a SUM; mean=True divides by the number of response
+    tokens, which other tools do and the paper does not. Differentiable; float32 whatever the model's dtype.
+    """
+    assert mask.shape == tokens.shape, f"mask {tuple(mask.shape)} and tokens {tuple(tokens.shape)} differ in shape"
+    assert not mask[:, 0].any(), "mask[:,0] must be 0: nothing precedes the first token, so nothing predicts it"
+    assert mask[:, 1:].any(1).all(), "a row has no response token to score"
+    row, t = mask[:, 1:].nonzero(as_tuple=True)              # (S,) S scored tokens, at t + 1 in `tokens` ...
+    logits = model.head(model.hidden(tokens[:, :-1])[row, t]).float()  # (S,V) ... each predicted at t: the shift by one
+    logp = logits.log_softmax(-1).gather(1, tokens[row, t + 1][:, None])[:, 0]      # (S,)
+    total = logp.new_zeros(len(tokens)).index_add(0, row, logp)                      # (N,)
+    return total / mask.sum(1) if mean else total
+
+
+def autocast(model, dtype):
+    """Context: matrix products in `dtype` ("float32", "bfloat16"); weights, log-probs and losses stay float32."""
+    return torch.autocast(model.device.type, getattr(torch, dtype), enabled=dtype != "float32")
+
+
+@torch.no_grad()
+def score(model, data, rows, batch, dtype="float32", mean=False):  # (R,) -> (R,) on the CPU
+    """`sequence_logp` of rows of data (anything whose .rows(index) gives tokens and mask), without gradient or dropout;
+    `batch` rows of like length at a time."""
+    model.eval()
+    logp = torch.empty(len(rows))
+    for part in (data.start[rows + 1] - data.start[rows]).argsort(stable=True).split(batch):
+        tokens, mask = (z.to(model.device) for z in data.rows(rows[part]))
+        with autocast(model, dtype):
+            logp[part] = sequence_logp(model, tokens, mask, mean).cpu()
+    return logp
+
+
+def descent(model, steps, lr, warmup, clip, weight_decay):
+    """A function that takes one optimiser step on a loss: AdamW, `warmup` steps up to lr, then linearly to 0, gradient clipped."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+    warmup = min(warmup, steps // 2)
+    factor = lambda s: min((s + 1) / (warmup + 1), (steps - s) / (steps - warmup))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+    def update(loss):
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        schedule.step()
+    return update
+
+
+def finetune(model, data, batches, update, dtype):
+    """SFT: maximum likelihood on batches of rows; returns the first and the last loss in nats per response token."""
+    losses = []
+    for rows in batches:
+        model.train()
+        tokens, mask = (z.to(model.device) for z in data.rows(rows))
+        with autocast(model, dtype):
+            loss = -sequence_logp(model, tokens, mask).sum() / mask.sum()
+        update(loss)
+        losses.append(loss.detach())
+    return losses[0].item(), losses[-1].item()
+
+
+@torch.no_grad()
+def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=0, eot=None, generator=None):
+    """Ids sampled after `prompt` (a list of ids), up to `eot` (left out), max_new_tokens, or a full context.
+
+    temperature 0 takes the likeliest token; top_k 0 samples from all. Draws on the CPU: one seed, one text, any device."""
+    model.eval()
+    ids = list(prompt)
+    for _ in range(min(max_new_tokens, model.config.block_size - len(prompt))):
+        logits = model.head(model.hidden(torch.tensor([ids], device=model.device))[0, -1]).float().cpu()  # (V,)
+        if top_k:
+            logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -math.inf
+        best = logits.argmax() if temperature == 0 else torch.multinomial((logits / temperature).softmax(0), 1,
+                                                                          generator=generator)
+        if best == eot:
+            break
+        ids.append(int(best))
+    return ids[len(prompt):]
+
+
+def save_checkpoint(path, model, **extra):
+    """Writes config, weights and `extra` (plain values) to `path`; an older file there stays whole until the new one is."""
+    torch.save({"config": asdict(model.config), "model": model.state_dict(), **extra}, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def load_checkpoint(path):
+    """(GPT on the CPU, extra) from `save_checkpoint`'s file; only tensors and plain values are read, nothing is executed."""
+    try:
+        extra = torch.load(path, map_location="cpu", weights_only=True)
+        model = GPT(GPTConfig(**extra.pop("config")))
+        model.load_state_dict(extra.pop("model"))
+        return model, extra
+    except OSError as error:
+        raise BadCheckpoint(f"{path}: {error.strerror or error}; name the ckpt.pt of a finished run") from None
+    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, TypeError, AttributeError) as error:
+        raise BadCheckpoint(f"{path}: not a nanoIPO checkpoint, or damaged ({type(error).__name__}); name the ckpt.pt of a "
+                            "finished run") from None
