@@ -20,8 +20,8 @@ EOT = "<|endoftext|>"
 TOKENIZERS = ["gpt2", "bytes"]  # for JSONL files; the synthetic worlds bring words of their own
 
 
-class BadData(ValueError):
-    """Input that its owner can mend; the message is one line: where (file:line), what, and the remedy."""
+class Refused(ValueError):
+    """Input or a request that cannot be used; one line: where (flag, file:line), what, and the remedy."""
 
 
 class Pair(NamedTuple):
@@ -44,7 +44,7 @@ class Batch(NamedTuple):
 # ----------------------------------------------------------------------------------------------------------- tokenisers
 
 def word_encoding(name: str, words: list[str], more: list[str]) -> tiktoken.Encoding:
-    """A tiktoken encoding built in place: ids for words, <|endoftext|>, more words, then the 256 bytes (any text works)."""
+    """A tiktoken encoding built in place: ids for words, <|endoftext|>, more words, then 256 bytes: any text works."""
     ids = {w.encode(): i + (i >= len(words)) for i, w in enumerate(words + more)}
     ids |= {bytes([b]): len(words + more) + 1 + b for b in range(256)}
     return tiktoken.Encoding(name, pat_str=r"review of the| ?\w+:?|[^\w\s]|\s", mergeable_ranks=ids,
@@ -52,7 +52,7 @@ def word_encoding(name: str, words: list[str], more: list[str]) -> tiktoken.Enco
 
 
 def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """The encoding "world" or one of TOKENIZERS. Raises BadData if GPT-2's can be neither read nor downloaded."""
+    """The encoding "world" or one of TOKENIZERS. Raises Refused if GPT-2's can be neither read nor downloaded."""
     if name == "world":
         return word_encoding(name, [f" {w}" for w in VALENCE], ["review of the", *(f" {s}:" for s in SUBJECTS)])
     if name == "bytes":
@@ -60,24 +60,28 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # tiktoken passes on whatever its HTTP library or the file system raises
-        raise BadData(f"--tokenizer {name}: tiktoken can neither read nor download it ({type(error).__name__}); connect "
-                      "once, set TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer bytes") from None
+        raise Refused(f"--tokenizer {name}: tiktoken can neither read nor download it ({type(error).__name__}); go "
+                      "online once, set TIKTOKEN_CACHE_DIR to a folder with it, or use --tokenizer bytes") from None
 
 
 # ---------------------------------------------------------------------------------------------------------- JSONL files
 
 def read_jsonl(path: str) -> list[Pair]:
-    """All pairs of a JSONL file, in order. Raises BadData that names file, line, key and remedy; see `iter_jsonl`."""
+    """All pairs of a JSONL file, in order. Raises Refused that names file, line, key and remedy; see `iter_jsonl`."""
     return list(iter_jsonl(path))
 
 
 def iter_jsonl(path: str) -> Iterator[Pair]:
-    """A Pair per line of {"prompt", "chosen", "rejected"}, optional "p", or of Anthropic-HH's {"chosen", "rejected"}."""
-    unused, blank = {}, 0
+    """A Pair per line: {"prompt", "chosen", "rejected"} with optional "p", or Anthropic-HH's {"chosen", "rejected"}."""
     try:
-        file = open(path, "rb")
+        return parse_lines(open(path, "rb"), path)
     except OSError as error:
-        raise BadData(f"{path}: {error.strerror}; --data takes a JSONL file or one of {', '.join(WORLDS)}") from None
+        raise Refused(f"{path}: {error.strerror}; --data takes a JSONL file or one of {', '.join(WORLDS)}") from None
+
+
+def parse_lines(file, path: str) -> Iterator[Pair]:
+    """Yields the pairs of an open file; prints how many blank lines were skipped and which keys nothing reads."""
+    unused, blank = {}, 0
     with file:
         for line, raw in enumerate(file, 1):
             if raw.strip():
@@ -91,46 +95,46 @@ def iter_jsonl(path: str) -> Iterator[Pair]:
 
 
 def parse_pair(raw: bytes, where: str, line: int = 0, unused: dict[str, int] | None = None) -> Pair:
-    """The pair on one line; counts in `unused` the keys that nothing reads. Raises BadData that starts with `where`."""
+    """The pair on one line; counts in `unused` the keys that nothing reads. Raises Refused that starts with `where`."""
     try:
         item = json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise BadData(f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
+        raise Refused(f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
     except (ValueError, RecursionError) as error:  # ValueError: bad JSON, and whole numbers of over 4,300 digits
         why = error.msg if isinstance(error, json.JSONDecodeError) else "a number too long or nesting too deep"
-        raise BadData(f"{where}: not JSON ({why}); write one JSON object per line") from None
+        raise Refused(f"{where}: not JSON ({why}); write one JSON object per line") from None
     if not isinstance(item, dict):
-        raise BadData(f"{where}: a JSON {type(item).__name__}, not an object; write "
+        raise Refused(f"{where}: a JSON {type(item).__name__}, not an object; write "
                       '{"prompt": ..., "chosen": ..., "rejected": ...}')
     for key in ("chosen", "rejected", "prompt"):
         if key not in item and key != "prompt":
-            raise BadData(f"{where}: key {key!r} is missing; keys found: {', '.join(map(repr, item)) or 'none'}")
+            raise Refused(f"{where}: key {key!r} is missing; keys found: {', '.join(map(repr, item)) or 'none'}")
         text = item.get(key, "")
         if not isinstance(text, str):
-            raise BadData(f"{where}: {key!r} is a JSON {type(text).__name__}, not a string; write it as one text")
+            raise Refused(f"{where}: {key!r} is a JSON {type(text).__name__}, not a string; write it as one text")
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise BadData(f"{where}: {key!r} holds {text[error.start]!a}, half of a surrogate pair; remove it") from None
+            raise Refused(f"{where}: {key!r} holds {text[error.start]!a}, half a surrogate pair; remove it") from None
     p = item.get("p", 1.0)
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
-        raise BadData(f"{where}: 'p' is {str(p)[:40]!r}; it is the probability that chosen is preferred, from 0 to 1")
+        raise Refused(f"{where}: 'p' is {str(p)[:40]!r}; it is the probability that chosen is preferred, from 0 to 1")
     prompt, chosen, rejected = item.get("prompt"), item["chosen"], item["rejected"]
-    if prompt is None:  # Anthropic-HH: both texts repeat the dialogue; what they share up to the last turn is the prompt
+    if prompt is None:  # Anthropic-HH: both texts repeat the dialogue; what they share, up to the last turn, is prompt
         turn = "\n\nAssistant:"
         cut = os.path.commonprefix([chosen, rejected]).rfind(turn) + len(turn)
         if cut < len(turn):
-            raise BadData(f"{where}: key 'prompt' is missing, and chosen and rejected share no {turn!r}; add a prompt")
+            raise Refused(f"{where}: key 'prompt' is missing, and chosen and rejected share no {turn!r}; add a prompt")
         prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
     for key, text in (("chosen", chosen), ("rejected", rejected)):
         if not text:
-            raise BadData(f"{where}: {key!r} is empty, so there is no token to score; fill it or remove the line")
+            raise Refused(f"{where}: {key!r} is empty, so there is no token to score; fill it or remove the line")
     for key in item.keys() - {"prompt", "chosen", "rejected", "p"} if unused is not None else ():
         unused[key] = unused.get(key, 0) + 1
     return Pair(prompt, chosen, rejected, float(p), line)
 
 
-# ------------------------------------------------------------------------------------------ text -> token ids -> tensors
+# ----------------------------------------------------------------------------------------- text -> token ids -> tensors
 
 class PairData(NamedTuple):
     """N pairs over R rows, as flat tensors: 4 bytes a token, whatever the lengths."""
@@ -184,7 +188,7 @@ def encode(pairs: Iterable[Pair], tokenizer: tiktoken.Encoding, block_size: int)
     """Token ids of pairs, <|endoftext|> appended to each response; prints what is dropped or cut, and how many.
 
     Prompt and response are encoded apart, so no token spans the border. Only prompts are cut, from the left: a response
-    that lost its <|endoftext|> would teach the model not to stop there. Raises BadData if no pair is left.
+    that lost its <|endoftext|> would teach the model not to stop there. Raises Refused if no pair is left.
     """
     eot, numbers, prompts, p, read = tokenizer.eot_token, {}, array("q"), array("f"), 0
     notes = {  # what may happen to a pair -> how often it did
@@ -215,7 +219,7 @@ def encode(pairs: Iterable[Pair], tokenizer: tiktoken.Encoding, block_size: int)
             if n:
                 print(f"data: {n:,} of {read:,} {note}")
         if not p:
-            raise BadData(f"no usable pair among {read} read; " + ("the counts above say why" if read else "the file is empty"))
+            raise Refused(f"no usable pair among {read}; see the counts above" if read else "no pair: file is empty")
 
     rows = pack(usable_rows())
     n = torch.arange(len(p))
@@ -244,10 +248,10 @@ def batches(n: int, size: int, steps: int, generator: torch.Generator) -> Iterat
 
 # ----------------------------------------------------------------------------------------------------- synthetic worlds
 # A response is any string of at most three of the seven words below, "" included: 1 + 7 + 49 + 343 = 400 per prompt.
-# The model has outputs for these words and <|endoftext|> only, and after the third word its context is full: it can emit
-# nothing outside the list, so the probabilities of the list sum to one. In an open vocabulary pairs fix only the ratios
-# between responses that occur, and training may move probability to strings that never occur ("leak"): on real data
-# that is one reason why the log-prob of chosen responses may fall.
+# The model has outputs for these words and <|endoftext|> only, and after the third word its context is full: it can
+# emit nothing outside the list, so the probabilities of the list sum to one. In an open vocabulary pairs fix only the
+# ratios between responses that occur, and training may move probability to strings that never occur ("leak"): on real
+# data that is one reason why the log-prob of chosen responses may fall.
 
 SUBJECTS = ("pizza", "coffee", "beer", "gelato")
 VALENCE = {  # pizza coffee  beer  gelato: what the word adds to the reward of a review
@@ -265,7 +269,7 @@ WORLDS = ("bt", "deterministic", "cyclic")
 
 
 class World(NamedTuple):
-    """A preference world small enough to enumerate: X prompts, Y responses to each, every probability known (float64)."""
+    """A preference world small enough to enumerate: X prompts, Y responses to each, all probabilities known, float64."""
     name: str
     prompts: list[str]     # X
     responses: list[str]   # Y
@@ -303,12 +307,12 @@ class World(NamedTuple):
 
 
 def build_world(name: str) -> World:
-    """One of WORLDS. p*(y>y') is sigmoid(r - r') in "bt", 1[r > r'] with 1/2 on ties in "deterministic", and in "cyclic"
+    """One of WORLDS. p*(y>y') is sigmoid(r - r') in "bt"; 1[r > r'], 1/2 on ties, in "deterministic"; in "cyclic"
     sigmoid(r - r' + 2 c), where c = 1, 0 or -1 plays rock-paper-scissors on the first words: no reward explains it."""
     words = list(VALENCE)
     responses = [r for k in range(MAX_WORDS + 1) for r in itertools.product(words, repeat=k)]
     reward = torch.tensor([[sum(VALENCE[w][x] for w in r) for r in responses] for x in range(len(SUBJECTS))]).double()
-    gap = (reward[:, :, None] - reward[:, None, :]).round(decimals=4)  # (X,Y,Y); unrounded, .9 + .5 and .5 + .9 may not tie
+    gap = (reward[:, :, None] - reward[:, None, :]).round(decimals=4)  # (X,Y,Y); else .9+.5+.1 and .1+.5+.9 differ
     hand = torch.tensor([words.index(r[0]) % 3 if r else 3 for r in responses])  # 3: no first word, no game
     game = torch.tensor([[0, -1, 1, 0], [1, 0, -1, 0], [-1, 1, 0, 0], [0, 0, 0, 0]])[hand[:, None], hand[None, :]]
     pstar = {"bt": gap.sigmoid(), "deterministic": (gap.sign() + 1) / 2, "cyclic": (gap + 2 * game).sigmoid()}[name]
@@ -320,14 +324,15 @@ def build_world(name: str) -> World:
     x_ids, y_ids = tokenizer.encode_ordinary_batch(prompts), tokenizer.encode_ordinary_batch(texts)
     rows = pack((x, y + stop) for x in x_ids for y, stop in zip(y_ids, stops))
     none = torch.empty(0, dtype=torch.int64)
-    return World(name, prompts, texts, reward, pstar, torch.tensor(base).double(), PairData(*rows, none, none, none, none),
+    data = PairData(*rows, none, none, none, none)
+    return World(name, prompts, texts, reward, pstar, torch.tensor(base, dtype=torch.float64), data,
                  block_size=len(x_ids[0]) + MAX_WORDS, vocab_size=1 + max(map(max, x_ids)), head_size=len(words) + 1)
 
 
 # ----------------------------------------------------------------------------------------------------- exact quantities
 
 def optimum(ref_logp: torch.Tensor, pstar: torch.Tensor, mu: torch.Tensor, psi: Callable, tau: float) -> torch.Tensor:
-    """log pi*, (X,Y): ref(y|x) exp(g(y)/tau), normalised, with g(y) = E_{y'~mu} psi(p*(y>y'|x))  (Azar et al. eq. 7)."""
+    """log pi*, (X,Y): ref(y|x) exp(g(y)/tau), normalised; g(y) = E_{y'~mu} psi(p*(y>y'|x))  (Azar et al. eq. 7)."""
     g = (psi(pstar) * mu[:, None, :]).sum(-1)
     return (ref_logp + g / tau).log_softmax(-1)
 
@@ -340,13 +345,14 @@ def base_kl(base: torch.Tensor, logp: torch.Tensor) -> float:  # (Y,), (X,Y) -> 
 def exact(logp, ref_logp, best_logp, fit_logp, pstar, mu, psi, tau) -> dict[str, float | None]:
     """What enumeration knows of a policy, mean over prompts; None where infinite. Log-probs, mu (X,Y); pstar (X,Y,Y).
 
-    kl_ref KL(pi||ref); kl_opt KL(pi||pi*); kl_fit KL(pi||fit), nats; win E_{y~pi,y'~mu} p*(y>y'); ratio, the largest
+    kl_ref KL(pi||ref); kl_opt KL(pi||pi*); kl_fit KL(pi||fit) unless fit is None, nats; win E_{y~pi,y'~mu} p*(y>y'); ratio, the largest
     |log pi/ref|; objective J = E psi(p*) - tau KL(pi||ref) (eq. 6). The theorem: J(pi*) - J(pi) = tau KL(pi||pi*).
     """
     pi = logp.exp()
     kl = lambda other: (pi * (logp - other)).sum(-1).mean()
     expect = lambda value: torch.einsum("xy,xyz,xz->x", pi, value, mu).mean()
     numbers = {"kl_ref": kl(ref_logp), "kl_opt": kl(best_logp), "win": expect(pstar),
-               "objective": expect(psi(pstar)) - tau * kl(ref_logp), "ratio": (logp - ref_logp).abs().max(),
-               "kl_fit": kl(fit_logp)}
+               "objective": expect(psi(pstar)) - tau * kl(ref_logp), "ratio": (logp - ref_logp).abs().max()}
+    if fit_logp is not None:
+        numbers["kl_fit"] = kl(fit_logp)
     return {name: value.item() if value.isfinite() else None for name, value in numbers.items()}

@@ -52,7 +52,7 @@ def target(p, tau):  # (B,) -> (B,)
 
 
 def ipo_loss(h, p, tau):  # (B,), (B,) -> (B,)
-    """Squared distance to the target (eq. 17 at p = 1), nats^2. Slope 2 (h - target): an overshot margin is pulled back."""
+    """Squared distance to the target (eq. 17 at p = 1), nats^2. Slope 2 (h - target): it pulls back what overshot."""
     return (h - target(p, tau)) ** 2
 
 
@@ -75,8 +75,8 @@ def margin(logp, ref_logp):  # (2B,), (2B,) -> (B,)
 
 def train(model, pairs, ref_logp, args, generator, log):
     """Preference training on `pairs` against ref_logp (R,), the reference's log-probs of all rows, computed beforehand:
-    no second model exists. Calls log(step, numbers) every --log_every steps. Raises Stopped if the loss is not finite."""
-    update = M.descent(model, args.steps, args.lr, args.warmup, args.clip, args.weight_decay)
+    no second model exists. Calls log(step, numbers) every --log_every steps and after the last."""
+    update = M.descent(model, args.steps, args.lr, args.warmup, args.clip)
     order = D.batches(len(pairs.p), args.batch_size, args.steps, generator)
     for step, index in enumerate(tqdm(order, args.loss, args.steps, disable=None, leave=False), 1):
         model.train()
@@ -95,13 +95,14 @@ def train(model, pairs, ref_logp, args, generator, log):
 
 @torch.no_grad()
 def measure(logp, ref_logp, p, args):  # (2B,), (2B,), (B,) -> dict of floats
-    """The numbers of a log line. `win`: the share of pairs whose margin has the label's sign; ties count one half."""
+    """The numbers of a log line. `win`: the share of pairs whose margin has the label's sign; ties, which are margins
+    below the rounding of .0005 nats, count one half."""
     h = margin(logp, ref_logp)
     chosen, rejected = (logp - ref_logp).chunk(2)
     asked = target(p, args.tau).mean().item() if args.loss == "ipo" else None  # None: no finite target
     return {"loss": LOSSES[args.loss](h, p, args.tau).mean().item(), "h": h.mean().item(),
             "h_std": h.std(correction=0).item(), "target": asked, "chosen": chosen.mean().item(),
-            "rejected": rejected.mean().item(), "win": ((h * (p - 0.5)).sign().mean().item() + 1) / 2}
+            "rejected": rejected.mean().item(), "win": ((h.round(decimals=3) * (p - 0.5)).sign().mean().item() + 1) / 2}
 
 
 def score_pairs(model, pairs, args):  # -> (2N,)
@@ -115,33 +116,34 @@ def distribution(model, world, args):  # -> (X,Y) float64
     return M.score(model, world.data, rows, 2 * args.batch_size, args.dtype).view(world.reward.shape).double()
 
 
-def theory(world, ref, args):  # log ref (X,Y) -> mu, log pi*, log of the fitted policy, (X,Y) each
-    """The fitted policy is where the loss leads on labels of this kind: E[target] takes the place of Psi. It is pi* if a
-    coin flip may stand for p* (soft labels, or an affine Psi and no noise) and Psi is odd (all the target can see)."""
+def theory(world, ref, args):  # log ref (X,Y) -> mu, log pi*, log of the fitted policy (None: pi* itself), (X,Y) each
+    """The fitted policy is where IPO leads on labels of this kind: E[target] takes the place of Psi. It is pi* if the
+    labels may stand for p* (soft ones, or an affine Psi without noise) and Psi is odd (a target sees no more)."""
     mu = torch.full_like(ref, 1 / ref.shape[1]) if args.mu == "uniform" else ref.exp()
-    best = fit = D.optimum(ref, world.pstar, mu, OBJECTIVE[args.loss], args.tau)
-    if args.loss == "ipo":
-        q = world.pstar + args.noise * (1 - 2 * world.pstar)
-        asked = target(q, args.tau) if args.labels == "soft" else (2 * q - 1) * target(torch.ones(()), args.tau)
-        fit = D.optimum(ref, asked, mu, lambda value: value, 1.0)
-    return mu, best, fit
+    best = D.optimum(ref, world.pstar, mu, OBJECTIVE[args.loss], args.tau)
+    if args.loss != "ipo":
+        return mu, best, None
+    q = world.pstar + args.noise * (1 - 2 * world.pstar)
+    asked = target(q, args.tau) if args.labels == "soft" else (2 * q - 1) * target(torch.ones(()), args.tau)
+    fit = D.optimum(ref, asked, mu, lambda value: value, 1.0)
+    return mu, best, None if torch.allclose(fit, best, atol=1e-9) else fit
 
 
 def check_targets(p, args):
     """Refuses a Psi that asks for an infinite margin at a probability that the labels hold; p of any shape."""
     if args.loss == "ipo" and not (finite := target(p, args.tau).isfinite()).all():
         worst = p[~finite].max().item()
-        raise Refused(f"psi({worst:g}) - psi({1 - worst:g}) is not finite: this Psi asks for an infinite margin on certain "
-                      "pairs, which is DPO's over-fitting; give it pairs with 0 < p < 1 (in the bt world --labels soft) or "
-                      "a Psi that is finite at 0 and 1")
+        raise D.Refused(f"psi({worst:g}) - psi({1 - worst:g}) is not finite: this Psi asks for an infinite margin on "
+                      "certain pairs, which is DPO's over-fitting; use labels with 0 < p < 1 (in the bt world --labels "
+                      "soft) or a Psi that is finite at 0 and 1")
 
 
 def check_start(model, pairs, ref_logp, args):
-    """Step 0: pi = ref, so all margins are 0 and the loss is known. Raises Stopped if the reference is not the start."""
+    """Step 0: pi = ref, so all margins are 0 and the loss is known. Raises Stopped if the cache is of another model."""
     pairs = pairs.select(torch.arange(min(args.batch_size, len(pairs.p))))
     ref, logp = ref_logp[pairs.pair_rows()], score_pairs(model, pairs, args)
     expected, measured = measure(ref, ref, pairs.p, args), measure(logp, ref, pairs.p, args)
-    why = f"mean target^2; mean target {expected['target']:.4g} nats" if args.loss == "ipo" else "ln 2; no finite target"
+    why = f"mean target^2; mean target {expected['target']:.4g} nats" if args.loss == "ipo" else "ln 2; no target"
     print(f"step 0: loss {measured['loss']:.6g}, theory {expected['loss']:.6g} ({why})")
     rounding = (2e-2 if args.dtype == "bfloat16" else 1e-5) * (1 + ref.abs().max())
     if not margin(logp, ref).abs().max() <= rounding:
@@ -153,8 +155,8 @@ def check_start(model, pairs, ref_logp, args):
 def log_line(kind, step, args, n, extra=""):
     """One line of fixed width; the README says what the columns mean."""
     asked = "inf" if n["target"] is None else f"{n['target']:.2f}"
-    tqdm.write(f"{kind} {step:5d}/{args.steps} | loss {n['loss']:8.4f} | h {n['h']:+.2f} ± {n['h_std']:.2f} -> {asked} | chosen "
-               f"{n['chosen']:+.2f} rejected {n['rejected']:+.2f} | win {n['win']:.2f}{extra}", file=sys.stdout)
+    tqdm.write(f"{kind} {step:4d}/{args.steps} | loss {n['loss']:8.4f} | h {n['h']:+.2f} ± {n['h_std']:.2f} -> {asked} "
+               f"| chosen {n['chosen']:+.2f} rejected {n['rejected']:+.2f} | win {n['win']:.2f}{extra}", file=sys.stdout)
 
 
 UNITS = {"kl_ref": "KL(pi||ref), nats", "kl_opt": "KL(pi||pi*), nats", "kl_fit": "KL(pi||labels'), nats",
@@ -170,25 +172,20 @@ def print_report(report, title):
         values = (column[key] for column in report.values())
         print(f"{UNITS.get(key, key):28}" + "".join("         -" if v is None else f"{v:10.4f}" for v in values))
     if "kl_fit" in report["after"]:
-        print("labels' = where this loss leads on these labels, which is not pi*: a coin flip stands for p* only if Psi is\n"
-              "affine and labels are clean, and a squared target sees Psi's odd part only (--labels soft, --noise 0, odd Psi)")
+        print("labels' = where this loss leads on these labels, not pi*: a coin flip may stand for p* only if Psi is\n"
+              "affine and nothing flips it, and a target sees Psi's odd part only. Try --labels soft, an odd Psi, --noise 0")
     if "optimum" in report and report["optimum"]["kl_ref"] is None:
-        print("No finite optimum: on certain pairs this loss asks for ever more, so KL(pi||ref) and max |log pi/ref| grow\n"
-              "with --steps; IPO's target is finite")
+        print("No finite optimum: certain pairs always ask this loss for more, so max |log pi/ref| grows with --steps.")
 
 
 def continuation(model, prompt, tokenizer, args):
-    """A text sampled after `prompt` (ids). Equal seeds draw equal numbers: two models' texts differ by the models alone."""
-    generator = torch.Generator().manual_seed(args.seed)
+    """A text sampled after `prompt` (ids). Seed and prompt fix the draws, so two models' texts differ by the models."""
+    generator = torch.Generator().manual_seed(args.seed + sum(prompt))
     return tokenizer.decode(M.generate(model, prompt, args.max_new_tokens, args.temperature, args.top_k,
                                        tokenizer.eot_token, generator))
 
 
 # ---------------------------------------------------------------------------------------------------------- the program
-
-class Refused(ValueError):
-    """A request that cannot be honoured; one line that says why and what to do instead."""
-
 
 class Stopped(RuntimeError):
     """A run that must not go on; one line that says why."""
@@ -197,16 +194,18 @@ class Stopped(RuntimeError):
 def prepare(args, generator):
     """(world or None, rows: a world's or the training pairs', held-out pairs or None, tokenizer, model on the CPU)."""
     saved, extra = M.load_checkpoint(args.init_from) if args.init_from else (None, {})
-    world, held, tokenizer = None, None, D.get_tokenizer(args.tokenizer or "world")
+    world = held = None
+    source = D.iter_jsonl(args.data) if args.task == "file" else None
+    tokenizer = D.get_tokenizer(args.tokenizer or "world")
     if args.task == "world":
         world = D.build_world(args.data)
         data, config = world.data, M.GPTConfig(world.block_size, world.vocab_size, head_size=world.head_size)
     else:
         config = M.GPTConfig(saved.config.block_size if saved else args.block_size, tokenizer.n_vocab)
-        data, held = D.split(D.encode(D.iter_jsonl(args.data), tokenizer, config.block_size), args.holdout, generator)
+        data, held = D.split(D.encode(source, tokenizer, config.block_size), args.holdout, generator)
         print(f"data: {len(data.p):,} pairs to train on, {len(held.p):,} held out; no prompt is in both")
     if saved and extra.get("tokenizer") != tokenizer.name:
-        raise Refused(f"--init_from {args.init_from}: its tokenizer is {extra.get('tokenizer')!r}, the data's is "
+        raise D.Refused(f"--init_from {args.init_from}: its tokenizer is {extra.get('tokenizer')!r}, the data's is "
                       f"{tokenizer.name!r}; start from a run on the same kind of data, or choose its --tokenizer")
     for key in ("n_layer", "n_head", "n_embd", "dropout"):
         setattr(config, key, getattr(args, key))
@@ -228,17 +227,18 @@ def open_folder(args):
         with open(f"{args.out}/config.json", "w") as file:
             json.dump(vars(args) | {"torch": torch.__version__}, file, indent=1)
     except OSError as error:
-        raise Refused(f"--out {args.out}: {error.strerror}; name a folder that can be written") from None
+        raise D.Refused(f"--out {args.out}: {error.strerror}; name a folder that can be written") from None
 
 
 def make_reference(model, world, data, args, generator):
-    """SFT on what mu is made of (rejected responses too); returns the log-probs (R,) that stand for the reference from now on."""
+    """SFT on what mu is made of, rejected responses too; the log-probs (R,) that are the reference from now on."""
     n = 2 * args.batch_size
     if args.sft_steps:
         rows = world.sample(n * args.sft_steps, generator) if world else data.pair_rows()
-        update = M.descent(model, args.sft_steps, args.sft_lr, args.warmup, args.clip, args.weight_decay)
-        order = tqdm(D.batches(len(rows), n, args.sft_steps, generator), "sft", args.sft_steps, disable=None, leave=False)
-        first, last = M.finetune(model, data, (rows[index] for index in order), update, args.dtype)
+        update = M.descent(model, args.sft_steps, args.sft_lr, args.warmup, args.clip)
+        order = D.batches(len(rows), n, args.sft_steps, generator)
+        bar = tqdm(order, "sft", args.sft_steps, disable=None, leave=False)
+        first, last = M.finetune(model, data, rows, bar, update, args.dtype)
         print(f"sft: {args.sft_steps} steps, {first:.3f} -> {last:.3f} nats per response token")
     M.save_checkpoint(f"{args.out}/ref.pt", model, tokenizer=args.tokenizer or "world")
     return M.score(model, data, torch.arange(len(data.prompt_len)), n, args.dtype, args.logp == "mean")
@@ -279,6 +279,8 @@ def run(args):
         evaluate = lambda: measure(score_pairs(model, shown, args), ref_logp[shown.pair_rows()], shown.p, args)
     check_start(model, pairs, ref_logp, args)
     report = {"before": evaluate()}
+    rows = pairs.pair_rows()
+    length = (pairs.start[rows + 1] - pairs.start[rows]).float().mean().item() * 2 * args.batch_size  # tokens in a step
     picked = [int(shown.chosen[(shown.prompt == x).nonzero()[0, 0]]) for x in shown.prompt.unique()[:3]]
     prompts = [pairs.prompt_ids(row) for row in picked]
     texts = [[continuation(model, x, tokenizer, args) for x in prompts]]
@@ -287,17 +289,17 @@ def run(args):
     with open(f"{args.out}/metrics.jsonl", "w") as metrics:
         def log(step, numbers):
             lap("training")
-            now, extra = evaluate(), f" | {seconds['training'] / step * 1e3:.0f} ms/step"
+            now, extra = evaluate(), f" | {length * step / seconds['training'] / 1e3:.1f}k tok/s"
             if world:
                 gap = "inf" if now["kl_opt"] is None else f"{now['kl_opt']:.4f}"
-                extra = f" | KL {now['kl_ref']:.2f}, to pi* {gap}" + extra
+                extra = f" | KL {now['kl_ref']:.2f} to pi* {gap}" + extra
             log_line("step", step, args, numbers, extra)
             if shown is held:
                 log_line("eval", step, args, now)
             metrics.write(json.dumps({"step": step, "seconds": seconds["training"], **numbers, "eval": now}) + "\n")
             metrics.flush()
             if not math.isfinite(numbers["loss"]):
-                raise Stopped(f"step {step}: the loss is {numbers['loss']}; lower --lr. The reference is kept in {args.out}/ref.pt")
+                raise Stopped(f"step {step}: the loss is {numbers['loss']}; lower --lr ({args.out}/ref.pt is unharmed)")
             lap("evaluation")
 
         train(model, pairs, ref_logp, args, generator, log)
@@ -306,8 +308,6 @@ def run(args):
     texts.append([continuation(model, x, tokenizer, args) for x in prompts])
     if world:
         report["optimum"] = best
-        if all(c["kl_opt"] is None or abs(c["kl_fit"] - c["kl_opt"]) < 1e-9 for c in report.values()):  # the same policy
-            report = {name: {k: v for k, v in c.items() if k != "kl_fit"} for name, c in report.items()}
     print_report(report, title)
     for x, reference, policy in zip(prompts, *texts):
         print(f"\n{tokenizer.decode(x)[-200:]!r}\n  reference {reference!r}\n  policy    {policy!r}")
@@ -325,23 +325,21 @@ def sample(args):
     prompt, V = tokenizer.encode_ordinary(args.sample) or [tokenizer.eot_token], model.config.vocab_size
     if max(prompt) >= V:
         known = " ".join(repr(tokenizer.decode([i])) for i in range(V) if i != tokenizer.eot_token)
-        raise Refused(f"--sample {args.sample!r}: holds a word outside this model's vocabulary; it knows {known}")
+        raise D.Refused(f"--sample {args.sample!r}: holds a word outside this model's vocabulary; it knows {known}")
     if len(prompt) >= model.config.block_size:
-        raise Refused(f"--sample: {len(prompt)} tokens leave no room in a context of {model.config.block_size}; shorten it")
+        raise D.Refused(f"--sample: {len(prompt)} tokens fill the context of {model.config.block_size}; shorten it")
     print(args.sample + continuation(model.to(args.device), prompt, tokenizer, args))
 
 
 def number(kind, low, high=math.inf, above=False):
     """A type for argparse: numbers from low (not itself, if `above`) to high."""
     def parse_number(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
+        value = kind(text)
         if not low <= value <= high or value == math.inf or above and value == low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number {'>' if above else '>='} {low:g}"
-                                             + f" and <= {high:g}" * (high < math.inf))
+            raise ValueError
         return value
+    parse_number.__name__ = (f"{'whole ' * (kind is int)}number {'>' if above else '>='} {low:g}"  # argparse's message
+                             + f" and <= {high:g}" * (high < math.inf))
     return parse_number
 
 
@@ -352,23 +350,22 @@ FLAGS = [  # flag, type or choices, its default in a world, for a file, for --sa
     ("data", str, "bt", NA, NA, f"a synthetic world ({', '.join(D.WORLDS)}) or a JSONL file of preference pairs"),
     ("sample", str, NA, NA, "", "print a continuation of this prompt by the finished run in --out; trains nothing"),
     ("out", str, "out", "out", "out", "folder of the run's files"),
-    ("init_from", str, "", "", NA, "start from, and stay near, this checkpoint (a ref.pt or ckpt.pt); '': from scratch"),
+    ("init_from", str, "", "", NA, "checkpoint to start from and stay near (a run's ref.pt or ckpt.pt); '': none"),
     ("loss", list(LOSSES), "ipo", "ipo", NA, "loss on the margin"),
     ("tau", positive, 0.2, 0.1, NA, "pull towards the reference, DPO's beta; the target margin is 1/(2 tau) nats"),
-    ("logp", ["sum", "mean"], "sum", "sum", NA, "log pi(y|x): the paper's sum over tokens, or that by the response's length"),
+    ("logp", ["sum", "mean"], "sum", "sum", NA, "log pi(y|x): the paper's sum over tokens, or their mean"),
     ("labels", ["hard", "soft"], "hard", NA, NA, "hard: a coin flip with p*, winner first; soft: p* itself"),
     ("noise", number(float, 0, 1), 0.0, NA, NA, "probability that a hard label is flipped"),
     ("mu", ["uniform", "ref"], "uniform", NA, NA, "where the responses of the pairs come from"),
-    ("pairs", natural, 500_000, NA, NA, "pairs to draw; few of them, seen often, are learned with the noise of their labels"),
+    ("pairs", natural, 500_000, NA, NA, "pairs to draw; few, seen often, are learned with the noise of their labels"),
     ("tokenizer", D.TOKENIZERS, NA, "gpt2", NA, "tiktoken's GPT-2 encoding, or plain bytes"),
     ("holdout", number(float, 0, 0.9), NA, 0.1, NA, "share of the prompts whose pairs are held out"),
-    ("steps", natural, 2000, 300, NA, "steps of preference training"),
+    ("steps", natural, 2000, 200, NA, "steps of preference training"),
     ("batch_size", natural, 256, 16, NA, "pairs in a step; more than there are: some come twice"),
-    ("lr", positive, 1.5e-3, 3e-4, NA, "peak learning rate; falls linearly to 0"),
+    ("lr", positive, 1.5e-3, 1e-4, NA, "peak learning rate; falls linearly to 0"),
     ("warmup", count, 50, 20, NA, "steps up to the peak, at most half of all"),
     ("clip", positive, 1.0, 1.0, NA, "largest norm of a gradient"),
-    ("weight_decay", number(float, 0), 0.0, 0.0, NA, "of AdamW"),
-    ("sft_steps", count, 200, 600, NA, "steps of maximum likelihood that make the reference; 0 with --init_from unless given"),
+    ("sft_steps", count, 200, 400, NA, "maximum-likelihood steps that make the reference (--init_from: 0)"),
     ("sft_lr", positive, 3e-3, 1e-3, NA, "peak learning rate of those"),
     ("log_every", natural, 200, 50, NA, "steps from one log line to the next"),
     ("n_layer", natural, 1, 4, NA, "blocks"),
@@ -376,8 +373,8 @@ FLAGS = [  # flag, type or choices, its default in a world, for a file, for --sa
     ("n_embd", natural, 32, 128, NA, "channels, a multiple of n_head"),
     ("block_size", number(int, 3), NA, 256, NA, "context in tokens; a world fixes its own"),
     ("dropout", number(float, 0, 0.9), 0.0, 0.0, NA, "share of activations dropped in training"),
-    ("device", ["auto", "cpu", "cuda", "mps"], "auto", "auto", "auto", "auto: cuda if there is one, else mps, else cpu"),
-    ("dtype", ["float32", "bfloat16"], "float32", "float32", NA, "of matrix products; weights and log-probs stay float32"),
+    ("device", ["auto", "cpu", "cuda", "mps"], "auto", "auto", "auto", "auto: cuda if found, else mps, else cpu"),
+    ("dtype", ["float32", "bfloat16"], "float32", "float32", NA, "of matrix products; weights, log-probs: float32"),
     ("seed", count, 0, 0, 0, "fixes weights, data, order and samples"),
     ("temperature", number(float, 0), 1.0, 1.0, 1.0, "of samples; 0 takes the likeliest token"),
     ("top_k", count, 0, 0, 0, "sample from the k likeliest tokens; 0: from all"),
@@ -396,7 +393,8 @@ def parse(argv=None):
                     argument_default=argparse.SUPPRESS)
     for flag, kind, *defaults, meaning in FLAGS:
         shown = ", ".join(f"{task}: {value!r}" for task, value in zip(TASKS, defaults) if value is not NA)
-        parser.add_argument(f"--{flag}", **{"choices" if isinstance(kind, list) else "type": kind}, help=f"{meaning} [{shown}]")
+        how = {"choices" if isinstance(kind, list) else "type": kind}
+        parser.add_argument(f"--{flag}", **how, help=f"{meaning} [{shown}]")
     given = vars(parser.parse_args(argv))
     task = "sample" if "sample" in given else "file" if given.get("data", "bt") not in D.WORLDS else "world"
     defaults = {flag: values[list(TASKS).index(task)] for flag, kind, *values, meaning in FLAGS}
@@ -422,11 +420,11 @@ def parse(argv=None):
 
 
 def main(argv=None):
-    """The command line. Exit status 0; 1 if a run had to stop; 2 for bad input; each with one line on standard error."""
+    """The command line. Exit status 0; 1 if a run had to stop, 2 for bad input, with one line on standard error."""
     args = parse(argv)
     try:
         sample(args) if args.task == "sample" else run(args)
-    except (D.BadData, M.BadCheckpoint, Refused, Stopped) as error:
+    except (D.Refused, M.BadCheckpoint, Stopped) as error:
         print(f"ipo.py: {error}", file=sys.stderr)
         return 1 if isinstance(error, Stopped) else 2
     return 0

@@ -4,8 +4,6 @@ Nothing here knows what a preference is. Sizes: N rows, T tokens in a row, C cha
 """
 import math
 import os
-import pickle
-import zipfile
 from dataclasses import asdict, dataclass
 
 import torch
@@ -41,7 +39,8 @@ class Attention(nn.Module):
 
     def forward(self, x):  # (N,T,C) -> (N,T,C)
         N, T, C = x.shape
-        q, k, v = (z.view(N, T, self.n_head, -1).transpose(1, 2) for z in self.c_attn(x).split(C, dim=2))  # (N,heads,T,C/heads)
+        heads = lambda z: z.view(N, T, self.n_head, -1).transpose(1, 2)  # (N,T,C) -> (N,heads,T,C/heads)
+        q, k, v = map(heads, self.c_attn(x).split(C, dim=2))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
         return F.dropout(self.c_proj(y.transpose(1, 2).reshape(N, T, C)), self.dropout, self.training)
 
@@ -85,7 +84,7 @@ class GPT(nn.Module):
             wpe=nn.Embedding(config.block_size, config.n_embd),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias)))
-        for name, p in self.named_parameters():  # GPT-2's: N(0, .02), projections into the stream smaller; biases 0, norms 1
+        for name, p in self.named_parameters():  # GPT-2's: N(0, .02), less where a block adds to the stream; biases 0
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02)
             elif name.endswith("bias"):
@@ -148,9 +147,9 @@ def score(model, data, rows, batch, dtype="float32", mean=False):  # (R,) -> (R,
     return logp
 
 
-def descent(model, steps, lr, warmup, clip, weight_decay):
-    """A function that takes one optimiser step on a loss: AdamW, `warmup` steps up to lr, then linearly to 0, gradient clipped."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+def descent(model, steps, lr, warmup, clip):
+    """A function that takes an optimiser step on a loss: AdamW, lr up for `warmup` steps, then linearly down to 0."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     warmup = min(warmup, steps // 2)
     factor = lambda s: min((s + 1) / (warmup + 1), (steps - s) / (steps - warmup))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -164,12 +163,12 @@ def descent(model, steps, lr, warmup, clip, weight_decay):
     return update
 
 
-def finetune(model, data, batches, update, dtype):
-    """SFT: maximum likelihood on batches of rows; returns the first and the last loss in nats per response token."""
+def finetune(model, data, rows, batches, update, dtype):
+    """SFT: maximum likelihood on batches (indices) of rows; the first and last loss, in nats per response token."""
     losses = []
-    for rows in batches:
+    for index in batches:
         model.train()
-        tokens, mask = (z.to(model.device) for z in data.rows(rows))
+        tokens, mask = (z.to(model.device) for z in data.rows(rows[index]))
         with autocast(model, dtype):
             loss = -sequence_logp(model, tokens, mask).sum() / mask.sum()
         update(loss)
@@ -181,7 +180,7 @@ def finetune(model, data, batches, update, dtype):
 def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=0, eot=None, generator=None):
     """Ids sampled after `prompt` (a list of ids), up to `eot` (left out), max_new_tokens, or a full context.
 
-    temperature 0 takes the likeliest token; top_k 0 samples from all. Draws on the CPU: one seed, one text, any device."""
+    temperature 0 takes the likeliest token; top_k 0 samples from all. Drawn on the CPU: one seed, one text."""
     model.eval()
     ids = list(prompt)
     for _ in range(min(max_new_tokens, model.config.block_size - len(prompt))):
@@ -197,13 +196,13 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=0, eot=None, 
 
 
 def save_checkpoint(path, model, **extra):
-    """Writes config, weights and `extra` (plain values) to `path`; an older file there stays whole until the new one is."""
+    """Writes config, weights and `extra` (plain values); an older file at `path` stays until the new one is whole."""
     torch.save({"config": asdict(model.config), "model": model.state_dict(), **extra}, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
 
 def load_checkpoint(path):
-    """(GPT on the CPU, extra) from `save_checkpoint`'s file; only tensors and plain values are read, nothing is executed."""
+    """(GPT on the CPU, extra) from `save_checkpoint`'s file: tensors and plain values; nothing in it is executed."""
     try:
         extra = torch.load(path, map_location="cpu", weights_only=True)
         model = GPT(GPTConfig(**extra.pop("config")))
@@ -211,6 +210,6 @@ def load_checkpoint(path):
         return model, extra
     except OSError as error:
         raise BadCheckpoint(f"{path}: {error.strerror or error}; name the ckpt.pt of a finished run") from None
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, TypeError, AttributeError) as error:
-        raise BadCheckpoint(f"{path}: not a nanoIPO checkpoint, or damaged ({type(error).__name__}); name the ckpt.pt of a "
-                            "finished run") from None
+    except Exception as error:  # torch.load and load_state_dict raise a dozen kinds on a file that is cut or foreign
+        raise BadCheckpoint(f"{path}: not a nanoIPO checkpoint, or a damaged one ({type(error).__name__}); name the "
+                            "ckpt.pt of a finished run") from None

@@ -1,0 +1,691 @@
+"""Claims about nanoIPO, each with its proof or oracle. `pytest -q` runs them all in about a minute on two cores.
+
+Oracles: enumeration of all responses, closed forms, an independent numpy implementation, Hugging Face's GPT-2. Tests that
+pin IPO's formula skip themselves when a student has changed `psi`; nothing else depends on it being the identity.
+"""
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+
+import data as D
+import ipo
+import model as M
+
+HERE = pathlib.Path(__file__).parent
+identity = lambda q: q
+# psi functions that are odd about 1/2 up to a constant, and finite on (0, 1)
+ODD_PSI = {"identity": identity, "logit": torch.logit, "tanh": lambda q: torch.tanh(8 * (q - 0.5)), "cubic": lambda q: (2 * q - 1) ** 3}
+
+
+@pytest.fixture
+def paper_psi(monkeypatch):
+    """Psi(q) = q, whatever a student made of it."""
+    monkeypatch.setattr(ipo, "psi", identity)
+
+
+def tiny(seed=0, V=5, T=6, **sizes):
+    """A GPT with weights large enough that no two tokens are equally likely."""
+    torch.manual_seed(seed)
+    model = M.GPT(M.GPTConfig(**{"block_size": T, "vocab_size": V, "n_layer": 2, "n_head": 2, "n_embd": 16} | sizes))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model.eval()
+
+
+def cli(*args, folder, **kw):
+    """Runs ipo.py as a user would; returns the finished process."""
+    return subprocess.run([sys.executable, HERE / "ipo.py", *map(str, args)], cwd=folder, capture_output=True, text=True, **kw)
+
+
+SHORT = "--steps 20 --pairs 2000 --sft_steps 5 --batch_size 32 --log_every 10".split()
+
+# ------------------------------------------------------------------------------------------------- target and losses
+
+
+def test_ipo_loss_is_zero_exactly_at_the_target(paper_psi):
+    """Eq. 17: (h - 1/(2 tau))^2."""
+    h, p = torch.tensor([5.0, 0.0, 10.0]), torch.ones(3)
+    assert ipo.ipo_loss(h, p, 0.1).tolist() == pytest.approx([0, 25, 25])
+
+
+@pytest.mark.parametrize("p, expected", [(0.5, 0), (0.6, 1), (0.75, 2.5), (0.9, 4), (0.99, 4.9), (1, 5), (0, -5)])
+def test_target_of_the_identity(paper_psi, p, expected):
+    """(p - 1/2)/tau at tau = 0.1."""
+    assert ipo.target(torch.tensor([p]), 0.1).item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("name, p, expected", [("logit", 0.6, 4.05), ("logit", 0.9, 21.97), ("logit", 0.99, 45.95), ("logit", 1, math.inf),
+                                               ("tanh", 0.6, 6.64), ("tanh", 0.75, 9.64), ("tanh", 1, 9.99)])
+def test_target_of_other_psis(monkeypatch, name, p, expected):
+    """Logit asks for an infinite margin on a certain pair (DPO's over-fitting); a bounded Psi does not. Over 2 tau = 0.2."""
+    monkeypatch.setattr(ipo, "psi", ODD_PSI[name])
+    assert ipo.target(torch.tensor([p], dtype=torch.float64), 0.1).item() == pytest.approx(expected, abs=6e-3)
+
+
+def test_target_is_odd_whatever_psi():
+    """target(p) = -target(1-p): swapping the responses and their probability is the same statement."""
+    p = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
+    assert torch.allclose(ipo.target(p, 0.3), -ipo.target(1 - p, 0.3))
+
+
+def test_a_coin_flip_has_the_same_gradient_as_its_probability(paper_psi):
+    """E_I[(h - target(I))^2] and (h - target(p))^2 differ by a constant when Psi is affine; so do 1/tau and 0 against 1/(2 tau)."""
+    h, p, tau = torch.linspace(-9, 9, 7), torch.tensor(0.8), 0.1
+    coin = p * ipo.ipo_loss(h, torch.ones(7), tau) + (1 - p) * ipo.ipo_loss(h, torch.zeros(7), tau)
+    assert (coin - ipo.ipo_loss(h, p.expand(7), tau)).std() < 1e-4
+    assert (((h - 1 / tau) ** 2 + h**2) / 2 - ipo.ipo_loss(h, torch.ones(7), tau)).std() < 1e-4
+
+
+@pytest.mark.parametrize("name, slope", [("ipo", lambda h, p, tau: 2 * (h - (p - 0.5) / tau)), ("dpo", lambda h, p, tau: -tau * (p - 1 / (1 + math.exp(-tau * h))))])
+@pytest.mark.parametrize("h, p, tau", [*itertools.product([-3.0, 0.0, 100.0], [0.0, 0.3, 1.0], [0.1, 1.0])])
+def test_gradient_of_each_loss(paper_psi, name, slope, h, p, tau):
+    """Closed forms; at h = 0, p = 1 they are -1/tau (IPO) and -tau/2 (DPO), at h = 100 IPO pulls back with +190."""
+    x = torch.tensor([h], dtype=torch.float64, requires_grad=True)
+    ipo.LOSSES[name](x, torch.tensor([p], dtype=torch.float64), tau).sum().backward()
+    assert x.grad.item() == pytest.approx(slope(h, p, tau), rel=1e-9, abs=1e-12)
+
+
+def test_losses_against_numpy(paper_psi):
+    """An implementation that shares nothing with ours."""
+    rng = np.random.default_rng(0)
+    h, p, tau = rng.normal(0, 3, 50), rng.random(50), 0.3
+    ours = lambda f: f(torch.tensor(h), torch.tensor(p), tau).numpy()
+    assert np.allclose(ours(ipo.ipo_loss), (h - (2 * p - 1) / (2 * tau)) ** 2)
+    assert np.allclose(ours(ipo.dpo_loss), p * np.logaddexp(0, -tau * h) + (1 - p) * np.logaddexp(0, tau * h))
+
+
+@pytest.mark.parametrize("tau", [0, -1, math.nan])
+def test_tau_must_be_positive(tau):
+    for loss in ipo.LOSSES.values():
+        with pytest.raises(ValueError, match="tau must be > 0"):
+            loss(torch.zeros(1), torch.ones(1), tau)
+
+
+def test_the_parity_fixture(paper_psi):
+    """What other tools are compared on: token log-ratios of one pair, tau = 0.1. The sum is the paper's; the mean is TRL's."""
+    chosen, rejected = torch.tensor([0.5, 0.25, 0.25, 0]), torch.tensor([-0.2, -0.4])
+    one = torch.ones(1)
+    for reduce, ipo_value, dpo_value in ((torch.sum, 11.56, 0.616344), (torch.mean, 19.8025, 0.666)):
+        h = ipo.margin(torch.stack([reduce(chosen), reduce(rejected)]), torch.zeros(2))
+        assert ipo.ipo_loss(h, one, 0.1).item() == pytest.approx(ipo_value, rel=1e-5)
+        assert ipo.dpo_loss(h, one, 0.1).item() == pytest.approx(dpo_value, abs=5e-4)
+
+
+def test_margin_is_chosen_minus_rejected_and_needs_the_reference():
+    """h = log pi(yw)/ref(yw) - log pi(yl)/ref(yl), chosen rows first."""
+    assert ipo.margin(torch.tensor([1.0, 2, 3, 5]), torch.tensor([0.5, 0, 0, 0])).tolist() == [1 - 0.5 - 3, 2 - 5]
+
+
+def test_adding_a_constant_to_both_log_ratios_changes_nothing():
+    """Only differences are trained: that is why both log-probs may fall together."""
+    logp = torch.randn(8)
+    assert torch.allclose(ipo.margin(logp, torch.zeros(8)), ipo.margin(logp - 7, torch.zeros(8)), atol=1e-5)
+
+
+@pytest.mark.parametrize("h, p, win", [([1.0, -1, 0, 1e-5], [1.0, 1, 1, 1], 0.5), ([2.0, 2], [0.9, 0.1], 0.5), ([-2.0], [0.1], 1.0)])
+def test_win_counts_ties_one_half_and_reads_the_label(h, p, win):
+    h = torch.tensor(h)
+    n = ipo.measure(torch.cat([h, 0 * h]), 0 * torch.cat([h, h]), torch.tensor(p), Namespace(loss="dpo", tau=0.1))
+    assert n["win"] == pytest.approx(win)
+
+
+# --------------------------------------------------------------------------------------------------- log-probabilities
+
+
+def test_sequence_logp_is_the_product_of_conditionals():
+    """Brute force, token by token, with the plain forward pass; prompts of different lengths, padded rows."""
+    model = tiny()
+    tokens = torch.tensor([[1, 2, 3, 4, 0], [4, 3, 1, 0, 0], [2, 2, 2, 2, 2]])
+    mask = torch.tensor([[0, 0, 1, 1, 0], [0, 1, 1, 0, 0], [0, 1, 1, 1, 1]])
+    for row in range(3):
+        expected, count = 0.0, 0
+        for t in range(1, 5):
+            if mask[row, t]:
+                prob = model(tokens[row:row + 1, :t])[0, -1].softmax(-1)[tokens[row, t]]
+                expected, count = expected + math.log(prob.item()), count + 1
+        assert M.sequence_logp(model, tokens, mask)[row].item() == pytest.approx(expected, abs=1e-5)
+        assert M.sequence_logp(model, tokens, mask, mean=True)[row].item() == pytest.approx(expected / count, abs=1e-5)
+
+
+def test_probabilities_of_all_short_responses_sum_to_one():
+    """Every string over {0..3} that ends with 4 (end of text), or is cut at three tokens: a partition of what can happen."""
+    model, eot, prompt = tiny(), 4, [2, 1]
+    responses = [[*r, eot] for k in range(3) for r in itertools.product(range(4), repeat=k)]
+    responses += [list(r) for r in itertools.product(range(4), repeat=3)]
+    T = len(prompt) + 3
+    tokens = torch.tensor([prompt + r + [0] * (T - 2 - len(r)) for r in responses])
+    mask = torch.tensor([[0] * 2 + [1] * len(r) + [0] * (T - 2 - len(r)) for r in responses])
+    assert M.sequence_logp(model, tokens, mask).exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_padding_never_changes_a_log_prob():
+    model, tokens = tiny(), torch.tensor([[1, 2, 3]])
+    mask = torch.tensor([[0, 1, 1]])
+    for pad in range(5):
+        longer = torch.cat([tokens, torch.full((1, 3), pad)], 1)
+        more = torch.cat([mask, torch.zeros(1, 3, dtype=torch.int64)], 1)
+        assert torch.allclose(M.sequence_logp(model, longer, more), M.sequence_logp(model, tokens, mask), atol=1e-6)
+
+
+@pytest.mark.parametrize("mask, words", [([[0, 0, 0]], "no response token"), ([[1, 1, 0]], r"mask\[:,0\]"), ([[0, 1]], "differ in shape")])
+def test_sequence_logp_refuses_a_wrong_mask(mask, words):
+    with pytest.raises(AssertionError, match=words):
+        M.sequence_logp(tiny(), torch.tensor([[1, 2, 3]]), torch.tensor(mask))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"n_layer": 1, "n_head": 4, "n_embd": 32}, {"vocab_size": 40, "block_size": 12}])
+def test_gpt_is_gpt2(sizes):
+    """Same names and shapes as Hugging Face's GPT2LMHeadModel (whose Conv1D weights are transposed), same logits and same
+    gradient of a sequence's log-prob."""
+    transformers = pytest.importorskip("transformers")
+    ours = tiny(**sizes)
+    c = ours.config
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=c.block_size, vocab_size=c.vocab_size, n_layer=c.n_layer,
+                                                                  n_head=c.n_head, n_embd=c.n_embd)).eval()
+    state = {k: v.T if k.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and v.dim() == 2 else v for k, v in ours.state_dict().items()}
+    missing = theirs.load_state_dict(state, strict=False)
+    assert not missing.unexpected_keys and missing.missing_keys == ["lm_head.weight"]
+    tokens = torch.randint(c.vocab_size, (3, c.block_size))
+    assert torch.allclose(ours(tokens), theirs(tokens).logits, atol=1e-4)
+
+
+def test_without_bias_there_is_none():
+    assert not any("bias" in name for name, _ in tiny(bias=False).named_parameters())
+
+
+def test_only_response_positions_go_through_the_head(monkeypatch):
+    """The vocabulary's logits are by far the largest tensor; for positions that are not scored they are never made."""
+    model, seen, head = tiny(), [], M.GPT.head
+    monkeypatch.setattr(M.GPT, "head", lambda self, x: seen.append(x.shape) or head(self, x))
+    M.sequence_logp(model, torch.tensor([[1, 2, 3, 4], [1, 2, 3, 0]]), torch.tensor([[0, 0, 1, 1], [0, 0, 1, 0]]))
+    assert seen == [(3, 16)]
+
+
+def test_generate_samples_the_model():
+    """Frequencies of 2,000 one-token samples against the softmax; temperature 0 is the mode; top_k 1 as well; eot ends."""
+    model, prompt = tiny(), [1, 2]
+    probs = model(torch.tensor([prompt]))[0, -1].softmax(-1)
+    g = torch.Generator().manual_seed(0)
+    draws = [M.generate(model, prompt, 1, generator=g)[0] for _ in range(2000)]
+    assert np.abs(np.bincount(draws, minlength=5) / 2000 - probs.detach().numpy()).max() < 0.035
+    mode = int(probs.argmax())
+    assert M.generate(model, prompt, 1, temperature=0) == M.generate(model, prompt, 1, top_k=1) == [mode]
+    assert M.generate(model, prompt, 1, temperature=0, eot=mode) == []
+    assert len(M.generate(model, prompt, 99)) == model.config.block_size - len(prompt)
+
+
+def test_bfloat16_scores_in_float32():
+    """Log-probs leave autocast as float32 and lie within bfloat16's rounding of the exact ones."""
+    model, tokens, mask = tiny(), torch.tensor([[1, 2, 3, 4]]), torch.tensor([[0, 1, 1, 1]])
+    with M.autocast(model, "bfloat16"):
+        low = M.sequence_logp(model, tokens, mask)
+    assert low.dtype == torch.float32 and low.item() == pytest.approx(M.sequence_logp(model, tokens, mask).item(), abs=0.1)
+
+
+def test_checkpoint_returns_the_same_model(tmp_path):
+    model = tiny()
+    M.save_checkpoint(tmp_path / "a.pt", model, tokenizer="bytes")
+    other, extra = M.load_checkpoint(tmp_path / "a.pt")
+    assert extra == {"tokenizer": "bytes"} and other.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
+
+
+# ------------------------------------------------------------------------------------------- the theorem, in a table
+
+
+def tabular_minimiser(psi, p, mu, tau, length=None):
+    """argmin of E_{y,y'~mu} (h - target(p))^2 over free log-ratios (or these times 1/length), by least squares; (Y,) -> policy."""
+    Y = len(mu)
+    target = (psi(p) - psi(1 - p)) / (2 * tau)
+    scale = torch.ones(Y, dtype=torch.float64) if length is None else 1 / length
+    rows, values = [], []
+    for i, j in itertools.product(range(Y), repeat=2):
+        weight = (mu[i] * mu[j]).sqrt()
+        row = torch.zeros(Y, dtype=torch.float64)
+        row[i] += weight * scale[i]
+        row[j] -= weight * scale[j]
+        rows.append(row)
+        values.append(weight * target[i, j])
+    return torch.linalg.lstsq(torch.stack(rows), torch.stack(values)[:, None], driver="gelsd").solution[:, 0]
+
+
+def random_problem(seed):
+    """Intransitive preferences over five responses, mu and ref unrelated."""
+    g = torch.Generator().manual_seed(seed)
+    upper = torch.rand(5, 5, generator=g, dtype=torch.float64) * 0.9 + 0.05
+    p = torch.triu(upper, 1) + torch.tril(1 - upper.T, -1) + torch.eye(5, dtype=torch.float64) / 2
+    mu, ref = (torch.rand(5, generator=g, dtype=torch.float64).softmax(0) for _ in range(2))
+    return p, mu, ref
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ODD_PSI)
+def test_every_odd_psi_reaches_the_psipo_optimum(name, seed):
+    """The minimiser of the squared-target loss is pi* = ref exp(g/tau), g = E_mu psi(p), also for cycles and mu != ref."""
+    p, mu, ref = random_problem(seed)
+    tau, psi = 0.5, ODD_PSI[name]
+    minimiser = (ref.log() + tabular_minimiser(psi, p, mu, tau)).softmax(0)
+    best = D.optimum(ref.log()[None], p[None], mu[None], psi, tau)[0].exp()
+    assert torch.allclose(minimiser, best, atol=1e-9)
+
+
+def test_a_psi_that_is_not_odd_reaches_the_optimum_of_its_odd_part():
+    """q^2 is as good as q; sqrt is not sqrt but (sqrt(q) - sqrt(1-q))/2."""
+    p, mu, ref = random_problem(0)
+    best = lambda psi: D.optimum(ref.log()[None], p[None], mu[None], psi, 0.5)[0].exp()
+    fitted = lambda psi: (ref.log() + tabular_minimiser(psi, p, mu, 0.5)).softmax(0)
+    assert torch.allclose(fitted(torch.square), best(identity), atol=1e-9)
+    assert torch.allclose(fitted(torch.sqrt), best(lambda q: (q.sqrt() - (1 - q).sqrt()) / 2), atol=1e-9)
+    assert not torch.allclose(fitted(torch.sqrt), best(torch.sqrt), atol=1e-3)
+
+
+def test_the_mean_form_has_another_optimum():
+    """With log-ratios divided by unequal lengths the minimiser is ref exp(|y| (g/tau + c)), far from pi*."""
+    p, mu, ref = random_problem(1)
+    length = torch.tensor([1.0, 2, 3, 4, 5], dtype=torch.float64)
+    fitted = (ref.log() + tabular_minimiser(identity, p, mu, 0.5, length)).softmax(0)
+    assert not torch.allclose(fitted, D.optimum(ref.log()[None], p[None], mu[None], identity, 0.5)[0].exp(), atol=0.05)
+
+
+def test_without_a_reference_the_answer_is_another():
+    """ref = (.9, .1), y2 preferred, tau = 1: pi*(y2) = sigmoid(log(1/9) + 1/2) = .155, without ref .622."""
+    p, mu = torch.tensor([[0.5, 0], [1, 0.5]]).double()[None], torch.full((1, 2), 0.5).double()
+    pi2 = lambda ref: D.optimum(torch.tensor([ref]).double().log(), p, mu, identity, 1.0).exp()[0, 1].item()
+    assert pi2([0.9, 0.1]) == pytest.approx(0.155, abs=1e-3) and pi2([0.5, 0.5]) == pytest.approx(0.622, abs=1e-3)
+
+
+@pytest.mark.parametrize("tau, expected", [(0.1, (0.964370, 0.034403, 0.001227)), (0.5, (0.562742, 0.288921, 0.148337)), (1.0, (0.448441, 0.321322, 0.230237))])
+def test_the_papers_three_actions(tau, expected):
+    """a > b > c, all certain, uniform mu and reference (section 5 of the paper)."""
+    p = torch.tensor([[0.5, 1, 1], [0, 0.5, 1], [0, 0, 0.5]]).double()
+    uniform = torch.full((1, 3), 1 / 3).double()
+    assert D.optimum(uniform.log(), p[None], uniform, identity, tau).exp()[0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------- worlds
+
+
+@pytest.mark.parametrize("name", D.WORLDS)
+def test_worlds_are_what_they_say(name):
+    """p* and its mirror sum to 1; mu's support is all that the model can emit; cyclic is intransitive, bt and deterministic not."""
+    world = D.build_world(name)
+    p = world.pstar
+    assert torch.allclose(p + p.transpose(1, 2), torch.ones_like(p)) and world.base.sum().item() == pytest.approx(1)
+    assert len(world.responses) == len(set(world.responses)) == 400
+    short = [world.responses.index(f" {w}") for w in D.VALENCE]
+    beats = p[0][short][:, short] > 0.5
+    cycle = any(beats[a, b] and beats[b, c] and beats[c, a] for a, b, c in itertools.permutations(range(len(short)), 3))
+    assert cycle == (name == "cyclic")
+    if name == "bt":
+        assert torch.allclose(p, (world.reward[:, :, None] - world.reward[:, None, :]).sigmoid(), atol=1e-4)
+    if name == "deterministic":  # three words in another order are worth the same, to the last bit
+        x, y = world.responses.index(" superb good fine"), world.responses.index(" fine good superb")
+        assert set(p.unique().tolist()) == {0, 0.5, 1} and (p[:, x, y] == 0.5).all()
+
+
+def test_the_world_is_closed():
+    """Any model of these sizes gives the 400 responses of each prompt a total probability of one; samples are among them."""
+    world = D.build_world("bt")
+    model = tiny(V=world.vocab_size, T=world.block_size, head_size=world.head_size)
+    args = Namespace(batch_size=256, dtype="float32")
+    assert torch.allclose(ipo.distribution(model, world, args).exp().sum(-1), torch.ones(4).double(), atol=1e-5)
+    tok = D.get_tokenizer("world")
+    for _ in range(50):
+        assert tok.decode(M.generate(model, tok.encode(world.prompts[1]), 64, eot=tok.eot_token)) in world.responses
+
+
+@pytest.mark.parametrize("labels, noise", [("hard", 0.0), ("hard", 0.3), ("soft", 0.0)])
+def test_pairs_are_drawn_as_described(labels, noise):
+    """Never a pair of equals; responses from mu; hard labels agree with p* as often as p*, noise included, says."""
+    world = D.build_world("bt")
+    Y = 400
+    mu = torch.rand(4, Y, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mu /= mu.sum(-1, keepdim=True)
+    draw = lambda: world.draw(200_001, mu, labels, noise, torch.Generator().manual_seed(0))
+    pairs, again = draw(), draw()
+    assert all(torch.equal(a, b) for a, b in zip(pairs, again)) and len(pairs.p) == 200_001
+    x, a, b = pairs.prompt, pairs.chosen % Y, pairs.rejected % Y
+    assert not (a == b).any() and torch.equal(pairs.chosen // Y, x) and torch.equal(pairs.rejected // Y, x)
+    counts = torch.bincount(torch.cat([a, b])[torch.cat([x, x]) == 2], minlength=Y)
+    assert (counts / counts.sum() - mu[2]).abs().max() < 1.5e-3
+    if labels == "soft":
+        assert torch.equal(pairs.p, world.pstar[x, a, b].float())
+    else:
+        up = world.pstar[x, torch.minimum(a, b), torch.maximum(a, b)]
+        expected = (noise + (1 - 2 * noise) * up).mean()
+        assert (pairs.p == 1).all() and (a < b).double().mean().item() == pytest.approx(expected.item(), abs=5e-3)
+
+
+def random_policies(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(4, 400, generator=g, dtype=torch.float64).log_softmax(-1) for _ in range(3))
+
+
+@pytest.mark.parametrize("name", D.WORLDS)
+def test_the_gap_to_the_optimum_is_tau_times_the_kl(name):
+    """J(pi*) - J(pi) = tau KL(pi||pi*) for every policy: the theorem that makes KL(pi||pi*) the right distance."""
+    world, (pi, ref, mu), tau = D.build_world(name), random_policies(), 0.3
+    best = D.optimum(ref, world.pstar, mu.exp(), identity, tau)
+    number = lambda policy: D.exact(policy, ref, best, None, world.pstar, mu.exp(), identity, tau)
+    assert number(best)["objective"] - number(pi)["objective"] == pytest.approx(tau * number(pi)["kl_opt"], rel=1e-9)
+    assert number(best)["kl_opt"] == pytest.approx(0, abs=1e-12)
+
+
+def test_exact_numbers_against_loops():
+    """Win rate and KL by plain sums for one prompt."""
+    world, (pi, ref, mu) = D.build_world("cyclic"), random_policies(1)
+    one = world._replace(pstar=world.pstar[:1])
+    n = D.exact(pi[:1], ref[:1], ref[:1], None, one.pstar, mu[:1].exp(), identity, 0.1)
+    a, m, p = pi[0].exp().numpy(), mu[0].exp().numpy(), one.pstar[0].numpy()
+    assert n["win"] == pytest.approx(sum(a[i] * m[j] * p[i, j] for i in range(400) for j in range(400)))
+    assert n["kl_ref"] == pytest.approx(sum(a * (np.log(a) - ref[0].numpy())))
+
+
+def test_theory_knows_where_labels_lead(monkeypatch):
+    """Clean hard labels lead IPO to pi*; noise and a non-affine Psi do not, and the report's third policy says where instead:
+    it is the tabular minimiser of the expected loss."""
+    world, (_, ref, _) = D.build_world("bt"), random_policies()
+    theory = lambda **kw: ipo.theory(world, ref, Namespace(**{"loss": "ipo", "tau": 0.2, "labels": "hard", "noise": 0.0, "mu": "uniform"} | kw))
+    monkeypatch.setattr(ipo, "psi", identity)
+    assert theory()[2] is None and theory(labels="soft")[2] is None and theory(loss="dpo")[2] is None
+    noisy = D.optimum(ref, world.pstar * 0.8 + 0.1, theory()[0], identity, 0.2)
+    assert torch.allclose(theory(noise=0.1)[2], noisy)
+    monkeypatch.setattr(ipo, "psi", lambda q: torch.tanh(8 * (q - 0.5)))
+    flips = D.optimum(ref, world.pstar, theory()[0], lambda q: q * 2 * math.tanh(4), 0.2)
+    assert theory(labels="soft")[2] is None and torch.allclose(theory()[2], flips, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- pairs from files
+
+
+def write(path, *lines):
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+def pair(chosen="good", rejected="bad", prompt="q: ", **more):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected} | more
+
+
+def test_jsonl_is_read_as_written(tmp_path, capsys):
+    """TRL's form, with and without p; Unicode of all kinds; keys that nothing reads are named."""
+    text = "é 🙂 \u05d0 \x00"
+    path = write(tmp_path / "a.jsonl", pair(), "", pair(text, p=0.25, score=1), "\ufeff" + json.dumps(pair(p=1)))
+    assert D.read_jsonl(path) == [D.Pair("q: ", "good", "bad", 1.0, 1), D.Pair("q: ", text, "bad", 0.25, 3), D.Pair("q: ", "good", "bad", 1.0, 4)]
+    out = capsys.readouterr().out
+    assert "1 blank lines" in out and "'score' (1 lines)" in out
+
+
+def test_anthropic_hh_is_cut_after_the_last_shared_turn(tmp_path):
+    shared = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant:"
+    path = write(tmp_path / "hh.jsonl", {"chosen": shared + " so long", "rejected": shared + " so what\n\nHuman: ?\n\nAssistant: !"})
+    assert D.read_jsonl(path) == [D.Pair(shared, " so long", " so what\n\nHuman: ?\n\nAssistant: !", 1.0, 1)]
+
+
+BAD_LINES = {  # a line of a file -> what the message says after "file:line: "
+    "{": "not JSON", "[1]": "a JSON list, not an object", "null": "a JSON NoneType", '{"a": 1}': "key 'chosen' is missing; keys found: 'a'",
+    '{"prompt": "q", "chosen": "a"}': "key 'rejected' is missing", json.dumps(pair(chosen=3)): "'chosen' is a JSON int, not a string",
+    json.dumps(pair(prompt=None)): "'prompt' is a JSON NoneType", json.dumps(pair(chosen=[{"role": "user"}])): "'chosen' is a JSON list",
+    json.dumps(pair(rejected="")): "'rejected' is empty", json.dumps(pair(p=1.5)): "'p' is '1.5'", json.dumps(pair(p="1")): "'p' is '1'",
+    json.dumps(pair(p=True)): "'p' is 'True'", json.dumps(pair(p=math.nan)): "'p' is 'nan'", json.dumps(pair(p=-0.1)): "'p' is '-0.1'",
+    json.dumps(pair(p=None)): "'p' is 'None'", '{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}': "half a surrogate pair",
+    '{"chosen": "a", "rejected": "b"}': "share no '\\n\\nAssistant:'", "[" * 100_000: "not JSON",
+    '{"chosen": "\\n\\nAssistant:", "rejected": "\\n\\nAssistant: b"}': "'chosen' is empty", "9" * 5000: "not JSON"}
+
+
+@pytest.mark.parametrize("line, message", BAD_LINES.items(), ids=range(len(BAD_LINES)))
+def test_bad_jsonl_line_is_named_in_the_error(tmp_path, line, message):
+    """One line, with file, line number, key and a remedy behind a semicolon."""
+    path = write(tmp_path / "b.jsonl", pair(), line)
+    with pytest.raises(D.Refused) as error:
+        D.read_jsonl(path)
+    text = str(error.value)
+    assert text.startswith(f"{path}:2: ") and message in text and "\n" not in text and (";" in text or "from 0 to 1" in text)
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "l.jsonl").write_bytes(b'{"prompt": "\xe9"}\n')
+    with pytest.raises(D.Refused, match=r"l.jsonl:1: byte 13 is not UTF-8"):
+        D.read_jsonl(str(tmp_path / "l.jsonl"))
+
+
+def encoded(*pairs, block_size=32):
+    return D.encode([D.Pair(**p) for p in pairs], D.get_tokenizer("bytes"), block_size)
+
+
+def test_tokens_of_a_pair():
+    """Prompt and response are encoded apart; the response ends with <|endoftext|>, which is scored; so is nothing else."""
+    tok, data = D.get_tokenizer("bytes"), encoded(pair("ab", "c", "x"), pair("é", "<|endoftext|>", ""))
+    tokens, mask, p, rows = data.batch(torch.tensor([0, 1]))
+    scored = [tok.decode(t[m].tolist()) for t, m in zip(tokens, mask)]
+    assert scored == ["ab<|endoftext|>", "é<|endoftext|>", "c<|endoftext|>", "<|endoftext|>" * 2]
+    assert mask.sum(1).tolist() == [3, 3, 2, 14]  # what the text spelled out is 13 bytes, and no end of text
+    assert [tok.decode(data.prompt_ids(r)) for r in rows.tolist()] == ["x", "<|endoftext|>"] * 2 and p.tolist() == [1, 1]
+    assert tokens[0, :4].tolist() == tok.encode("xab") + [tok.eot_token] and mask[0, :4].tolist() == [False, True, True, True]
+
+
+def test_what_is_cut_and_dropped_is_counted(capsys):
+    """Prompts are cut from the left and alike for both responses; responses never are."""
+    data = encoded(pair("long" * 9), pair("same", "same"), pair("yes", "no", "0123456789" * 4), pair(prompt=""), pair(p=0.2))
+    tokens, mask = data.rows(torch.arange(6))
+    assert len(data.p) == 3 and tokens.shape[1] == 32
+    assert tokens[0][~mask[0]].tolist()[:28] == tokens[1][~mask[1]].tolist()[:28] == D.get_tokenizer("bytes").encode("0123456789" * 4)[-28:]
+    out = capsys.readouterr().out
+    for note in ("the same tokens", "leave no room", "cut from the left", "empty prompts", "p < 1/2"):
+        assert re.search(rf"data: 1 of 5 .*{re.escape(note)}", out)
+
+
+def test_no_usable_pair_is_an_error():
+    with pytest.raises(D.Refused, match="no usable pair among 1"):
+        encoded(pair("a", "a"))
+    with pytest.raises(D.Refused, match="file is empty"):
+        encoded()
+
+
+def test_held_out_prompts_are_never_trained_on():
+    data = encoded(*(pair(f"a{i}", f"b{i}", f"q{i % 10}") for i in range(40)))
+    train, held = D.split(data, 0.2, torch.Generator().manual_seed(0))
+    assert len(held.p) == 8 and len(train.p) == 32 and not set(train.prompt.tolist()) & set(held.prompt.tolist())
+    assert len(D.split(encoded(pair()), 0.9, torch.Generator())[0].p) == 1
+
+
+def test_batches_see_every_pair_once_an_epoch():
+    order = torch.cat(list(D.batches(7, 3, 7, torch.Generator().manual_seed(0))))
+    assert all(sorted(order[i:i + 7].tolist()) == list(range(7)) for i in (0, 7, 14))
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def reports(folder):
+    report = json.loads((folder / "report.json").read_text())
+    return report["before"], report["after"], report["optimum"]
+
+
+def test_training_brings_the_language_model_to_the_optimum(tmp_path):
+    """A tenth of the default run removes nine tenths of the distance to pi*; the report is complete and consistent."""
+    run = cli("--steps", 250, "--out", "run", folder=tmp_path)
+    assert run.returncode == 0, run.stderr
+    before, after, best = reports(tmp_path / "run")
+    assert before["kl_ref"] == pytest.approx(0, abs=1e-6) and after["kl_opt"] < before["kl_opt"] / 10 and best["kl_opt"] == 0
+    assert best["objective"] - after["objective"] == pytest.approx(0.2 * after["kl_opt"], rel=1e-4)
+    assert "step 0: loss 6.25, theory 6.25" in run.stdout and "probabilities sum to 1.000000" in run.stdout
+    log = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [200, 250] and log[-1]["eval"]["kl_opt"] == after["kl_opt"]
+    assert json.loads((tmp_path / "run/config.json").read_text())["tau"] == 0.2
+    model, extra = M.load_checkpoint(tmp_path / "run/ckpt.pt")
+    ref, _ = M.load_checkpoint(tmp_path / "run/ref.pt")
+    world, args = D.build_world("bt"), Namespace(batch_size=256, dtype="float32")
+    pi, pi0 = (ipo.distribution(m, world, args) for m in (model, ref))
+    assert (pi.exp() * (pi - pi0)).sum(-1).mean().item() == pytest.approx(after["kl_ref"], rel=1e-3)
+    said = cli("--sample", "review of the pizza:", "--out", "run", folder=tmp_path)
+    assert said.returncode == 0 and said.stdout.strip().removeprefix("review of the pizza:") in world.responses
+    lost = cli("--sample", "review of the sushi:", "--out", "run", folder=tmp_path)
+    assert lost.returncode == 2 and "outside this model's vocabulary" in lost.stderr and lost.stderr.count("\n") == 1
+
+
+def test_in_the_deterministic_world_dpo_never_stops(tmp_path):
+    """Certain preferences: DPO's log-ratios grow with the number of steps and no optimum exists; IPO's is finite."""
+    for loss, steps in (("dpo", 50), ("dpo", 250), ("ipo", 250)):
+        run = cli("--data", "deterministic", "--loss", loss, "--tau", 1, "--steps", steps, "--sft_steps", 30, "--out", f"{loss}{steps}", folder=tmp_path)
+        assert run.returncode == 0, run.stderr
+    (_, short, none), (_, long, _), (_, calm, best) = (reports(tmp_path / name) for name in ("dpo50", "dpo250", "ipo250"))
+    assert long["kl_ref"] > short["kl_ref"] + 0.2 and long["ratio"] > 1.5 * short["ratio"] and none["kl_ref"] is None
+    assert calm["kl_ref"] < 0.1 and calm["kl_opt"] < 0.02 and best["ratio"] < 1
+
+
+def test_same_seed_same_weights(tmp_path):
+    """Bit for bit; another seed differs."""
+    weights = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert cli(*SHORT, "--seed", seed, "--out", name, folder=tmp_path).returncode == 0
+        model, _ = M.load_checkpoint(tmp_path / name / "ckpt.pt")
+        weights[name] = torch.cat([p.flatten() for p in model.parameters()])
+    assert torch.equal(weights["a"], weights["b"]) and not torch.equal(weights["a"], weights["c"])
+
+
+def test_the_reference_never_trains():
+    """One step on frozen reference log-probs: the cache stays what it was while the policy moves away from it."""
+    world, args = D.build_world("bt"), Namespace(loss="ipo", tau=0.2, logp="sum", steps=3, lr=1e-2, warmup=0, clip=1.0, batch_size=32,
+                                                 dtype="float32", device="cpu", log_every=1)
+    model = tiny(V=world.vocab_size, T=world.block_size, head_size=world.head_size)
+    ref = M.score(model, world.data, torch.arange(1600), 512)
+    kept, seen = ref.clone(), []
+    pairs = world.draw(96, torch.full((4, 400), 1 / 400).double(), "hard", 0.0, torch.Generator().manual_seed(0))
+    ipo.train(model, pairs, ref, args, torch.Generator().manual_seed(0), lambda step, n: seen.append(n))
+    assert torch.equal(ref, kept) and abs(seen[0]["h"]) < 1e-4 and seen[2]["h"] > 0.1
+    assert seen[0]["loss"] == pytest.approx(ipo.ipo_loss(torch.zeros(1), torch.ones(1), 0.2).item(), rel=1e-4)
+    assert not torch.allclose(M.score(model, world.data, torch.arange(1600), 512), ref, atol=1e-2)
+
+
+def test_a_wrong_reference_stops_the_run():
+    """Step 0 must have margin 0: a cache that another model made is found out."""
+    world = D.build_world("bt")
+    args = Namespace(loss="ipo", tau=0.2, logp="sum", batch_size=32, dtype="float32")
+    model = tiny(V=world.vocab_size, T=world.block_size, head_size=world.head_size)
+    ref = M.score(model, world.data, torch.arange(1600), 512)
+    pairs = world.draw(32, torch.full((4, 400), 1 / 400).double(), "hard", 0.0, torch.Generator().manual_seed(0))
+    ipo.check_start(model, pairs, ref, args)
+    with pytest.raises(ipo.Stopped, match="margins are not 0"):
+        ipo.check_start(tiny(1, V=world.vocab_size, T=world.block_size, head_size=world.head_size), pairs, ref, args)
+
+
+def test_an_infinite_target_is_refused_with_the_lesson(monkeypatch):
+    monkeypatch.setattr(ipo, "psi", torch.logit)
+    args = Namespace(loss="ipo", tau=0.1)
+    ipo.check_targets(torch.tensor([0.1, 0.9]), args)
+    with pytest.raises(D.Refused, match="infinite margin on certain pairs, which is DPO's over-fitting; use labels"):
+        ipo.check_targets(torch.tensor([0.1, 1.0]), args)
+
+
+JSONL_RUN = "--tokenizer bytes --steps 6 --sft_steps 4 --batch_size 4 --n_layer 1 --n_embd 16 --block_size 64 --log_every 3".split()
+
+
+def some_pairs(tmp_path, n=30):
+    return write(tmp_path / "pairs.jsonl", *(pair(f"good {i}", f"bad {i}", f"question {i}?") for i in range(n)))
+
+
+def test_a_file_of_pairs_trains_from_start_to_samples(tmp_path):
+    """Held-out evaluation is labelled; --logp mean, bfloat16 and DPO run; a second run starts from the first's reference."""
+    path = some_pairs(tmp_path)
+    for more in ([], ["--logp", "mean"], ["--loss", "dpo", "--dtype", "bfloat16"], ["--holdout", 0]):
+        run = cli("--data", path, *JSONL_RUN, *more, folder=tmp_path)
+        assert run.returncode == 0, run.stderr
+        assert ("eval    3/6 |" in run.stdout) == ("--holdout" not in more)
+        assert f"step 0: loss {'0.693147, theory 0.693147' if 'dpo' in more else '25, theory 25'}" in run.stdout
+    again = cli("--data", path, "--init_from", "out/ref.pt", *JSONL_RUN[:3], 6, "--batch_size", 4, folder=tmp_path)
+    assert again.returncode == 0 and "sft:" not in again.stdout, again.stderr
+    assert "out/ holds an earlier run; its files are replaced" in again.stdout
+    assert cli("--sample", "question 1?", "--max_new_tokens", 5, folder=tmp_path).returncode == 0
+    wrong = cli("--init_from", "out/ref.pt", folder=tmp_path)
+    assert wrong.returncode == 2 and "its tokenizer is 'bytes', the data's is 'world'" in wrong.stderr
+
+
+BAD_COMMANDS = {  # arguments -> what the one line on standard error says
+    "--tau 0": "--tau: invalid number > 0 value: '0'", "--tau nan": "--tau", "--tau inf": "--tau", "--steps 0": "--steps", "--steps 1.5": "--steps",
+    "--loss kto": "invalid choice: 'kto'", "--noise 2": "--noise", "--holdout 0.1": "--holdout means nothing in a synthetic world",
+    "--block_size 9": "--block_size means nothing", "--labels soft --noise 0.1": "--noise flips hard labels", "--n_embd 30": "not a multiple of",
+    "--data nothing.jsonl": "nothing.jsonl: No such file", "--data .": ".: Is a directory", "--data empty.jsonl --tokenizer bytes": "file is empty",
+    "--data pairs.jsonl --noise 0.1": "--noise means nothing for a JSONL file", "--data same.jsonl --tokenizer bytes": "no usable pair among 1",
+    "--data bad.jsonl --tokenizer bytes": "bad.jsonl:2: 'chosen' is empty", "--sample x --steps 3": "--steps means nothing with --sample",
+    "--sample x": "out/ckpt.pt: No such file", "--sample x --out text": "text/ckpt.pt: ", "--init_from nothing.pt": "nothing.pt: No such file",
+    "--init_from bad.jsonl": "bad.jsonl: not a nanoIPO checkpoint", "--init_from cut.pt": "cut.pt: not a nanoIPO checkpoint",
+    "--init_from whole.pt --n_layer 2": "--n_layer is fixed by the checkpoint", "--init_from whole.pt": "its tokenizer is 'bytes'",
+    "--device cuda": "--device cuda: torch finds none", "--out text/folder": "--out text/folder: ", "--nonsense": "unrecognized arguments",
+    "--tokenizer bytes": "--tokenizer means nothing in a synthetic world"}
+
+
+def test_bad_input_is_one_line_and_status_two(tmp_path, monkeypatch, capsys):
+    """No traceback, nothing written. (In this process: a new one per row would take a minute.)"""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    some_pairs(tmp_path)
+    write(tmp_path / "bad.jsonl", pair(), pair(""))
+    write(tmp_path / "same.jsonl", pair("a", "a"))
+    write(tmp_path / "empty.jsonl")
+    write(tmp_path / "text", "text")
+    M.save_checkpoint(tmp_path / "whole.pt", tiny(), tokenizer="bytes")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:3000])
+    before = {p.name for p in tmp_path.iterdir()}
+    for command, message in BAD_COMMANDS.items():
+        try:
+            status = ipo.main(command.split())
+        except SystemExit as stop:
+            status = stop.code
+        error = capsys.readouterr().err
+        assert status == 2 and error.startswith("ipo.py: ") and error.count("\n") == 1 and message in error, (command, error)
+    assert {p.name for p in tmp_path.iterdir()} == before
+
+
+# -------------------------------------------------------------------------------------------------- README and layout
+
+README = (HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else ""
+
+
+def test_the_readme_quotes_the_code():
+    """Every line of the README's Python blocks stands in the source, letter for letter."""
+    source = {line.rstrip() for name in ("ipo.py", "model.py", "data.py") for line in (HERE / name).read_text().splitlines()}
+    quoted = [line for block in re.findall(r"```python\n(.*?)```", README, re.S) for line in block.splitlines() if line.strip()]
+    assert quoted and not [line for line in quoted if line.rstrip() not in source]
+
+
+def test_the_readme_explains_every_flag_and_no_other():
+    flags = {row[0] for row in ipo.FLAGS}
+    assert flags == set(re.findall(r"--([a-z_]+)", README)) & flags
+    assert set(re.findall(r"--([a-z_]+)", README)) <= flags | {"help"}
+
+
+def test_readme_commands_run(tmp_path):
+    """Every command of the README's shell blocks, its steps cut down and its tokens of bytes, on a file of pairs of our own."""
+    some_pairs(tmp_path)
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+    runs = [shlex.split(part, comments=True) for line in commands for part in line.split("&&") if "python ipo.py" in part]
+    assert len(runs) >= 5
+    for words in runs:
+        words = ["pairs.jsonl" if w.endswith(".jsonl") else w for w in words[2:]]
+        cut = [] if "--sample" in words else JSONL_RUN if "pairs.jsonl" in words else SHORT
+        if "--init_from" in words:
+            cut = JSONL_RUN[:6]
+        run = cli(*words, *cut, folder=tmp_path)
+        assert run.returncode == 0, (words, run.stderr)
+    assert any("pytest" in line for line in commands)
+
+
+def test_the_house_has_six_rooms():
+    """The six files and nothing else at the top, and leaves that import nothing of ours."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=HERE, capture_output=True, text=True).stdout.split()
+    tops = {name.split("/")[0] for name in tracked if not name.startswith(".")}
+    assert tops <= {"README.md", "ipo.py", "model.py", "data.py", "test_ipo.py", "requirements.txt"}
+    for leaf in ("model.py", "data.py"):
+        assert not re.search(r"^\s*(import|from) (ipo|model|data)\b", (HERE / leaf).read_text(), re.M)
