@@ -311,7 +311,8 @@ def build_world(name: str) -> World:
     sigmoid(r - r' + 2 c), where c = 1, 0 or -1 plays rock-paper-scissors on the first words: no reward explains it."""
     words = list(VALENCE)
     responses = [r for k in range(MAX_WORDS + 1) for r in itertools.product(words, repeat=k)]
-    reward = torch.tensor([[sum(VALENCE[w][x] for w in r) for r in responses] for x in range(len(SUBJECTS))]).double()
+    reward = torch.tensor([[sum(VALENCE[w][x] for w in r) for r in responses] for x in range(len(SUBJECTS))],
+                          dtype=torch.float64)
     gap = (reward[:, :, None] - reward[:, None, :]).round(decimals=4)  # (X,Y,Y); else .9+.5+.1 and .1+.5+.9 differ
     hand = torch.tensor([words.index(r[0]) % 3 if r else 3 for r in responses])  # 3: no first word, no game
     game = torch.tensor([[0, -1, 1, 0], [1, 0, -1, 0], [-1, 1, 0, 0], [0, 0, 0, 0]])[hand[:, None], hand[None, :]]
@@ -345,8 +346,8 @@ def base_kl(base: torch.Tensor, logp: torch.Tensor) -> float:  # (Y,), (X,Y) -> 
 def exact(logp, ref_logp, best_logp, fit_logp, pstar, mu, psi, tau) -> dict[str, float | None]:
     """What enumeration knows of a policy, mean over prompts; None where infinite. Log-probs, mu (X,Y); pstar (X,Y,Y).
 
-    kl_ref KL(pi||ref); kl_opt KL(pi||pi*); kl_fit KL(pi||fit) unless fit is None, nats; win E_{y~pi,y'~mu} p*(y>y'); ratio, the largest
-    |log pi/ref|; objective J = E psi(p*) - tau KL(pi||ref) (eq. 6). The theorem: J(pi*) - J(pi) = tau KL(pi||pi*).
+    kl_ref KL(pi||ref); kl_opt KL(pi||pi*); kl_fit KL(pi||fit), absent if fit is None; ratio, the largest |log pi/ref|: nats.
+    win E_{y~pi,y'~mu} p*(y>y'); objective J = E psi(p*) - tau KL(pi||ref) (eq. 6), so J(pi*) - J(pi) = tau KL(pi||pi*).
     """
     pi = logp.exp()
     kl = lambda other: (pi * (logp - other)).sum(-1).mean()

@@ -76,7 +76,7 @@ def margin(logp, ref_logp):  # (2B,), (2B,) -> (B,)
 def train(model, pairs, ref_logp, args, generator, log):
     """Preference training on `pairs` against ref_logp (R,), the reference's log-probs of all rows, computed beforehand:
     no second model exists. Calls log(step, numbers) every --log_every steps and after the last."""
-    update = M.descent(model, args.steps, args.lr, args.warmup, args.clip)
+    update = M.descent(model, args.steps, args.lr)
     order = D.batches(len(pairs.p), args.batch_size, args.steps, generator)
     for step, index in enumerate(tqdm(order, args.loss, args.steps, disable=None, leave=False), 1):
         model.train()
@@ -159,22 +159,19 @@ def log_line(kind, step, args, n, extra=""):
                f"| chosen {n['chosen']:+.2f} rejected {n['rejected']:+.2f} | win {n['win']:.2f}{extra}", file=sys.stdout)
 
 
-UNITS = {"kl_ref": "KL(pi||ref), nats", "kl_opt": "KL(pi||pi*), nats", "kl_fit": "KL(pi||labels'), nats",
-         "objective": "objective J, of Psi", "ratio": "max |log pi/ref|, nats", "h": "margin h, nats",
-         "h_std": "its deviation, nats", "target": "mean target, nats", "chosen": "log-ratio chosen, nats",
-         "rejected": "log-ratio rejected, nats"}
+UNITS = {"kl_ref": "KL(pi||ref), nats", "kl_opt": "KL(pi||pi*), nats", "win": "win rate against mu",
+         "objective": "objective J, of Psi", "ratio": "max |log pi/ref|, nats", "kl_fit": "KL(pi||labels'), nats"}
 
 
-def print_report(report, title):
-    """A row per quantity, a column per policy; `optimum` is what theory expects, - is what is not finite."""
-    print(f"\n{title:28}" + "".join(f"{column:>10}" for column in report))
+def print_report(report):
+    """A row per exact quantity, a column per policy; `optimum` is what theory expects, - is what is not finite."""
+    print(f"\n{'exact, mean over prompts':26}" + "".join(f"{column:>10}" for column in report))
     for key in report["after"]:
-        values = (column[key] for column in report.values())
-        print(f"{UNITS.get(key, key):28}" + "".join("         -" if v is None else f"{v:10.4f}" for v in values))
+        print(f"{UNITS[key]:26}" + "".join("         -" if c[key] is None else f"{c[key]:10.4f}" for c in report.values()))
     if "kl_fit" in report["after"]:
         print("labels' = where this loss leads on these labels, not pi*: a coin flip may stand for p* only if Psi is\n"
-              "affine and nothing flips it, and a target sees Psi's odd part only. Try --labels soft, an odd Psi, --noise 0")
-    if "optimum" in report and report["optimum"]["kl_ref"] is None:
+              "affine and nothing flips it; a target sees Psi's odd part only. Try --labels soft, --noise 0, an odd Psi")
+    if report["optimum"]["kl_ref"] is None:
         print("No finite optimum: certain pairs always ask this loss for more, so max |log pi/ref| grows with --steps.")
 
 
@@ -206,9 +203,8 @@ def prepare(args, generator):
         print(f"data: {len(data.p):,} pairs to train on, {len(held.p):,} held out; no prompt is in both")
     if saved and extra.get("tokenizer") != tokenizer.name:
         raise D.Refused(f"--init_from {args.init_from}: its tokenizer is {extra.get('tokenizer')!r}, the data's is "
-                      f"{tokenizer.name!r}; start from a run on the same kind of data, or choose its --tokenizer")
-    for key in ("n_layer", "n_head", "n_embd", "dropout"):
-        setattr(config, key, getattr(args, key))
+                        f"{tokenizer.name!r}; start from a run on the same kind of data, or choose its --tokenizer")
+    vars(config).update({size: getattr(args, size) for size in ("n_layer", "n_head", "n_embd", "dropout")})
     model = (saved or M.GPT(config)).to(args.device)
     size = sum(p.numel() for p in model.parameters())
     if small := size < 1e6 and args.device == "cpu":
@@ -235,9 +231,8 @@ def make_reference(model, world, data, args, generator):
     n = 2 * args.batch_size
     if args.sft_steps:
         rows = world.sample(n * args.sft_steps, generator) if world else data.pair_rows()
-        update = M.descent(model, args.sft_steps, args.sft_lr, args.warmup, args.clip)
-        order = D.batches(len(rows), n, args.sft_steps, generator)
-        bar = tqdm(order, "sft", args.sft_steps, disable=None, leave=False)
+        update = M.descent(model, args.sft_steps, args.sft_lr)
+        bar = tqdm(D.batches(len(rows), n, args.sft_steps, generator), "sft", args.sft_steps, disable=None, leave=False)
         first, last = M.finetune(model, data, rows, bar, update, args.dtype)
         print(f"sft: {args.sft_steps} steps, {first:.3f} -> {last:.3f} nats per response token")
     M.save_checkpoint(f"{args.out}/ref.pt", model, tokenizer=args.tokenizer or "world")
@@ -253,6 +248,10 @@ def pose(model, world, args, generator):
           f"{ref.exp().sum(-1).mean():.6f}; KL(base||ref) {D.base_kl(world.base, ref):.4f} nats\npairs: {args.pairs:,} "
           f"{args.labels}, each seen {args.steps * args.batch_size / args.pairs:.2f} times")
     pairs = world.draw(args.pairs, mu, args.labels, args.noise, generator)
+    if args.loss == "ipo" and args.logp == "sum":  # hard labels are coin flips: no policy puts all margins at 1/(2 tau)
+        final = best if fit is None else fit
+        n = measure(*(z.flatten()[pairs.pair_rows()].float() for z in (final, ref)), pairs.p, args)
+        print(f"expected at the end: loss {n['loss']:.4f}, h {n['h']:+.2f} ± {n['h_std']:.2f}, win {n['win']:.2f}")
     theirs = exact(best) if best.isfinite().all() else dict.fromkeys(exact(ref))
     return pairs, lambda: exact(distribution(model, world, args)), theirs
 
@@ -273,31 +272,29 @@ def run(args):
     lap("reference")
     if world:
         pairs, evaluate, best = pose(model, world, args, generator)
-        shown, title = pairs, "exact, mean over prompts"
+        shown = pairs
     else:
-        shown, title = (held, "held-out pairs") if len(held.p) else (pairs, "training pairs")
+        shown, kind = (held, "eval") if len(held.p) else (pairs, "eval of the training pairs")
         evaluate = lambda: measure(score_pairs(model, shown, args), ref_logp[shown.pair_rows()], shown.p, args)
     check_start(model, pairs, ref_logp, args)
-    report = {"before": evaluate()}
-    rows = pairs.pair_rows()
+    report, rows = {"before": evaluate()}, pairs.pair_rows()
     length = (pairs.start[rows + 1] - pairs.start[rows]).float().mean().item() * 2 * args.batch_size  # tokens in a step
     picked = [int(shown.chosen[(shown.prompt == x).nonzero()[0, 0]]) for x in shown.prompt.unique()[:3]]
     prompts = [pairs.prompt_ids(row) for row in picked]
     texts = [[continuation(model, x, tokenizer, args) for x in prompts]]
     lap("evaluation")
 
-    with open(f"{args.out}/metrics.jsonl", "w") as metrics:
+    with open(f"{args.out}/metrics.jsonl", "w", buffering=1) as metrics:  # 1: line by line
         def log(step, numbers):
             lap("training")
             now, extra = evaluate(), f" | {length * step / seconds['training'] / 1e3:.1f}k tok/s"
             if world:
                 gap = "inf" if now["kl_opt"] is None else f"{now['kl_opt']:.4f}"
-                extra = f" | KL {now['kl_ref']:.2f} to pi* {gap}" + extra
+                extra = f" | KL {now['kl_ref']:.2f}, to pi* {gap}" + extra
             log_line("step", step, args, numbers, extra)
-            if shown is held:
-                log_line("eval", step, args, now)
+            if not world:
+                log_line(kind, step, args, now)
             metrics.write(json.dumps({"step": step, "seconds": seconds["training"], **numbers, "eval": now}) + "\n")
-            metrics.flush()
             if not math.isfinite(numbers["loss"]):
                 raise Stopped(f"step {step}: the loss is {numbers['loss']}; lower --lr ({args.out}/ref.pt is unharmed)")
             lap("evaluation")
@@ -307,8 +304,7 @@ def run(args):
     report["after"] = evaluate()
     texts.append([continuation(model, x, tokenizer, args) for x in prompts])
     if world:
-        report["optimum"] = best
-    print_report(report, title)
+        print_report(report := report | {"optimum": best})
     for x, reference, policy in zip(prompts, *texts):
         print(f"\n{tokenizer.decode(x)[-200:]!r}\n  reference {reference!r}\n  policy    {policy!r}")
     lap("evaluation")
@@ -334,12 +330,14 @@ def sample(args):
 def number(kind, low, high=math.inf, above=False):
     """A type for argparse: numbers from low (not itself, if `above`) to high."""
     def parse_number(text):
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
         if not low <= value <= high or value == math.inf or above and value == low:
-            raise ValueError
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number {'>' if above else '>='} "
+                                             f"{low:g}" + f" and <= {high:g}" * (high < math.inf))
         return value
-    parse_number.__name__ = (f"{'whole ' * (kind is int)}number {'>' if above else '>='} {low:g}"  # argparse's message
-                             + f" and <= {high:g}" * (high < math.inf))
     return parse_number
 
 
@@ -362,9 +360,7 @@ FLAGS = [  # flag, type or choices, its default in a world, for a file, for --sa
     ("holdout", number(float, 0, 0.9), NA, 0.1, NA, "share of the prompts whose pairs are held out"),
     ("steps", natural, 2000, 200, NA, "steps of preference training"),
     ("batch_size", natural, 256, 16, NA, "pairs in a step; more than there are: some come twice"),
-    ("lr", positive, 1.5e-3, 1e-4, NA, "peak learning rate; falls linearly to 0"),
-    ("warmup", count, 50, 20, NA, "steps up to the peak, at most half of all"),
-    ("clip", positive, 1.0, 1.0, NA, "largest norm of a gradient"),
+    ("lr", positive, 1.5e-3, 1e-4, NA, "peak learning rate: reached in 50 steps or half of all, then down to 0"),
     ("sft_steps", count, 200, 400, NA, "maximum-likelihood steps that make the reference (--init_from: 0)"),
     ("sft_lr", positive, 3e-3, 1e-3, NA, "peak learning rate of those"),
     ("log_every", natural, 200, 50, NA, "steps from one log line to the next"),
@@ -382,15 +378,11 @@ FLAGS = [  # flag, type or choices, its default in a world, for a file, for --sa
 ]
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"ipo.py: {message}\n")  # one line, without the usage
-
-
 def parse(argv=None):
     """The arguments of a run: each flag that was given is honoured or refused by name, with exit status 2."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.error = lambda message: parser.exit(2, f"ipo.py: {message}\n")  # one line, without the usage
     for flag, kind, *defaults, meaning in FLAGS:
         shown = ", ".join(f"{task}: {value!r}" for task, value in zip(TASKS, defaults) if value is not NA)
         how = {"choices" if isinstance(kind, list) else "type": kind}
@@ -404,18 +396,16 @@ def parse(argv=None):
     args = argparse.Namespace(task=task, **defaults | given)
     if args.init_from:
         args.sft_steps = given.get("sft_steps", 0)
-        for flag in ("n_layer", "n_head", "n_embd", "block_size", "dropout"):
-            if flag in given:
-                parser.error(f"--{flag} is fixed by the checkpoint of --init_from; leave it out")
+        for flag in given.keys() & {"n_layer", "n_head", "n_embd", "block_size", "dropout"}:
+            parser.error(f"--{flag} is fixed by the checkpoint of --init_from; leave it out")
     elif task != "sample" and args.n_embd % args.n_head:
         parser.error(f"--n_embd {args.n_embd} is not a multiple of --n_head {args.n_head}; change one of them")
     if args.noise and args.labels == "soft":
         parser.error("--noise flips hard labels and --labels soft has none; leave one of the two out")
-    found = [name for name, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()),
-                                      ("cpu", True)) if there]
-    args.device = found[0] if args.device == "auto" else args.device
-    if args.device not in found:
-        parser.error(f"--device {args.device}: torch finds none on this machine; use --device {found[0]}")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    args.device = next(d for d in there if there[d]) if args.device == "auto" else args.device
+    if not there[args.device]:
+        parser.error(f"--device {args.device}: torch finds none on this machine; use --device auto")
     return args
 
 

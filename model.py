@@ -147,17 +147,18 @@ def score(model, data, rows, batch, dtype="float32", mean=False):  # (R,) -> (R,
     return logp
 
 
-def descent(model, steps, lr, warmup, clip):
-    """A function that takes an optimiser step on a loss: AdamW, lr up for `warmup` steps, then linearly down to 0."""
+def descent(model, steps, lr):
+    """A function that takes a step on a loss: AdamW, gradient norm at most 1, lr up for 50 steps or half of
+    all, then linearly down to 0."""
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    warmup = min(warmup, steps // 2)
+    warmup = min(50, steps // 2)
     factor = lambda s: min((s + 1) / (warmup + 1), (steps - s) / (steps - warmup))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
     def update(loss):
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
     return update
