@@ -557,18 +557,44 @@ def test_same_seed_same_weights(tmp_path):
     assert torch.equal(weights["a"], weights["b"]) and not torch.equal(weights["a"], weights["c"])
 
 
-def test_the_reference_never_trains():
-    """One step on frozen reference log-probs: the cache stays what it was while the policy moves away from it."""
-    world, args = D.build_world("bt"), Namespace(loss="ipo", tau=0.2, logp="sum", steps=3, lr=1e-2, batch_size=32,
+@pytest.mark.parametrize("logp", ["sum", "mean"])
+def test_the_reference_never_trains(logp):
+    """The first batch has margin 0, in either form of log pi; the cache stays what it was while the policy moves away."""
+    world, args = D.build_world("bt"), Namespace(loss="ipo", tau=0.2, logp=logp, steps=3, lr=1e-2, batch_size=32,
                                                  dtype="float32", device="cpu", log_every=1)
     model = tiny(V=world.vocab_size, T=world.block_size, head_size=world.head_size)
-    ref = M.score(model, world.data, torch.arange(1600), 512)
+    ref = M.score(model, world.data, torch.arange(1600), 512, mean=logp == "mean")
     kept, seen = ref.clone(), []
     pairs = world.draw(96, torch.full((4, 400), 1 / 400).double(), "hard", 0.0, torch.Generator().manual_seed(0))
     ipo.train(model, pairs, ref, args, torch.Generator().manual_seed(0), lambda step, n: seen.append(n))
     assert torch.equal(ref, kept) and abs(seen[0]["h"]) < 1e-4 and seen[2]["h"] > 0.02
     assert seen[0]["loss"] == pytest.approx(ipo.ipo_loss(torch.zeros(1), torch.ones(1), 0.2).item(), rel=1e-4)
-    assert not torch.allclose(M.score(model, world.data, torch.arange(1600), 512), ref, atol=1e-2)
+    assert not torch.allclose(M.score(model, world.data, torch.arange(1600), 512, mean=logp == "mean"), ref, atol=1e-2)
+
+
+def test_the_reference_has_seen_chosen_and_rejected_alike(tmp_path):
+    """SFT on both sides: neither is likelier at the start, so mu is what the reference says."""
+    data = encoded(*(pair("aaaa", "bbbb", f"{i}") for i in range(20)))
+    args = Namespace(sft_steps=80, sft_lr=1e-2, batch_size=8, dtype="float32", out=str(tmp_path), logp="sum", tokenizer="bytes")
+    logp = ipo.make_reference(tiny(V=257, T=32), None, data, args, torch.Generator().manual_seed(0))
+    assert (logp[data.chosen] - logp[data.rejected]).mean().abs() < 2 and logp.mean() > -8
+
+
+def test_scoring_drops_nothing_out():
+    model = tiny(V=257, T=32, dropout=0.5).train()
+    data = encoded(pair(), pair("abc", "d"))
+    expected = M.sequence_logp(model.eval(), *data.rows(torch.arange(4)))
+    assert torch.allclose(M.score(model.train(), data, torch.arange(4), 3), expected, atol=1e-5)
+
+
+def test_the_learning_rate_rises_and_falls_to_zero():
+    """Under a constant gradient Adam moves by the learning rate: a third, two thirds, all of it, a half, for four steps."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    update, path = M.descent(model, 4, 0.1), [model.weight.item()]
+    for _ in range(4):
+        update(model.weight.sum())
+        path.append(model.weight.item())
+    assert -np.diff(path) == pytest.approx([0.1 / 3, 0.2 / 3, 0.1, 0.05], rel=1e-3)
 
 
 def test_a_wrong_reference_stops_the_run():
