@@ -25,12 +25,11 @@ class Refused(ValueError):
 
 
 class Pair(NamedTuple):
-    """One comparison, as text; p = P(chosen is preferred); line = where it stands in its file (0: in none)."""
+    """One comparison, as text; p = P(chosen is preferred)."""
     prompt: str
     chosen: str
     rejected: str
     p: float = 1.0
-    line: int = 0
 
 
 class Batch(NamedTuple):
@@ -81,34 +80,42 @@ def iter_jsonl(path: str) -> Iterator[Pair]:
 
 def parse_lines(file, path: str) -> Iterator[Pair]:
     """Yields the pairs of an open file; prints how many blank lines were skipped and which keys nothing reads."""
-    unused, blank = {}, 0
+    unused, line, blank = {}, 0, 0
     with file:
         for line, raw in enumerate(file, 1):
             if raw.strip():
-                yield parse_pair(raw, f"{path}:{line}", line, unused)
+                yield parse_pair(raw, f"{path}:{line}", unused)
             else:
                 blank += 1
+        if line == blank:
+            raise Refused(f"{path}: holds no pair; write one JSON object per line")
     if blank:
         print(f"{path}: {blank} blank lines skipped")
     if unused:
         print(f"{path}: keys not used: " + ", ".join(f"{key!r} ({n} lines)" for key, n in unused.items()))
 
 
-def parse_pair(raw: bytes, where: str, line: int = 0, unused: dict[str, int] | None = None) -> Pair:
+def no_key_twice(items: list[tuple[str, object]]) -> dict:
+    """The object with these keys and values; json would silently keep the last of two that share a key."""
+    if len(dict(items)) < len(items):
+        raise ValueError("a key stands twice")
+    return dict(items)
+
+
+def parse_pair(raw: bytes, where: str, unused: dict[str, int]) -> Pair:
     """The pair on one line; counts in `unused` the keys that nothing reads. Raises Refused that starts with `where`."""
     try:
-        item = json.loads(raw.decode("utf-8-sig"))
+        item = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=no_key_twice)
     except UnicodeDecodeError as error:
         raise Refused(f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
-    except (ValueError, RecursionError) as error:  # ValueError: bad JSON, and whole numbers of over 4,300 digits
-        why = error.msg if isinstance(error, json.JSONDecodeError) else "a number too long or nesting too deep"
-        raise Refused(f"{where}: not JSON ({why}); write one JSON object per line") from None
+    except (ValueError, RecursionError) as error:  # bad JSON; whole numbers of over 4,300 digits; nesting too deep
+        raise Refused(f"{where}: not JSON ({getattr(error, 'msg', error)}); write one JSON object per line") from None
     if not isinstance(item, dict):
         raise Refused(f"{where}: a JSON {type(item).__name__}, not an object; write "
                       '{"prompt": ..., "chosen": ..., "rejected": ...}')
     for key in ("chosen", "rejected", "prompt"):
         if key not in item and key != "prompt":
-            raise Refused(f"{where}: key {key!r} is missing; keys found: {', '.join(map(repr, item)) or 'none'}")
+            raise Refused(f"{where}: key {key!r} is missing; add it (found: {', '.join(map(repr, item)) or 'none'})")
         text = item.get(key, "")
         if not isinstance(text, str):
             raise Refused(f"{where}: {key!r} is a JSON {type(text).__name__}, not a string; write it as one text")
@@ -129,9 +136,9 @@ def parse_pair(raw: bytes, where: str, line: int = 0, unused: dict[str, int] | N
     for key, text in (("chosen", chosen), ("rejected", rejected)):
         if not text:
             raise Refused(f"{where}: {key!r} is empty, so there is no token to score; fill it or remove the line")
-    for key in item.keys() - {"prompt", "chosen", "rejected", "p"} if unused is not None else ():
+    for key in item.keys() - {"prompt", "chosen", "rejected", "p"}:
         unused[key] = unused.get(key, 0) + 1
-    return Pair(prompt, chosen, rejected, float(p), line)
+    return Pair(prompt, chosen, rejected, float(p))
 
 
 # ----------------------------------------------------------------------------------------- text -> token ids -> tensors
@@ -211,7 +218,7 @@ def encode(pairs: Iterable[Pair], tokenizer: tiktoken.Encoding, block_size: int)
             notes[cut] += len(prompt) > room
             notes[against] += pair.p < 0.5
             prompt = prompt[-room:] or [eot]  # what GPT-2 reads at the start of a text
-            prompts.append(numbers.setdefault(pair.prompt, len(numbers)))
+            prompts.append(numbers.setdefault(array("i", prompt).tobytes(), len(numbers)))  # as cut: no other is seen
             p.append(pair.p)
             yield prompt, chosen + [eot]
             yield prompt, rejected + [eot]
@@ -219,7 +226,7 @@ def encode(pairs: Iterable[Pair], tokenizer: tiktoken.Encoding, block_size: int)
             if n:
                 print(f"data: {n:,} of {read:,} {note}")
         if not p:
-            raise Refused(f"no usable pair among {read}; see the counts above" if read else "no pair: file is empty")
+            raise Refused(f"--data: no usable pair among {read}; mend what is counted above, or raise --block_size")
 
     rows = pack(usable_rows())
     n = torch.arange(len(p))
@@ -269,7 +276,7 @@ WORLDS = ("bt", "deterministic", "cyclic")
 
 
 class World(NamedTuple):
-    """A preference world small enough to enumerate: X prompts, Y responses to each, all probabilities known, float64."""
+    """A preference world that can be enumerated: X prompts, Y responses to each, all probabilities known, float64."""
     name: str
     prompts: list[str]     # X
     responses: list[str]   # Y
@@ -346,14 +353,14 @@ def base_kl(base: torch.Tensor, logp: torch.Tensor) -> float:  # (Y,), (X,Y) -> 
 def exact(logp, ref_logp, best_logp, fit_logp, pstar, mu, psi, tau) -> dict[str, float | None]:
     """What enumeration knows of a policy, mean over prompts; None where infinite. Log-probs, mu (X,Y); pstar (X,Y,Y).
 
-    kl_ref KL(pi||ref); kl_opt KL(pi||pi*); kl_fit KL(pi||fit), absent if fit is None; ratio, the largest |log pi/ref|: nats.
+    In nats: kl_ref KL(pi||ref); kl_opt KL(pi||pi*); kl_fit KL(pi||fit), if there is a fit; ratio, largest |log pi/ref|.
     win E_{y~pi,y'~mu} p*(y>y'); objective J = E psi(p*) - tau KL(pi||ref) (eq. 6), so J(pi*) - J(pi) = tau KL(pi||pi*).
     """
     pi = logp.exp()
     kl = lambda other: (pi * (logp - other)).sum(-1).mean()
     expect = lambda value: torch.einsum("xy,xyz,xz->x", pi, value, mu).mean()
     numbers = {"kl_ref": kl(ref_logp), "kl_opt": kl(best_logp), "win": expect(pstar),
-               "objective": expect(psi(pstar)) - tau * kl(ref_logp), "ratio": (logp - ref_logp).abs().max()}
+               "objective": expect(psi(pstar).double()) - tau * kl(ref_logp), "ratio": (logp - ref_logp).abs().max()}
     if fit_logp is not None:
         numbers["kl_fit"] = kl(fit_logp)
     return {name: value.item() if value.isfinite() else None for name, value in numbers.items()}

@@ -1,7 +1,7 @@
 """nanoIPO: preference optimisation by IPO, small enough to read, on a world small enough to know the exact answer.
 
   objective  max_pi  E[ Psi(p*(y>y')) ] - tau KL(pi||ref),  y ~ pi, y' ~ mu             (Azar et al. 2023, eq. 6)
-  optimum    pi*(y)  ~  ref(y) exp( E_{y'~mu}[ Psi(p*(y>y')) ] / tau )                  (eq. 7)
+  optimum    pi*(y)  =  ref(y) exp( E_{y'~mu}[ Psi(p*(y>y')) ] / tau ) / Z              (eq. 7; Z normalises)
   margin     h       =  log pi(yw)/ref(yw) - log pi(yl)/ref(yl)                         (eq. 12)
   target(p)          =  ( Psi(p) - Psi(1-p) ) / (2 tau)         p = P(yw is preferred to yl)
   IPO                   ( h - target(p) )^2                     Psi(q) = q, p = 1: ( h - 1/(2 tau) )^2, eq. 17
@@ -41,10 +41,10 @@ def psi(q):  # preference probabilities in [0,1], a tensor of any shape -> their
 
 
 def target(p, tau):  # (B,) -> (B,)
-    """The margin in nats that PsiPO's optimum has on pairs preferred with probability p. A tie, p = 1/2, asks for 0.
+    """The margin in nats that a pair asks for if its first response is preferred with probability p; a tie asks for 0.
 
-    The 1/2 is exact: one comparison, seen from both sides, says 1/tau and 0; their midpoint has the same regression.
-    Raises ValueError unless tau > 0.
+    pi* is the least-squares compromise between all pairs. The 1/2 is exact: the two orders of a pair ask h for
+    Psi(p)/tau and -Psi(1-p)/tau (if certain: 1/tau and 0); this is their mean. Raises ValueError unless tau > 0.
     """
     if not tau > 0:
         raise ValueError(f"tau must be > 0, got {tau}")
@@ -64,7 +64,7 @@ def dpo_loss(h, p, tau):  # (B,), (B,) -> (B,)
 
 
 LOSSES = {"ipo": ipo_loss, "dpo": dpo_loss}
-OBJECTIVE = {"ipo": lambda q: psi(q), "dpo": torch.logit}  # the Psi whose optimum the loss aims at (DPO: proposition 1)
+OBJECTIVE = {"ipo": lambda q: psi(q), "dpo": torch.logit}  # the Psi of its optimum (DPO: prop. 1, Bradley-Terry only)
 
 
 def margin(logp, ref_logp):  # (2B,), (2B,) -> (B,)
@@ -95,14 +95,15 @@ def train(model, pairs, ref_logp, args, generator, log):
 
 @torch.no_grad()
 def measure(logp, ref_logp, p, args):  # (2B,), (2B,), (B,) -> dict of floats
-    """The numbers of a log line. `win`: the share of pairs whose margin has the label's sign; ties, which are margins
-    below the rounding of .0005 nats, count one half."""
+    """The numbers of a log line. `win`: the share of pairs whose margin has the label's sign; ties (p = 1/2, or a
+    margin under .0005 nats, which may be rounding) count one half. `target`: None if infinite, as DPO's is at p = 1."""
     h = margin(logp, ref_logp)
     chosen, rejected = (logp - ref_logp).chunk(2)
-    asked = target(p, args.tau).mean().item() if args.loss == "ipo" else None  # None: no finite target
+    asked = (target(p, args.tau) if args.loss == "ipo" else torch.logit(p) / args.tau).mean().item()
+    win = ((h.round(decimals=3) * (p - 0.5)).sign().mean().item() + 1) / 2
     return {"loss": LOSSES[args.loss](h, p, args.tau).mean().item(), "h": h.mean().item(),
-            "h_std": h.std(correction=0).item(), "target": asked, "chosen": chosen.mean().item(),
-            "rejected": rejected.mean().item(), "win": ((h.round(decimals=3) * (p - 0.5)).sign().mean().item() + 1) / 2}
+            "h_std": h.std(correction=0).item(), "target": asked if math.isfinite(asked) else None,
+            "chosen": chosen.mean().item(), "rejected": rejected.mean().item(), "win": win}
 
 
 def score_pairs(model, pairs, args):  # -> (2N,)
@@ -117,8 +118,8 @@ def distribution(model, world, args):  # -> (X,Y) float64
 
 
 def theory(world, ref, args):  # log ref (X,Y) -> mu, log pi*, log of the fitted policy (None: pi* itself), (X,Y) each
-    """The fitted policy is where IPO leads on labels of this kind: E[target] takes the place of Psi. It is pi* if the
-    labels may stand for p* (soft ones, or an affine Psi without noise) and Psi is odd (a target sees no more)."""
+    """The fitted policy is IPO's minimiser on endless labels of this kind: ref exp(E_mu E[target]), normalised. It is
+    pi* if labels are soft, or Psi affine and noise 0, and if Psi is odd about 1/2 up to a constant."""
     mu = torch.full_like(ref, 1 / ref.shape[1]) if args.mu == "uniform" else ref.exp()
     best = D.optimum(ref, world.pstar, mu, OBJECTIVE[args.loss], args.tau)
     if args.loss != "ipo":
@@ -134,20 +135,21 @@ def check_targets(p, args):
     if args.loss == "ipo" and not (finite := target(p, args.tau).isfinite()).all():
         worst = p[~finite].max().item()
         raise D.Refused(f"psi({worst:g}) - psi({1 - worst:g}) is not finite: this Psi asks for an infinite margin on "
-                      "certain pairs, which is DPO's over-fitting; use labels with 0 < p < 1 (in the bt world --labels "
-                      "soft) or a Psi that is finite at 0 and 1")
+                      "certain pairs, which is DPO's over-fitting; use labels with 0 < p < 1 (--labels soft, in a "
+                      "world that is not deterministic) or a Psi that is finite at 0 and 1")
 
 
 def check_start(model, pairs, ref_logp, args):
-    """Step 0: pi = ref, so all margins are 0 and the loss is known. Raises Stopped if the cache is of another model."""
+    """Step 0: pi = ref, so all margins are 0 and the loss is known. Raises M.Stopped if the cache is another model's."""
     pairs = pairs.select(torch.arange(min(args.batch_size, len(pairs.p))))
     ref, logp = ref_logp[pairs.pair_rows()], score_pairs(model, pairs, args)
-    expected, measured = measure(ref, ref, pairs.p, args), measure(logp, ref, pairs.p, args)
-    why = f"mean target^2; mean target {expected['target']:.4g} nats" if args.loss == "ipo" else "ln 2; no target"
-    print(f"step 0: loss {measured['loss']:.6g}, theory {expected['loss']:.6g} ({why})")
-    rounding = (2e-2 if args.dtype == "bfloat16" else 1e-5) * (1 + ref.abs().max())
-    if not margin(logp, ref).abs().max() <= rounding:
-        raise Stopped("step 0: margins are not 0, so the cached reference is not the policy that training starts from")
+    off, loss = margin(logp, ref).abs().max().item(), measure(logp, ref, pairs.p, args)["loss"]
+    due = (target(pairs.p, args.tau) ** 2).mean().item() if args.loss == "ipo" else math.log(2)
+    print(f"step 0: loss {loss:.6g}, theory {due:.6g} ({'mean of target^2' if args.loss == 'ipo' else 'ln 2'})")
+    rounding = (2e-2 if args.dtype == "bfloat16" else 1e-5) * (1 + ref.abs().max().item())
+    if not (off <= rounding and abs(loss - due) <= 1e-5 * due + off * (off + 2 * due ** 0.5 + args.tau)):
+        raise M.Stopped(f"step 0: margins up to {off:.3g} nats where pi = ref has 0, or the loss is not theory's; "
+                        "the cached reference is not the policy that training starts from, or a loss was edited")
 
 
 # --------------------------------------------------------------------------------------------------------------- output
@@ -155,42 +157,38 @@ def check_start(model, pairs, ref_logp, args):
 def log_line(kind, step, args, n, extra=""):
     """One line of fixed width; the README says what the columns mean."""
     asked = "inf" if n["target"] is None else f"{n['target']:.2f}"
-    tqdm.write(f"{kind} {step:4d}/{args.steps} | loss {n['loss']:8.4f} | h {n['h']:+.2f} ± {n['h_std']:.2f} -> {asked} "
-               f"| chosen {n['chosen']:+.2f} rejected {n['rejected']:+.2f} | win {n['win']:.2f}{extra}", file=sys.stdout)
+    ratios = f"chosen {n['chosen']:+6.2f} rejected {n['rejected']:+6.2f}"
+    tqdm.write(f"{kind} {step:5d}/{args.steps} | loss {n['loss']:8.4f} | h {n['h']:+6.2f} ± {n['h_std']:5.2f} -> "
+               f"{asked} | {ratios} | win {n['win']:.2f}{extra}", file=sys.stdout)
 
 
 UNITS = {"kl_ref": "KL(pi||ref), nats", "kl_opt": "KL(pi||pi*), nats", "win": "win rate against mu",
-         "objective": "objective J, of Psi", "ratio": "max |log pi/ref|, nats", "kl_fit": "KL(pi||labels'), nats"}
+         "objective": "objective J, of Psi", "ratio": "max |log pi/ref|, nats", "kl_fit": "KL(pi||labels), nats"}
 
 
 def print_report(report):
-    """A row per exact quantity, a column per policy; `optimum` is what theory expects, - is what is not finite."""
+    """A row per exact quantity, a column per policy: measured, then what theory expects; - is what is not finite."""
+    show = lambda value: "         -" if value is None else f"{value:10.4f}"
     print(f"\n{'exact, mean over prompts':26}" + "".join(f"{column:>10}" for column in report))
     for key in report["after"]:
-        print(f"{UNITS[key]:26}" + "".join("         -" if c[key] is None else f"{c[key]:10.4f}" for c in report.values()))
-    if "kl_fit" in report["after"]:
-        print("labels' = where this loss leads on these labels, not pi*: a coin flip may stand for p* only if Psi is\n"
-              "affine and nothing flips it; a target sees Psi's odd part only. Try --labels soft, --noise 0, an odd Psi")
+        print(f"{UNITS[key]:26}" + "".join(show(column[key]) for column in report.values()))
+    if "labels" in report:
+        print("labels = where these labels lead IPO, not pi*: a coin flip stands for p* only if Psi is affine and\n"
+              "nothing flips it, and a target sees only Psi's odd part about 1/2. Try --labels soft, --noise 0, such a Psi.")
     if report["optimum"]["kl_ref"] is None:
-        print("No finite optimum: certain pairs always ask this loss for more, so max |log pi/ref| grows with --steps.")
-
-
-def continuation(model, prompt, tokenizer, args):
-    """A text sampled after `prompt` (ids). Seed and prompt fix the draws, so two models' texts differ by the models."""
-    generator = torch.Generator().manual_seed(args.seed + sum(prompt))
-    return tokenizer.decode(M.generate(model, prompt, args.max_new_tokens, args.temperature, args.top_k,
-                                       tokenizer.eot_token, generator))
+        print("No finite optimum: certain pairs always ask this loss for more: max |log pi/ref| grows with --steps.")
 
 
 # ---------------------------------------------------------------------------------------------------------- the program
 
-class Stopped(RuntimeError):
-    """A run that must not go on; one line that says why."""
-
-
 def prepare(args, generator):
     """(world or None, rows: a world's or the training pairs', held-out pairs or None, tokenizer, model on the CPU)."""
     saved, extra = M.load_checkpoint(args.init_from) if args.init_from else (None, {})
+    if saved:
+        vars(args).update({size: getattr(saved.config, size) for size in SIZES}, tokenizer=extra["tokenizer"])
+    if (args.task == "world") != (args.tokenizer in (None, "world")):
+        raise D.Refused(f"--init_from {args.init_from}: its model is for tokenizer {args.tokenizer!r}, which does not "
+                        f"fit --data {args.data}; start from a run on data of the same kind")
     world = held = None
     source = D.iter_jsonl(args.data) if args.task == "file" else None
     tokenizer = D.get_tokenizer(args.tokenizer or "world")
@@ -198,20 +196,11 @@ def prepare(args, generator):
         world = D.build_world(args.data)
         data, config = world.data, M.GPTConfig(world.block_size, world.vocab_size, head_size=world.head_size)
     else:
-        config = M.GPTConfig(saved.config.block_size if saved else args.block_size, tokenizer.n_vocab)
+        config = M.GPTConfig(args.block_size, tokenizer.n_vocab)
         data, held = D.split(D.encode(source, tokenizer, config.block_size), args.holdout, generator)
         print(f"data: {len(data.p):,} pairs to train on, {len(held.p):,} held out; no prompt is in both")
-    if saved and extra.get("tokenizer") != tokenizer.name:
-        raise D.Refused(f"--init_from {args.init_from}: its tokenizer is {extra.get('tokenizer')!r}, the data's is "
-                        f"{tokenizer.name!r}; start from a run on the same kind of data, or choose its --tokenizer")
-    vars(config).update({size: getattr(args, size) for size in ("n_layer", "n_head", "n_embd", "dropout")})
-    model = (saved or M.GPT(config)).to(args.device)
-    size = sum(p.numel() for p in model.parameters())
-    if small := size < 1e6 and args.device == "cpu":
-        torch.set_num_threads(1)  # matrices this small lose more to a second thread than they gain
-    print(f"model: {size:,} parameters, context {model.config.block_size} tokens; {args.device}, {args.dtype}, "
-          f"{torch.get_num_threads()} CPU threads" + " (1 because the model is small)" * small)
-    return world, data, held, tokenizer, model
+    vars(config).update({size: getattr(args, size) for size in SIZES if size != "block_size"})
+    return world, data, held, tokenizer, M.place(saved or M.GPT(config), args.device)
 
 
 def open_folder(args):
@@ -227,7 +216,8 @@ def open_folder(args):
 
 
 def make_reference(model, world, data, args, generator):
-    """SFT on what mu is made of, rejected responses too; the log-probs (R,) that are the reference from now on."""
+    """SFT on a world's base distribution, or on all responses of a file, rejected ones too; then the log-probs (R,) of
+    all rows, which are the reference from now on."""
     n = 2 * args.batch_size
     if args.sft_steps:
         rows = world.sample(n * args.sft_steps, generator) if world else data.pair_rows()
@@ -240,19 +230,21 @@ def make_reference(model, world, data, args, generator):
 
 
 def pose(model, world, args, generator):
-    """The world's problem: (pairs drawn from it, a function that measures the model exactly, the optimum's numbers)."""
+    """The world's problem: (pairs drawn from it, a function that measures the model exactly, what theory expects)."""
     ref = distribution(model, world, args)
     mu, best, fit = theory(world, ref, args)
     exact = lambda logp: D.exact(logp, ref, best, fit, world.pstar, mu, OBJECTIVE[args.loss], args.tau)
     print(f"world {world.name}: {ref.shape[0]} prompts x {ref.shape[1]} responses, whose probabilities sum to "
           f"{ref.exp().sum(-1).mean():.6f}; KL(base||ref) {D.base_kl(world.base, ref):.4f} nats\npairs: {args.pairs:,} "
-          f"{args.labels}, each seen {args.steps * args.batch_size / args.pairs:.2f} times")
+          f"{args.labels}, each seen {(seen := args.steps * args.batch_size / args.pairs):.2f} times"
+          + "; hard labels seen often are learned with their noise" * (args.labels == "hard" and seen > 2)
+          + "\n--logp mean leads to a policy of its own; pi* below is the sum's" * (args.logp == "mean"))
     pairs = world.draw(args.pairs, mu, args.labels, args.noise, generator)
-    if args.loss == "ipo" and args.logp == "sum":  # hard labels are coin flips: no policy puts all margins at 1/(2 tau)
+    if args.loss == "ipo" and args.logp == "sum":  # pi* averages contradictory pairs: its margins are not the targets
         final = best if fit is None else fit
         n = measure(*(z.flatten()[pairs.pair_rows()].float() for z in (final, ref)), pairs.p, args)
         print(f"expected at the end: loss {n['loss']:.4f}, h {n['h']:+.2f} ± {n['h_std']:.2f}, win {n['win']:.2f}")
-    theirs = exact(best) if best.isfinite().all() else dict.fromkeys(exact(ref))
+    theirs = {"optimum": exact(best)} | ({} if fit is None else {"labels": exact(fit)})
     return pairs, lambda: exact(distribution(model, world, args)), theirs
 
 
@@ -265,13 +257,14 @@ def run(args):
         seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - begin - sum(seconds.values())
 
     world, pairs, held, tokenizer, model = prepare(args, generator)
-    check_targets(pairs.p if not world else world.pstar if args.labels == "soft" else torch.ones(1), args)
+    check_targets(torch.cat([pairs.p, held.p]) if held else world.pstar if args.labels == "soft" else torch.ones(1),
+                  args)
     open_folder(args)
     lap("setup")
     ref_logp = make_reference(model, world, pairs, args, generator)  # (R,)
     lap("reference")
     if world:
-        pairs, evaluate, best = pose(model, world, args, generator)
+        pairs, evaluate, expected = pose(model, world, args, generator)
         shown = pairs
     else:
         shown, kind = (held, "eval") if len(held.p) else (pairs, "eval of the training pairs")
@@ -281,30 +274,28 @@ def run(args):
     length = (pairs.start[rows + 1] - pairs.start[rows]).float().mean().item() * 2 * args.batch_size  # tokens in a step
     picked = [int(shown.chosen[(shown.prompt == x).nonzero()[0, 0]]) for x in shown.prompt.unique()[:3]]
     prompts = [pairs.prompt_ids(row) for row in picked]
-    texts = [[continuation(model, x, tokenizer, args) for x in prompts]]
+    texts = [[M.continuation(model, x, tokenizer, args) for x in prompts]]
     lap("evaluation")
 
     with open(f"{args.out}/metrics.jsonl", "w", buffering=1) as metrics:  # 1: line by line
         def log(step, numbers):
             lap("training")
+            M.check_finite(model, "--lr")
             now, extra = evaluate(), f" | {length * step / seconds['training'] / 1e3:.1f}k tok/s"
             if world:
-                gap = "inf" if now["kl_opt"] is None else f"{now['kl_opt']:.4f}"
-                extra = f" | KL {now['kl_ref']:.2f}, to pi* {gap}" + extra
+                extra = f" | KL {now['kl_ref']:.2f}, to pi* {now['kl_opt'] or math.inf:.4f}" + extra  # None: infinite
             log_line("step", step, args, numbers, extra)
             if not world:
                 log_line(kind, step, args, now)
             metrics.write(json.dumps({"step": step, "seconds": seconds["training"], **numbers, "eval": now}) + "\n")
-            if not math.isfinite(numbers["loss"]):
-                raise Stopped(f"step {step}: the loss is {numbers['loss']}; lower --lr ({args.out}/ref.pt is unharmed)")
             lap("evaluation")
 
         train(model, pairs, ref_logp, args, generator, log)
     M.save_checkpoint(f"{args.out}/ckpt.pt", model, tokenizer=tokenizer.name)
     report["after"] = evaluate()
-    texts.append([continuation(model, x, tokenizer, args) for x in prompts])
+    texts.append([M.continuation(model, x, tokenizer, args) for x in prompts])
     if world:
-        print_report(report := report | {"optimum": best})
+        print_report(report := report | expected)
     for x, reference, policy in zip(prompts, *texts):
         print(f"\n{tokenizer.decode(x)[-200:]!r}\n  reference {reference!r}\n  policy    {policy!r}")
     lap("evaluation")
@@ -324,7 +315,7 @@ def sample(args):
         raise D.Refused(f"--sample {args.sample!r}: holds a word outside this model's vocabulary; it knows {known}")
     if len(prompt) >= model.config.block_size:
         raise D.Refused(f"--sample: {len(prompt)} tokens fill the context of {model.config.block_size}; shorten it")
-    print(args.sample + continuation(model.to(args.device), prompt, tokenizer, args))
+    print(args.sample + M.continuation(model.to(args.device), prompt, tokenizer, args))
 
 
 def number(kind, low, high=math.inf, above=False):
@@ -335,12 +326,13 @@ def number(kind, low, high=math.inf, above=False):
         except ValueError:
             value = math.nan
         if not low <= value <= high or value == math.inf or above and value == low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number {'>' if above else '>='} "
-                                             f"{low:g}" + f" and <= {high:g}" * (high < math.inf))
+            what = f"{'whole ' * (kind is int)}number {'>' if above else '>='} {low:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {what}" + f" and <= {high:g}" * (high < math.inf))
         return value
     return parse_number
 
 
+SIZES = ("n_layer", "n_head", "n_embd", "block_size", "dropout")  # flags that a checkpoint fixes
 NA = None  # the flag means nothing for that task, and is refused
 TASKS = {"world": "in a synthetic world", "file": "for a JSONL file", "sample": "with --sample"}
 positive, natural, count = number(float, 0, above=True), number(int, 1), number(int, 0)
@@ -350,7 +342,7 @@ FLAGS = [  # flag, type or choices, its default in a world, for a file, for --sa
     ("out", str, "out", "out", "out", "folder of the run's files"),
     ("init_from", str, "", "", NA, "checkpoint to start from and stay near (a run's ref.pt or ckpt.pt); '': none"),
     ("loss", list(LOSSES), "ipo", "ipo", NA, "loss on the margin"),
-    ("tau", positive, 0.2, 0.1, NA, "pull towards the reference, DPO's beta; the target margin is 1/(2 tau) nats"),
+    ("tau", number(float, 1e-6, 1e6), 0.2, 0.1, NA, "pull to the reference, DPO's beta; target: 1/(2 tau) nats"),
     ("logp", ["sum", "mean"], "sum", "sum", NA, "log pi(y|x): the paper's sum over tokens, or their mean"),
     ("labels", ["hard", "soft"], "hard", NA, NA, "hard: a coin flip with p*, winner first; soft: p* itself"),
     ("noise", number(float, 0, 1), 0.0, NA, NA, "probability that a hard label is flipped"),
@@ -371,7 +363,7 @@ FLAGS = [  # flag, type or choices, its default in a world, for a file, for --sa
     ("dropout", number(float, 0, 0.9), 0.0, 0.0, NA, "share of activations dropped in training"),
     ("device", ["auto", "cpu", "cuda", "mps"], "auto", "auto", "auto", "auto: cuda if found, else mps, else cpu"),
     ("dtype", ["float32", "bfloat16"], "float32", "float32", NA, "of matrix products; weights, log-probs: float32"),
-    ("seed", count, 0, 0, 0, "fixes weights, data, order and samples"),
+    ("seed", number(int, 0, 2**32 - 1), 0, 0, 0, "fixes weights, data, order and samples"),
     ("temperature", number(float, 0), 1.0, 1.0, 1.0, "of samples; 0 takes the likeliest token"),
     ("top_k", count, 0, 0, 0, "sample from the k likeliest tokens; 0: from all"),
     ("max_new_tokens", natural, 64, 64, 64, "longest sample"),
@@ -396,10 +388,12 @@ def parse(argv=None):
     args = argparse.Namespace(task=task, **defaults | given)
     if args.init_from:
         args.sft_steps = given.get("sft_steps", 0)
-        for flag in given.keys() & {"n_layer", "n_head", "n_embd", "block_size", "dropout"}:
+        for flag in given.keys() & {*SIZES, "tokenizer"}:
             parser.error(f"--{flag} is fixed by the checkpoint of --init_from; leave it out")
     elif task != "sample" and args.n_embd % args.n_head:
         parser.error(f"--n_embd {args.n_embd} is not a multiple of --n_head {args.n_head}; change one of them")
+    if "sft_lr" in given and not args.sft_steps:
+        parser.error("--sft_lr means nothing without --sft_steps; leave it out or give both")
     if args.noise and args.labels == "soft":
         parser.error("--noise flips hard labels and --labels soft has none; leave one of the two out")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -411,12 +405,13 @@ def parse(argv=None):
 
 def main(argv=None):
     """The command line. Exit status 0; 1 if a run had to stop, 2 for bad input, with one line on standard error."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal or pipe may lack a sample's characters
     args = parse(argv)
     try:
         sample(args) if args.task == "sample" else run(args)
-    except (D.Refused, M.BadCheckpoint, Stopped) as error:
+    except (D.Refused, M.BadCheckpoint, M.Stopped) as error:
         print(f"ipo.py: {error}", file=sys.stderr)
-        return 1 if isinstance(error, Stopped) else 2
+        return 1 if isinstance(error, M.Stopped) else 2
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A GPT in the shapes and names of GPT-2, the log-probability of a response under it, sampling, and checkpoint files.
+"""A GPT with GPT-2's names and (up to a transpose) shapes, log-probs of responses, SFT, sampling, checkpoint files.
 
 Nothing here knows what a preference is. Sizes: N rows, T tokens in a row, C channels, V vocabulary.
 """
@@ -13,6 +13,10 @@ import torch.nn.functional as F
 
 class BadCheckpoint(ValueError):
     """A file of weights that cannot be used; the message is one line: which, why, and the remedy."""
+
+
+class Stopped(RuntimeError):
+    """A run that must not go on; the message is one line that says why."""
 
 
 @dataclass
@@ -129,6 +133,16 @@ def sequence_logp(model, tokens, mask, mean=False):  # (N,T), (N,T) -> (N,)
     return total / mask.sum(1) if mean else total
 
 
+def place(model, device):
+    """The model, moved to `device`; sets the number of CPU threads by its size and prints both."""
+    size = sum(p.numel() for p in model.parameters())
+    if small := size < 1e6 and device == "cpu":
+        torch.set_num_threads(1)  # matrices this small lose more to a second thread than they gain
+    print(f"model: {size:,} parameters, context {model.config.block_size} tokens; {device}, "
+          f"{torch.get_num_threads()} CPU threads" + " (1 because the model is small)" * small)
+    return model.to(device)
+
+
 def autocast(model, dtype):
     """Context: matrix products in `dtype` ("float32", "bfloat16"); weights, log-probs and losses stay float32."""
     return torch.autocast(model.device.type, getattr(torch, dtype), enabled=dtype != "float32")
@@ -136,8 +150,8 @@ def autocast(model, dtype):
 
 @torch.no_grad()
 def score(model, data, rows, batch, dtype="float32", mean=False):  # (R,) -> (R,) on the CPU
-    """`sequence_logp` of rows of data (anything whose .rows(index) gives tokens and mask), without gradient or dropout;
-    `batch` rows of like length at a time."""
+    """`sequence_logp` of rows of data (a data.PairData), without gradient or dropout, `batch` rows of like length at a
+    time."""
     model.eval()
     logp = torch.empty(len(rows))
     for part in (data.start[rows + 1] - data.start[rows]).argsort(stable=True).split(batch):
@@ -164,6 +178,12 @@ def descent(model, steps, lr):
     return update
 
 
+def check_finite(model, flag):
+    """Raises Stopped, naming the `flag` that may be too high, unless all weights are finite."""
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise Stopped(f"training diverged: weights are not finite, nothing of them is saved; lower {flag}")
+
+
 def finetune(model, data, rows, batches, update, dtype):
     """SFT: maximum likelihood on batches (indices) of rows; the first and last loss, in nats per response token."""
     losses = []
@@ -174,6 +194,7 @@ def finetune(model, data, rows, batches, update, dtype):
             loss = -sequence_logp(model, tokens, mask).sum() / mask.sum()
         update(loss)
         losses.append(loss.detach())
+    check_finite(model, "--sft_lr")
     return losses[0].item(), losses[-1].item()
 
 
@@ -185,15 +206,24 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=0, eot=None, 
     model.eval()
     ids = list(prompt)
     for _ in range(min(max_new_tokens, model.config.block_size - len(prompt))):
-        logits = model.head(model.hidden(torch.tensor([ids], device=model.device))[0, -1]).float().cpu()  # (V,)
+        logits = model.head(model.hidden(torch.tensor([ids], device=model.device))[0, -1]).cpu().double()  # (V,)
         if top_k:
             logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -math.inf
-        best = logits.argmax() if temperature == 0 else torch.multinomial((logits / temperature).softmax(0), 1,
-                                                                          generator=generator)
-        if best == eot:
+        logits -= logits.max()  # or a tiny temperature would overflow
+        new = torch.multinomial((logits / (temperature or 1)).softmax(0), 1, generator=generator)
+        new = int(logits.argmax() if temperature == 0 else new)
+        if new == eot:
             break
-        ids.append(int(best))
+        ids.append(new)
     return ids[len(prompt):]
+
+
+def continuation(model, prompt, tokenizer, args):
+    """A text sampled after `prompt` (ids), as args.temperature, top_k, max_new_tokens say. args.seed and the prompt fix
+    the draws, so two models' texts differ by the models."""
+    generator = torch.Generator().manual_seed(args.seed + sum(prompt))
+    return tokenizer.decode(generate(model, prompt, args.max_new_tokens, args.temperature, args.top_k,
+                                     tokenizer.eot_token, generator))
 
 
 def save_checkpoint(path, model, **extra):
@@ -206,6 +236,7 @@ def load_checkpoint(path):
     """(GPT on the CPU, extra) from `save_checkpoint`'s file: tensors and plain values; nothing in it is executed."""
     try:
         extra = torch.load(path, map_location="cpu", weights_only=True)
+        assert isinstance(extra["tokenizer"], str)
         model = GPT(GPTConfig(**extra.pop("config")))
         model.load_state_dict(extra.pop("model"))
         return model, extra
