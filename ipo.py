@@ -140,7 +140,7 @@ def check_targets(p, args):
 
 
 def check_start(model, pairs, ref_logp, args):
-    """Step 0: pi = ref, so all margins are 0 and the loss is known. Raises M.Stopped if the cache is another model's."""
+    """Step 0: pi = ref, so margins are 0 and the loss is known. Raises M.Stopped if the cache is another model's."""
     pairs = pairs.select(torch.arange(min(args.batch_size, len(pairs.p))))
     ref, logp = ref_logp[pairs.pair_rows()], score_pairs(model, pairs, args)
     off, loss = margin(logp, ref).abs().max().item(), measure(logp, ref, pairs.p, args)["loss"]
@@ -174,7 +174,7 @@ def print_report(report):
         print(f"{UNITS[key]:26}" + "".join(show(column[key]) for column in report.values()))
     if "labels" in report:
         print("labels = where these labels lead IPO, not pi*: a coin flip stands for p* only if Psi is affine and\n"
-              "nothing flips it, and a target sees only Psi's odd part about 1/2. Try --labels soft, --noise 0, such a Psi.")
+              "nothing flips it, and a target sees only Psi's odd part about 1/2. Try --labels soft, --noise 0, odd Psi.")
     if report["optimum"]["kl_ref"] is None:
         print("No finite optimum: certain pairs always ask this loss for more: max |log pi/ref| grows with --steps.")
 

@@ -671,7 +671,7 @@ def test_a_wrong_loss_stops_the_run(monkeypatch):
     model = tiny(V=world.vocab_size, T=world.block_size, head_size=world.head_size)
     pairs = world.draw(32, torch.full((4, 400), 1 / 400).double(), "hard", 0.0, torch.Generator().manual_seed(0))
     monkeypatch.setitem(ipo.LOSSES, "ipo", lambda h, p, tau: ipo.ipo_loss(h, p, tau / 2))
-    with pytest.raises(M.Stopped, match="the loss is not what theory has"):
+    with pytest.raises(M.Stopped, match="the loss is not theory's"):
         ipo.check_start(model, pairs, M.score(model, world.data, torch.arange(1600), 512), args)
 
 
