@@ -174,7 +174,7 @@ def print_report(report):
         print(f"{UNITS[key]:26}" + "".join(show(column[key]) for column in report.values()))
     if "labels" in report:
         print("labels = where these labels lead IPO, not pi*: a coin flip stands for p* only if Psi is affine and\n"
-              "nothing flips it, and a target sees only Psi's odd part about 1/2. Try --labels soft, --noise 0, odd Psi.")
+              "nothing flips it; a target sees Psi's odd part about 1/2 only. Try --labels soft, --noise 0, odd Psi")
     if report["optimum"]["kl_ref"] is None:
         print("No finite optimum: certain pairs always ask this loss for more: max |log pi/ref| grows with --steps.")
 
@@ -182,7 +182,7 @@ def print_report(report):
 # ---------------------------------------------------------------------------------------------------------- the program
 
 def prepare(args, generator):
-    """(world or None, rows: a world's or the training pairs', held-out pairs or None, tokenizer, model on the CPU)."""
+    """(world or None, rows: a world's or the training pairs', held-out pairs or None, tokenizer, model)."""
     saved, extra = M.load_checkpoint(args.init_from) if args.init_from else (None, {})
     if saved:
         vars(args).update({size: getattr(saved.config, size) for size in SIZES}, tokenizer=extra["tokenizer"])
