@@ -546,6 +546,8 @@ def test_held_out_prompts_are_never_trained_on():
     train, held = D.split(data, 0.2, torch.Generator().manual_seed(0))
     assert len(held.p) == 8 and len(train.p) == 32 and not set(train.prompt.tolist()) & set(held.prompt.tolist())
     assert len(D.split(encoded(pair()), 0.9, torch.Generator())[0].p) == 1
+    cut = encoded(*(pair("yes", "no", f"{i}" + "z" * 60) for i in range(5)))
+    assert cut.prompt.tolist() == [0] * 5  # what is left of these prompts is the same, so they stay together
 
 
 def test_batches_see_every_pair_once_an_epoch():
