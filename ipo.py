@@ -280,8 +280,8 @@ def run(args):
     with open(f"{args.out}/metrics.jsonl", "w", buffering=1) as metrics:  # 1: line by line
         def log(step, numbers):
             lap("training")
-            M.check_finite(model, "--lr")
             now, extra = evaluate(), f" | {length * step / seconds['training'] / 1e3:.1f}k tok/s"
+            M.check_finite(model, "--lr", numbers["loss"], now["kl_ref" if world else "loss"])
             if world:
                 extra = f" | KL {now['kl_ref']:.2f}, to pi* {now['kl_opt'] or math.inf:.4f}" + extra  # None: infinite
             log_line("step", step, args, numbers, extra)

@@ -178,10 +178,11 @@ def descent(model, steps, lr):
     return update
 
 
-def check_finite(model, flag):
-    """Raises Stopped, naming the `flag` that may be too high, unless all weights are finite."""
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise Stopped(f"training diverged: weights are not finite, nothing of them is saved; lower {flag}")
+def check_finite(model, flag, *values):
+    """Raises Stopped, naming the `flag` that may be too high, unless weights and values (None: infinite) are finite."""
+    bad = any(v is None or not math.isfinite(v) for v in values)
+    if bad or not all(p.isfinite().all() for p in model.parameters()):
+        raise Stopped(f"training diverged: weights or what they compute are not finite, nothing is saved; lower {flag}")
 
 
 def finetune(model, data, rows, batches, update, dtype):
@@ -194,7 +195,7 @@ def finetune(model, data, rows, batches, update, dtype):
             loss = -sequence_logp(model, tokens, mask).sum() / mask.sum()
         update(loss)
         losses.append(loss.detach())
-    check_finite(model, "--sft_lr")
+    check_finite(model, "--sft_lr", losses[-1].item())
     return losses[0].item(), losses[-1].item()
 
 

@@ -599,8 +599,8 @@ def test_divergence_stops_the_run_and_saves_nothing(tmp_path):
     """Exit status 1 and one line; the checkpoint of the run before is still there and whole."""
     assert cli(*SHORT, folder=tmp_path).returncode == 0
     kept = (tmp_path / "out/ckpt.pt").read_bytes(), (tmp_path / "out/ref.pt").read_bytes()
-    for flag in ("--lr", "--sft_lr"):
-        run = cli(*SHORT, flag, "1e30", folder=tmp_path)
+    for flag, value in (("--lr", "1e30"), ("--sft_lr", "1e30"), ("--lr", "1e10")):  # 1e10: finite weights, infinite logits
+        run = cli(*SHORT, flag, value, folder=tmp_path)
         assert run.returncode == 1 and f"lower {flag}" in run.stderr and run.stderr.count("\n") == 1
     assert ((tmp_path / "out/ckpt.pt").read_bytes(), (tmp_path / "out/ref.pt").read_bytes()) == kept
 
