@@ -51,9 +51,9 @@ def word_encoding(name: str, words: list[str], more: list[str]) -> tiktoken.Enco
 
 
 def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """The encoding "world" or one of TOKENIZERS. Raises Refused if GPT-2's can be neither read nor downloaded."""
-    if name == "world":
-        return word_encoding(name, [f" {w}" for w in VALENCE], ["review of the", *(f" {s}:" for s in SUBJECTS)])
+    """A world's encoding or one of TOKENIZERS. Raises Refused if GPT-2's can be neither read nor downloaded."""
+    if name in WORDS:
+        return word_encoding(name, [f" {w}" for w in WORDS[name]], ["review of the", *(f" {s}:" for s in SUBJECTS)])
     if name == "bytes":
         return word_encoding(name, [], [])
     try:
@@ -243,6 +243,15 @@ def split(data: PairData, holdout: float, generator: torch.Generator) -> tuple[P
     return data.select(~held), data.select(held)
 
 
+def draws(data: PairData, size: int, steps: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Yields `steps` index tensors: `size` pairs of every prompt (all have as many), with replacement; 0: all pairs."""
+    X = int(data.prompt.max()) + 1
+    n = len(data.p) // X
+    for _ in range(steps):
+        picked = torch.randint(n, (X, size), generator=generator) if size else torch.arange(n)
+        yield (picked + n * torch.arange(X)[:, None]).flatten()
+
+
 def batches(n: int, size: int, steps: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
     """Yields `steps` index tensors (size,): all of 0..n-1 in random order, then all in another order, and so on."""
     order = torch.empty(0, dtype=torch.int64)
@@ -254,11 +263,11 @@ def batches(n: int, size: int, steps: int, generator: torch.Generator) -> Iterat
 
 
 # ----------------------------------------------------------------------------------------------------- synthetic worlds
-# A response is any string of at most three of the seven words below, "" included: 1 + 7 + 49 + 343 = 400 per prompt.
-# The model has outputs for these words and <|endoftext|> only, and after the third word its context is full: it can
-# emit nothing outside the list, so the probabilities of the list sum to one. In an open vocabulary pairs fix only the
-# ratios between responses that occur, and training may move probability to strings that never occur ("leak"): on real
-# data that is one reason why the log-prob of chosen responses may fall.
+# A response is any string of at most three of the seven words below, "" included: 1 + 7 + 49 + 343 = 400 per prompt
+# ("lengths": at most seven of two words, 255). The model has outputs for these words and <|endoftext|> only, and after
+# the last word its context is full: it can emit nothing outside the list, so the probabilities of the list sum to one.
+# In an open vocabulary pairs fix only the ratios between responses that occur, and training may move probability to
+# strings that never occur ("leak"): on real data that is one reason why the log-prob of chosen responses may fall.
 
 SUBJECTS = ("pizza", "coffee", "beer", "gelato")
 VALENCE = {  # pizza coffee  beer  gelato: what the word adds to the reward of a review
@@ -270,9 +279,11 @@ VALENCE = {  # pizza coffee  beer  gelato: what the word adds to the reward of a
     "hot":    (+0.5, +0.7, -0.6, -0.9),
     "cold":   (-0.5, -0.7, +0.6, +0.4),
 }
-MAX_WORDS = 3
+WORDS = {"world": list(VALENCE), "long": ["superb", "dull"]}  # tokenizer -> what its model can say, and how much of it:
+MAX_WORDS = {"world": 3, "long": 7}
 STOP = 0.25  # the base distribution: one word or more, every word as likely as any other, and after each it may end
-WORLDS = ("bt", "deterministic", "cyclic")
+WORLDS = {"bt": "world", "deterministic": "world", "cyclic": "world", "lengths": "long"}  # world -> its tokenizer
+BANDITS = {"bandit2": "ab", "d1": "ab bc ac", "d2": "ab bc ca", "d3": "ab ba", "d3prime": "ac bc"}  # winner first
 
 
 class World(NamedTuple):
@@ -280,17 +291,18 @@ class World(NamedTuple):
     name: str
     prompts: list[str]     # X
     responses: list[str]   # Y
-    reward: torch.Tensor   # (X,Y) r(y|x)
+    length: torch.Tensor   # (X,Y) response tokens, <|endoftext|> included
     pstar: torch.Tensor    # (X,Y,Y) p*(y>y'|x)
     base: torch.Tensor     # (Y,) what the reference is trained on
     data: PairData         # row x * Y + y is prompt x with response y; no pairs yet
-    block_size: int        # tokens of the longest row: prompt and MAX_WORDS
+    tokenizer: str         # name of its encoding; "": none
+    block_size: int        # tokens of the longest row
     vocab_size: int        # ids that the model can read: all but the bytes
     head_size: int         # ids that it can emit: response words and <|endoftext|>, which come first
 
     def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:  # -> (n,)
         """Rows with responses from the base distribution; the prompts take turns."""
-        X, Y = self.reward.shape
+        X, Y = self.length.shape
         return torch.arange(n) % X * Y + torch.multinomial(self.base, n, replacement=True, generator=generator)
 
     def draw(self, n: int, mu: torch.Tensor, labels: str, noise: float, generator: torch.Generator) -> PairData:
@@ -298,7 +310,7 @@ class World(NamedTuple):
 
         labels "hard": winner first, drawn from p*, flipped with probability `noise`; p = 1. "soft": as drawn; p = p*.
         """
-        X, Y = self.reward.shape
+        X, Y = self.length.shape
         per = -(-n // X)
         two = lambda: torch.multinomial(mu, 2 * per, replacement=True, generator=generator).view(X, per, 2)
         y = two()
@@ -314,35 +326,68 @@ class World(NamedTuple):
 
 
 def build_world(name: str) -> World:
-    """One of WORLDS. p*(y>y') is sigmoid(r - r') in "bt"; 1[r > r'], 1/2 on ties, in "deterministic"; in "cyclic"
-    sigmoid(r - r' + 2 c), where c = 1, 0 or -1 plays rock-paper-scissors on the first words: no reward explains it."""
-    words = list(VALENCE)
-    responses = [r for k in range(MAX_WORDS + 1) for r in itertools.product(words, repeat=k)]
+    """One of WORLDS. p*(y>y') is sigmoid(r - r') in "bt" and "lengths"; 1[r > r'], 1/2 on ties, in "deterministic";
+    in "cyclic" sigmoid(r - r' + 2 c), c = 1, 0 or -1 by rock-paper-scissors on the first words: no reward explains it.
+    """
+    words, most = WORDS[WORLDS[name]], MAX_WORDS[WORLDS[name]]
+    responses = [r for k in range(most + 1) for r in itertools.product(words, repeat=k)]
     reward = torch.tensor([[sum(VALENCE[w][x] for w in r) for r in responses] for x in range(len(SUBJECTS))],
                           dtype=torch.float64)
     gap = (reward[:, :, None] - reward[:, None, :]).round(decimals=4)  # (X,Y,Y); else .9+.5+.1 and .1+.5+.9 differ
     hand = torch.tensor([words.index(r[0]) % 3 if r else 3 for r in responses])  # 3: no first word, no game
     game = torch.tensor([[0, -1, 1, 0], [1, 0, -1, 0], [-1, 1, 0, 0], [0, 0, 0, 0]])[hand[:, None], hand[None, :]]
-    pstar = {"bt": gap.sigmoid(), "deterministic": (gap.sign() + 1) / 2, "cyclic": (gap + 2 * game).sigmoid()}[name]
-    base = [0.0 if not r else (1 - STOP) ** (len(r) - 1) / len(words) ** len(r) * (STOP if len(r) < MAX_WORDS else 1)
+    pstar = ((gap.sign() + 1) / 2 if name == "deterministic" else (gap + 2 * game * (name == "cyclic")).sigmoid())
+    base = [0.0 if not r else (1 - STOP) ** (len(r) - 1) / len(words) ** len(r) * (STOP if len(r) < most else 1)
             for r in responses]
-    tokenizer, prompts = get_tokenizer("world"), [f"review of the {s}:" for s in SUBJECTS]
+    tokenizer, prompts = get_tokenizer(WORLDS[name]), [f"review of the {s}:" for s in SUBJECTS]
     texts = ["".join(f" {w}" for w in r) for r in responses]
-    stops = [[tokenizer.eot_token] if len(r) < MAX_WORDS else [] for r in responses]  # the third word is the end
+    stops = [[tokenizer.eot_token] if len(r) < most else [] for r in responses]  # the last word is the end
     x_ids, y_ids = tokenizer.encode_ordinary_batch(prompts), tokenizer.encode_ordinary_batch(texts)
     rows = pack((x, y + stop) for x in x_ids for y, stop in zip(y_ids, stops))
     none = torch.empty(0, dtype=torch.int64)
     data = PairData(*rows, none, none, none, none)
-    return World(name, prompts, texts, reward, pstar, torch.tensor(base, dtype=torch.float64), data,
-                 block_size=len(x_ids[0]) + MAX_WORDS, vocab_size=1 + max(map(max, x_ids)), head_size=len(words) + 1)
+    length = torch.tensor([len(r) + (len(r) < most) for r in responses]).expand(len(prompts), -1)
+    return World(name, prompts, texts, length, pstar, torch.tensor(base, dtype=torch.float64), data, tokenizer.name,
+                 block_size=len(x_ids[0]) + most, vocab_size=1 + max(map(max, x_ids)), head_size=len(words) + 1)
+
+
+def build_bandit(name: str, copies: int) -> World:
+    """One of BANDITS (section 5 of the paper): responses are one action, prompts are `copies` of the same problem, each
+    with the same pairs. p* is what the pairs say, 1/2 for two actions that never meet. Prompt x is the token x, too."""
+    pairs = [("abc".index(winner), "abc".index(loser)) for winner, loser in BANDITS[name].split()]
+    X, Y, N = copies, 2 if name == "bandit2" else 3, len(pairs)
+    wins = torch.zeros(Y, Y, dtype=torch.float64).index_put(tuple(torch.tensor(pairs).T), torch.ones(()).double())
+    pstar = torch.where(wins + wins.T > 0, wins / (wins + wins.T), 0.5).expand(X, Y, Y)
+    x, (winner, loser) = torch.arange(X).repeat_interleave(N), torch.tensor(pairs).repeat(X, 1).T
+    data = PairData(*pack(([i], [y]) for i in range(X) for y in range(Y)), x * Y + winner, x * Y + loser,
+                    torch.ones(X * N), x)
+    return World(name, [""] * X, list("abc"[:Y]), torch.ones(X, Y, dtype=torch.int64), pstar,
+                 torch.full((Y,), 1 / Y).double(), data, "", block_size=2, vocab_size=X, head_size=Y)
 
 
 # ----------------------------------------------------------------------------------------------------- exact quantities
 
 def optimum(ref_logp: torch.Tensor, pstar: torch.Tensor, mu: torch.Tensor, psi: Callable, tau: float) -> torch.Tensor:
-    """log pi*, (X,Y): ref(y|x) exp(g(y)/tau), normalised; g(y) = E_{y'~mu} psi(p*(y>y'|x))  (Azar et al. eq. 7)."""
-    g = (psi(pstar) * mu[:, None, :]).sum(-1)
-    return (ref_logp + g / tau).log_softmax(-1)
+    """log pi*, (X,Y): ref(y|x) exp(g(y)/tau), normalised; g(y) = E_{y'~mu} psi(p*(y>y'|x))  (Azar et al. eq. 7).
+
+    Where psi is infinite (logit on certain pairs) it is a limit that no margin attains: all probability goes to the
+    responses that win surely most often, between which the finite rest of psi decides."""
+    value = psi(pstar)
+    endless = value.isinf()
+    sure = (value.sign() * endless * mu[:, None, :]).sum(-1)
+    g = (value.masked_fill(endless, 0.0) * mu[:, None, :]).sum(-1)
+    return (ref_logp + g / tau).masked_fill(sure < sure.amax(-1, keepdim=True) - 1e-9, -torch.inf).log_softmax(-1)
+
+
+def mean_optimum(ref_logp: torch.Tensor, asked: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    """log of ref(y) exp(|y| (asked(y) + c)), (X,Y): where the squared target leads if log-ratios are divided by lengths
+    |y|; asked, (X,Y), is E_mu[target]. c makes it sum to one: here it does not divide out, so it is bisected."""
+    low, high = -asked.amax(-1, keepdim=True), -asked.amin(-1, keepdim=True)
+    for _ in range(100):
+        c = (low + high) / 2
+        below = (ref_logp + length * (asked + c)).logsumexp(-1, keepdim=True) < 0
+        low, high = torch.where(below, c, low), torch.where(below, high, c)
+    return ref_logp + length * (asked + c)
 
 
 def base_kl(base: torch.Tensor, logp: torch.Tensor) -> float:  # (Y,), (X,Y) -> nats
@@ -357,7 +402,7 @@ def exact(logp, ref_logp, best_logp, fit_logp, pstar, mu, psi, tau) -> dict[str,
     win E_{y~pi,y'~mu} p*(y>y'); objective J = E psi(p*) - tau KL(pi||ref) (eq. 6), so J(pi*) - J(pi) = tau KL(pi||pi*).
     """
     pi = logp.exp()
-    kl = lambda other: (pi * (logp - other)).sum(-1).mean()
+    kl = lambda other: (pi * (logp - other)).masked_fill(pi == 0, 0.0).sum(-1).mean()
     expect = lambda value: torch.einsum("xy,xyz,xz->x", pi, value, mu).mean()
     numbers = {"kl_ref": kl(ref_logp), "kl_opt": kl(best_logp), "win": expect(pstar),
                "objective": expect(psi(pstar).double()) - tau * kl(ref_logp), "ratio": (logp - ref_logp).abs().max()}

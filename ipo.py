@@ -9,14 +9,21 @@
 
 Symbols: pi policy, ref frozen reference, mu where responses come from, yw / yl chosen / rejected response, s sigmoid.
 Log-probs and margins are in nats; log pi(y) is a sum over the tokens of y. More tau: closer to ref.
-Sizes: B pairs in a batch, T tokens, R rows (a row is a prompt with one response), X prompts, Y responses in a world.
+Sizes: B pairs in a batch, T tokens, R rows (a row is a prompt with one response), X prompts, Y responses in a world,
+K taus and S seeds that a bandit trains at once.
 
   python ipo.py --loss ipo                        the synthetic world: train, then measure the distance to pi*
+  python ipo.py --loss ipo dpo --tau 0.2 1 --plot a grid of runs from one reference, in one table and one picture
+  python ipo.py --data d1 --loss ipo dpo --plot   the paper's bandit, figure 1
   python ipo.py --sample "review of the pizza:"   sample from the finished run
   python ipo.py --data FILE.jsonl                 pairs of your own
   python ipo.py --help
 """
 import argparse
+import copy
+import functools
+import importlib.util
+import itertools
 import json
 import math
 import os
@@ -39,32 +46,85 @@ def psi(q):  # preference probabilities in [0,1], a tensor of any shape -> their
 
 # ================================================= END OF THE EXERCISE ================================================
 
+PSI = {"yours": lambda q: psi(q),  # --psi NAME; what stands between the banners is the default
+       "identity": lambda q: q, "logit": torch.logit, "tanh": lambda q: torch.tanh(8 * (q - 0.5)),
+       "cubic": lambda q: (2 * q - 1) ** 3}
 
-def target(p, tau):  # (B,) -> (B,)
+
+def check_tau(tau):  # a number or (B,)
+    if not (torch.as_tensor(tau) > 0).all():
+        raise ValueError(f"tau must be > 0, got {tau}")
+
+
+def target(p, tau, psi=PSI["yours"]):  # (B,) -> (B,)
     """The margin in nats that a pair asks for if its first response is preferred with probability p; a tie asks for 0.
 
     pi* is the least-squares compromise between all pairs. The 1/2 is exact: the two orders of a pair ask h for
     Psi(p)/tau and -Psi(1-p)/tau (if certain: 1/tau and 0); this is their mean. Raises ValueError unless tau > 0.
     """
-    if not tau > 0:
-        raise ValueError(f"tau must be > 0, got {tau}")
+    check_tau(tau)
     return (psi(p) - psi(1 - p)) / (2 * tau)
 
 
-def ipo_loss(h, p, tau):  # (B,), (B,) -> (B,)
+def ipo_loss(h, p, tau, psi=PSI["yours"]):  # (B,), (B,) -> (B,)
     """Squared distance to the target (eq. 17 at p = 1), nats^2. Slope 2 (h - target): it pulls back what overshot."""
-    return (h - target(p, tau)) ** 2
+    return (h - target(p, tau, psi)) ** 2
 
 
 def dpo_loss(h, p, tau):  # (B,), (B,) -> (B,)
     """Logistic loss (eq. 4 at p = 1). Slope -tau (p - s(tau h)): at p = 1 it never changes sign, so h never stops."""
-    if not tau > 0:
-        raise ValueError(f"tau must be > 0, got {tau}")
+    check_tau(tau)
     return -p * F.logsigmoid(tau * h) - (1 - p) * F.logsigmoid(-tau * h)
 
 
-LOSSES = {"ipo": ipo_loss, "dpo": dpo_loss}
-OBJECTIVE = {"ipo": lambda q: psi(q), "dpo": torch.logit}  # the Psi of its optimum (DPO: prop. 1, Bradley-Terry only)
+def both_ways(f):
+    """f(z), z = tau h, is the loss of a pair whose first response surely won; this is the loss at any p: linear in p,
+    so that a coin flip may stand for p whatever f is. `own`: what f alone needs."""
+    def loss(h, p, tau, **own):  # (B,), (B,) -> (B,)
+        check_tau(tau)
+        return p * f(tau * h, **own) + (1 - p) * f(-tau * h, **own)
+    return loss
+
+
+s, log_s, EPS = torch.sigmoid, F.logsigmoid, 1e-3
+LOSSES = {
+    "ipo": ipo_loss,
+    "dpo": dpo_loss,
+    # Gao et al. 2024, arXiv:2404.16767: a regression on reward differences, which are logit(p) under Bradley-Terry
+    "rebel": lambda h, p, tau: ipo_loss(h, p, tau, torch.logit),
+    # The hinge of Zhao et al. 2023, arXiv:2305.10425. It and the next three: GPO, Tang et al. 2024, arXiv:2402.05749
+    "slic": both_ways(lambda z: F.relu(1 - z)),
+    "squared_hinge": both_ways(lambda z: F.relu(1 - z) ** 2),
+    "exponential": both_ways(lambda z: torch.exp(-z)),
+    "savage": both_ways(lambda z: s(-z) ** 2),
+    # Lu et al. 2024, arXiv:2406.08414: found by a search, and at z = 0 its slope has the wrong sign (+.784)
+    "discopop": both_ways(lambda z: (1 - s(z / 0.05)) * -log_s(z) + s(z / 0.05) * torch.exp(-z)),
+    # Chowdhury et al. 2024, arXiv:2403.00409: DPO of the clean label, on average, if that share of labels is flipped
+    "robust": both_ways(lambda z, label_noise: ((label_noise - 1) * log_s(z) + label_noise * log_s(-z))
+                        / (1 - 2 * label_noise)),
+    # Ji et al. 2024, arXiv:2402.00856: KL from the policy's preference to a label smoothed by EPS
+    "exo": both_ways(lambda z: s(z) * (log_s(z) - math.log(1 - EPS)) + s(-z) * (log_s(-z) - math.log(EPS))),
+    # Meng et al. 2024, arXiv:2405.14734: z from mean log-probs and without a reference
+    "simpo": both_ways(lambda z, gamma: -log_s(z - gamma)),
+}
+LINK = {  # loss -> the Psi whose target minimises it at p: tau h = argmin over z of p f(z) + (1-p) f(-z)
+    "dpo": torch.logit, "rebel": torch.logit, "savage": torch.logit, "exponential": lambda q: torch.logit(q) / 2,
+    "slic": lambda q: (2 * q - 1).sign(), "squared_hinge": lambda q: 2 * q - 1,
+    "exo": lambda q: (2 * q - 1) * math.log((1 - EPS) / EPS)}
+START = {  # loss -> its value at h = 0, which step 0 must have; squared targets have target^2, SimPO has no reference
+    "dpo": math.log(2), "robust": math.log(2), "slic": 1.0, "squared_hinge": 1.0, "exponential": 1.0, "savage": 0.25,
+    "discopop": (1 + math.log(2)) / 2, "exo": -math.log(2) - math.log(EPS * (1 - EPS)) / 2}
+
+
+def bound(args):  # -> f(h, p, tau) -> (B,)
+    """The loss of --loss with what it alone needs."""
+    own = {"ipo": {"psi": PSI[args.psi]}, "robust": {"label_noise": args.label_noise}, "simpo": {"gamma": args.gamma}}
+    return functools.partial(LOSSES[args.loss], **own.get(args.loss, {}))
+
+
+def worth(args):
+    """The Psi of the optimum that a run is measured against; logit for losses without a Psi of their own."""
+    return PSI[args.psi] if args.loss == "ipo" else LINK.get(args.loss, torch.logit)
 
 
 def margin(logp, ref_logp):  # (2B,), (2B,) -> (B,)
@@ -73,11 +133,12 @@ def margin(logp, ref_logp):  # (2B,), (2B,) -> (B,)
     return chosen - rejected
 
 
-def train(model, pairs, ref_logp, args, generator, log):
-    """Preference training on `pairs` against ref_logp (R,), the reference's log-probs of all rows, computed beforehand:
-    no second model exists. Calls log(step, numbers) every --log_every steps and after the last."""
-    update = M.descent(model, args.steps, args.lr)
-    order = D.batches(len(pairs.p), args.batch_size, args.steps, generator)
+def train(model, pairs, ref_logp, tau, order, args, log):
+    """Preference training on `pairs` (N), which `order` yields as batches of indices, at tau (N,), against ref_logp
+    (R,), the reference's log-probs of all rows, computed beforehand: no second model exists. Calls log(step, numbers)
+    every --log_every steps and after the last."""
+    plain = args.task == "bandit" and args.batch_size > 0  # at a constant rate Adam circles an exact optimum
+    update, loss_of = M.descent(model, args.steps, args.lr, plain), bound(args)
     for step, index in enumerate(tqdm(order, args.loss, args.steps, disable=None, leave=False), 1):
         model.train()
         batch = pairs.batch(index)
@@ -85,54 +146,58 @@ def train(model, pairs, ref_logp, args, generator, log):
         with M.autocast(model, args.dtype):
             logp = M.sequence_logp(model, tokens, mask, mean=args.logp == "mean")  # (2B,)
         h = margin(logp, ref)                                                      # (B,)
-        loss = LOSSES[args.loss](h, p, args.tau).mean()                            # ()
+        loss = loss_of(h, p, tau[index]).mean()                                    # ()
         update(loss)
         if step % args.log_every == 0 or step == args.steps:
-            log(step, measure(logp, ref, p, args))
+            log(step, measure(logp, ref, p, tau[index], args))
 
 
 # ---------------------------------------------------------------------------------------------------------- measurement
 
 @torch.no_grad()
-def measure(logp, ref_logp, p, args):  # (2B,), (2B,), (B,) -> dict of floats
+def measure(logp, ref_logp, p, tau, args):  # (2B,), (2B,), (B,), number or (B,) -> dict of floats
     """The numbers of a log line. `win`: the share of pairs whose margin has the label's sign; ties (p = 1/2, or a
-    margin under .0005 nats, which may be rounding) count one half. `target`: None if infinite, as DPO's is at p = 1."""
+    margin under .0005 nats, which may be rounding) count one half. `target`: None if infinite, as DPO's is at p = 1, or
+    if the loss has no link."""
     h = margin(logp, ref_logp)
     chosen, rejected = (logp - ref_logp).chunk(2)
-    asked = (target(p, args.tau) if args.loss == "ipo" else torch.logit(p) / args.tau).mean().item()
+    asked = target(p, tau, worth(args)).mean().item() if args.loss in {"ipo", *LINK} else math.inf
     win = ((h.round(decimals=3) * (p - 0.5)).sign().mean().item() + 1) / 2
-    return {"loss": LOSSES[args.loss](h, p, args.tau).mean().item(), "h": h.mean().item(),
+    return {"loss": bound(args)(h, p, tau).mean().item(), "h": h.mean().item(),
             "h_std": h.std(correction=0).item(), "target": asked if math.isfinite(asked) else None,
             "chosen": chosen.mean().item(), "rejected": rejected.mean().item(), "win": win}
 
 
 def score_pairs(model, pairs, args):  # -> (2N,)
     """log pi of the chosen, then of the rejected responses, without gradient or dropout."""
-    return M.score(model, pairs, pairs.pair_rows(), 2 * args.batch_size, args.dtype, args.logp == "mean")
+    return M.score(model, pairs, pairs.pair_rows(), 2 * args.batch_size or 512, args.dtype, args.logp == "mean")
 
 
 def distribution(model, world, args):  # -> (X,Y) float64
     """log pi(y|x) of every response to every prompt of a world: the whole policy, by enumeration."""
-    rows = torch.arange(world.reward.numel())
-    return M.score(model, world.data, rows, 2 * args.batch_size, args.dtype).view(world.reward.shape).double()
+    rows = torch.arange(world.length.numel())
+    return M.score(model, world.data, rows, 2 * args.batch_size or 512, args.dtype).view(world.length.shape).double()
 
 
 def theory(world, ref, args):  # log ref (X,Y) -> mu, log pi*, log of the fitted policy (None: pi* itself), (X,Y) each
     """The fitted policy is IPO's minimiser on endless labels of this kind: ref exp(E_mu E[target]), normalised. It is
-    pi* if labels are soft, or Psi affine and noise 0, and if Psi is odd about 1/2 up to a constant."""
+    pi* if labels are soft or Psi is affine and noise 0, Psi is odd about 1/2 up to a constant, and log pi is a sum."""
     mu = torch.full_like(ref, 1 / ref.shape[1]) if args.mu == "uniform" else ref.exp()
-    best = D.optimum(ref, world.pstar, mu, OBJECTIVE[args.loss], args.tau)
+    best = D.optimum(ref, world.pstar, mu, psi := worth(args), args.tau)
     if args.loss != "ipo":
         return mu, best, None
     q = world.pstar + args.noise * (1 - 2 * world.pstar)
-    asked = target(q, args.tau) if args.labels == "soft" else (2 * q - 1) * target(torch.ones(()), args.tau)
+    asked = target(q, args.tau, psi) if args.labels == "soft" else (2 * q - 1) * target(torch.ones(()), args.tau, psi)
+    if args.logp == "mean":
+        return mu, best, D.mean_optimum(ref, (asked * mu[:, None, :]).sum(-1), world.length)
     fit = D.optimum(ref, asked, mu, lambda value: value, 1.0)
     return mu, best, None if torch.allclose(fit, best, atol=1e-9) else fit
 
 
 def check_targets(p, args):
     """Refuses a Psi that asks for an infinite margin at a probability that the labels hold; p of any shape."""
-    if args.loss == "ipo" and not (finite := target(p, args.tau).isfinite()).all():
+    asked = target(p, 1.0, worth(args))
+    if args.loss in ("ipo", "rebel") and not (finite := asked.isfinite()).all():
         worst = p[~finite].max().item()
         raise D.Refused(f"psi({worst:g}) - psi({1 - worst:g}) is not finite: this Psi asks for an infinite margin on "
                       "certain pairs, which is DPO's over-fitting; use labels with 0 < p < 1 (--labels soft, in a "
@@ -141,15 +206,35 @@ def check_targets(p, args):
 
 def check_start(model, pairs, ref_logp, args):
     """Step 0: pi = ref, so margins are 0 and the loss is known. Raises M.Stopped if the cache is another model's."""
-    pairs = pairs.select(torch.arange(min(args.batch_size, len(pairs.p))))
+    if args.loss == "simpo":
+        return print("step 0: SimPO has no reference, so theory does not know its loss")
+    pairs = pairs.select(torch.arange(min(args.batch_size or len(pairs.p), len(pairs.p))))
     ref, logp = ref_logp[pairs.pair_rows()], score_pairs(model, pairs, args)
-    off, loss = margin(logp, ref).abs().max().item(), measure(logp, ref, pairs.p, args)["loss"]
-    due = (target(pairs.p, args.tau) ** 2).mean().item() if args.loss == "ipo" else math.log(2)
-    print(f"step 0: loss {loss:.6g}, theory {due:.6g} ({'mean of target^2' if args.loss == 'ipo' else 'ln 2'})")
+    off, loss = margin(logp, ref).abs().max().item(), measure(logp, ref, pairs.p, args.tau, args)["loss"]
+    due = START.get(args.loss, (target(pairs.p, args.tau, worth(args)) ** 2).mean().item())
+    why = "loss at h = 0" if args.loss in START else "mean of target^2"
+    print(f"step 0: loss {loss:.6g}, theory {due:.6g} ({why})")
     rounding = (2e-2 if args.dtype == "bfloat16" else 1e-5) * (1 + ref.abs().max().item())
-    if not (off <= rounding and abs(loss - due) <= 1e-5 * due + off * (off + 2 * due ** 0.5 + args.tau)):
+    if not (off <= rounding and abs(loss - due) <= 1e-5 * due + off * (off + 2 * due ** 0.5 + 4 * args.tau)):
         raise M.Stopped(f"step 0: margins up to {off:.3g} nats where pi = ref has 0, or the loss is not theory's; "
                         "the cached reference is not the policy that training starts from, or a loss was edited")
+
+
+def frontier(world, ref, args):
+    """[(KL(pi||ref), win rate against mu)] that no policy beats: pi* for Psi = identity at 60 values of tau."""
+    mu, points = theory(world, ref, args)[0], []
+    for tau in torch.logspace(-2, 1.5, 60).tolist():
+        best = D.optimum(ref, world.pstar, mu, PSI["identity"], tau)
+        n = D.exact(best, ref, best, None, world.pstar, mu, PSI["identity"], tau)
+        points.append((n["kl_ref"], n["win"]))
+    return points
+
+
+def nearest(world, ref, logp, args):
+    """(KL(pi||pi*), tau) of the nearest pi* of Psi = identity at any tau: what a run with mean log-probs amounts to."""
+    mu = theory(world, ref, args)[0]
+    distance = lambda tau: D.base_kl(logp.exp(), D.optimum(ref, world.pstar, mu, PSI["identity"], tau))
+    return min((distance(tau), tau) for tau in torch.logspace(-2, 1.5, 400).tolist())
 
 
 # --------------------------------------------------------------------------------------------------------------- output
@@ -163,36 +248,160 @@ def log_line(kind, step, args, n, extra=""):
 
 
 UNITS = {"kl_ref": "KL(pi||ref), nats", "kl_opt": "KL(pi||pi*), nats", "win": "win rate against mu",
-         "objective": "objective J, of Psi", "ratio": "max |log pi/ref|, nats", "kl_fit": "KL(pi||labels), nats"}
+         "objective": "objective J, of Psi", "ratio": "max |log pi/ref|, nats", "h": "h of the pairs, nats",
+         "kl_fit": "KL(pi||labels), nats"}
 
 
-def print_report(report):
+def print_report(report, args):
     """A row per exact quantity, a column per policy: measured, then what theory expects; - is what is not finite."""
-    show = lambda value: "         -" if value is None else f"{value:10.4f}"
+    show = lambda value: "         -" if value is None else f"{value:z10.4f}"
     print(f"\n{'exact, mean over prompts':26}" + "".join(f"{column:>10}" for column in report))
     for key in report["after"]:
         print(f"{UNITS[key]:26}" + "".join(show(column[key]) for column in report.values()))
     if "labels" in report:
-        print("labels = where these labels lead IPO, not pi*: a coin flip stands for p* only if Psi is affine and\n"
-              "nothing flips it; a target sees Psi's odd part about 1/2 only. Try --labels soft, --noise 0, odd Psi")
-    if report["optimum"]["kl_ref"] is None:
-        print("No finite optimum: certain pairs always ask this loss for more: max |log pi/ref| grows with --steps.")
+        q = torch.linspace(0.01, 0.99, 99)
+        both = PSI[args.psi](q) + PSI[args.psi](1 - q)
+        print("labels = where these labels lead IPO, not pi*: " + (
+            "log-ratios divided by length have the optimum ref exp(|y| (g/tau + c))" if args.logp == "mean" else
+            "Psi is not odd about 1/2, and only its odd part, (Psi(q) - Psi(1-q))/2, is optimised"
+            if both.max() - both.min() > 1e-4 else
+            "a coin flip stands for p* only if Psi is affine and nothing flips it (--labels soft, --noise 0)"))
+    if report["optimum"]["ratio"] is None:
+        print("pi* is a limit: certain pairs always ask this loss for more, so max |log pi/ref| grows with --steps")
+
+
+def print_grid(results):
+    """A line per run: what it ended with, in a world followed by the optimum's."""
+    world = "optimum" in next(iter(results.values()))[0]
+    shown = ["kl_ref", "kl_opt", "win", "ratio"] if world else ["loss", "h", "chosen", "rejected", "win"]
+    print(f"\n{'at the end / optimum' if world else 'held-out pairs, at the end':26}"
+          + "".join(f"{UNITS[key] if world else key:>24}" for key in shown))
+    for (loss, tau), (report, _) in results.items():
+        columns = [report[name] for name in ("after", "optimum") if name in report]
+        cells = [" / ".join("-" if c[key] is None else f"{c[key]:z.4f}" for c in columns) for key in shown]
+        print(f"{f'{loss}, tau {tau:g}':26}" + "".join(f"{cell:>24}" for cell in cells))
+
+
+CARD = (0.5, 0.6, 0.75, 0.9, 0.99, 1.0)
+
+
+def print_card(args, p=None, h=None, due=None):  # (N,) each
+    """The Psi card: for labels p the margin that a pair asks for and, if given, what it got and what pi* has there."""
+    if args.loss not in {"ipo", *LINK}:
+        return
+    asked = target(torch.tensor(CARD), args.tau, worth(args)).tolist()
+    table = {"p = P(chosen preferred)": CARD, "target(p), nats": asked}
+    if h is not None:
+        at = lambda z: [z[(p - q).abs() < 0.004].mean().item() for q in CARD]  # nan where no pair is
+        table |= {"h reached": at(h), "h of pi*": at(due)}
+    for name, values in table.items():
+        print(f"{name:26}" + "".join(f"{'-' if math.isnan(v) else f'{v:z.2f}':>8}" for v in values))
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C00"]  # Okabe and Ito's
+STYLES = ["-", "--", ":", "-."]
+
+
+def panels(rows, columns):  # -> figure, axes (rows, columns); large type, to be read at half size
+    import matplotlib
+    matplotlib.use("Agg")  # files only: no window, no display
+    from matplotlib import pyplot
+    pyplot.rcParams.update({"font.size": 17, "lines.linewidth": 2.5, "axes.grid": True, "grid.alpha": 0.3})
+    size = 6.5 * columns, 2 + 3.8 * rows
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flatten():
+        axis.locator_params(axis="x", nbins=5)
+    return figure, axes
+
+
+def save_picture(figure, path):
+    figure.savefig(path, dpi=80)
+    print(f"picture: {path}")
+
+
+def plot_runs(results, best, args):
+    """Margin against step, its target dashed; then in a world KL(pi||ref) against step, and win rate against KL with
+    `best`, the exact frontier [(KL, win)]; for a file the held-out win rate. Colours are losses, line styles taus."""
+    names = {"h": "margin h, nats", "kl_ref": "KL(pi||ref), nats", "win": "win rate" + " against mu" * bool(best)}
+    figure, axes = panels(1, 3 if best else 2)
+    for (loss, tau), (_, lines) in results.items():
+        look = {"color": COLOURS[args.loss.index(loss) % 8], "linestyle": STYLES[args.tau.index(tau) % 4]}
+        steps, values = [line["step"] for line in lines], {k: [line["eval"].get(k) for line in lines] for k in names}
+        axes[0, 0].plot(steps, values["h"], label=f"{loss}, tau {tau:g}", **look)
+        if lines[-1]["target"] is not None:
+            axes[0, 0].axhline(lines[-1]["target"], color=look["color"], linestyle=(0, (6, 4)), linewidth=1)
+        axes[0, 1].plot(steps, values["kl_ref" if best else "win"], **look)
+        if best:
+            axes[0, 2].plot(values["kl_ref"], values["win"], **look, alpha=0.5)
+            axes[0, 2].plot(values["kl_ref"][-1], values["win"][-1], "o", markersize=11, color=look["color"])
+    for axis, (x, y) in zip(axes[0], [("step", "h"), ("step", "kl_ref" if best else "win"), ("kl_ref", "win")]):
+        axis.set(xlabel=names.get(x, x), ylabel=names[y])
+    axes[0, 0].legend(fontsize=13)
+    if best:
+        axes[0, 2].plot(*zip(*best), color="black", linewidth=1.5, label="exact frontier", zorder=0)
+        axes[0, 2].set_xlim(-0.05, 1.1 * max(line["eval"]["kl_ref"] for _, lines in results.values() for line in lines))
+        axes[0, 2].legend(fontsize=13)
+    save_picture(figure, f"{args.out}/runs.png")
+
+
+def plot_actions(results, args):
+    """Figures 1 and 2 of the paper: probabilities of the actions against step, mean and 95 % band over seeds; a column
+    per loss, a row per tau; dashed: the exact optimum."""
+    figure, axes = panels(len(args.tau), len(args.loss))
+    for axis, ((loss, tau), (report, lines)) in zip(axes.T.flatten(), results.items()):
+        for a, (best, colour, style) in enumerate(zip(report["optimum"]["pi"], COLOURS, STYLES)):
+            middle, half = (torch.tensor([line["eval"][key][a] for line in lines]) for key in ("pi", "interval"))
+            steps = [line["step"] for line in lines]
+            axis.plot(steps, middle, style, color=colour, label="abc"[a])
+            axis.fill_between(steps, middle - half, middle + half, color=colour, alpha=0.25, linewidth=0)
+            axis.axhline(best, color=colour, linestyle=(0, (6, 4)), linewidth=1)
+        axis.set(title=f"{loss}, tau {tau:g}", ylim=(-0.03, 1.03))
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    axes[0, 0].set_ylabel("probability")
+    axes[0, 0].legend(title="action", fontsize=13)
+    save_picture(figure, f"{args.out}/actions.png")
+
+
+def plot_psi(args, p, h):
+    """The Psi card drawn: target against p, a curve for every Psi, and the mean margin that was reached at each p."""
+    figure, axes = panels(1, 1)
+    q = torch.linspace(0.005, 0.995, 199)
+    for i, name in enumerate(PSI):
+        axes[0, 0].plot(q, target(q, args.tau, PSI[name]), color=COLOURS[i], linestyle=STYLES[i % 4], label=name)
+    values, where = p.unique(return_inverse=True)
+    reached = torch.zeros(len(values)).index_reduce(0, where, h.float(), "mean", include_self=False)
+    axes[0, 0].plot(values, reached, ".", color="black", label=f"reached: {args.psi}")
+    axes[0, 0].set(xlabel="p = P(chosen preferred)", ylabel=f"target, nats (tau {args.tau:g})",
+                   ylim=(-2.2 / args.tau, 2.2 / args.tau))
+    axes[0, 0].legend(fontsize=13)
+    save_picture(figure, f"{args.out}/psi.png")
 
 
 # ---------------------------------------------------------------------------------------------------------- the program
 
+def stopwatch():
+    """(lap, seconds): lap(stage) charges the time since the last lap to that stage of the dict `seconds`."""
+    seconds, begin = {}, time.perf_counter()
+
+    def lap(stage):
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - begin - sum(seconds.values())
+    return lap, seconds
+
+
 def prepare(args, generator):
     """(world or None, rows: a world's or the training pairs', held-out pairs or None, tokenizer, model)."""
     saved, extra = M.load_checkpoint(args.init_from) if args.init_from else (None, {})
+    needs, world, held = D.WORLDS.get(args.data), None, None
     if saved:
         vars(args).update({size: getattr(saved.config, size) for size in SIZES}, tokenizer=extra["tokenizer"])
-    if (args.task == "world") != (args.tokenizer in (None, "world")):
-        raise D.Refused(f"--init_from {args.init_from}: its model is for tokenizer {args.tokenizer!r}, which does not "
-                        f"fit --data {args.data}; start from a run on data of the same kind")
-    world = held = None
+        if args.tokenizer not in ([needs] if needs else D.TOKENIZERS):
+            raise D.Refused(f"--init_from {args.init_from}: its model is for tokenizer {args.tokenizer!r}, which does "
+                            f"not fit --data {args.data}; start from a run on data of the same kind")
     source = D.iter_jsonl(args.data) if args.task == "file" else None
-    tokenizer = D.get_tokenizer(args.tokenizer or "world")
-    if args.task == "world":
+    tokenizer = D.get_tokenizer(needs or args.tokenizer)
+    if needs:
         world = D.build_world(args.data)
         data, config = world.data, M.GPTConfig(world.block_size, world.vocab_size, head_size=world.head_size)
     else:
@@ -204,10 +413,10 @@ def prepare(args, generator):
 
 
 def open_folder(args):
-    """Makes --out, says if a run is replaced there, and writes its configuration."""
+    """Makes --out, says if a run is replaced there, and writes its flags."""
     try:
         os.makedirs(args.out, exist_ok=True)
-        if os.path.exists(f"{args.out}/ckpt.pt"):
+        if os.path.exists(f"{args.out}/report.json"):
             print(f"{args.out}/ holds an earlier run; its files are replaced")
         with open(f"{args.out}/config.json", "w") as file:
             json.dump(vars(args) | {"torch": torch.__version__}, file, indent=1)
@@ -215,7 +424,7 @@ def open_folder(args):
         raise D.Refused(f"--out {args.out}: {error.strerror}; name a folder that can be written") from None
 
 
-def make_reference(model, world, data, args, generator):
+def make_reference(model, world, data, tokenizer, args, generator):
     """SFT on a world's base distribution, or on all responses of a file, rejected ones too; then the log-probs (R,) of
     all rows, which are the reference from now on."""
     n = 2 * args.batch_size
@@ -225,84 +434,192 @@ def make_reference(model, world, data, args, generator):
         bar = tqdm(D.batches(len(rows), n, args.sft_steps, generator), "sft", args.sft_steps, disable=None, leave=False)
         first, last = M.finetune(model, data, rows, bar, update, args.dtype)
         print(f"sft: {args.sft_steps} steps, {first:.3f} -> {last:.3f} nats per response token")
-    M.save_checkpoint(f"{args.out}/ref.pt", model, tokenizer=args.tokenizer or "world")
+    M.save_checkpoint(f"{args.out}/ref.pt", model, tokenizer=tokenizer.name)
     return M.score(model, data, torch.arange(len(data.prompt_len)), n, args.dtype, args.logp == "mean")
 
 
 def pose(model, world, args, generator):
-    """The world's problem: (pairs drawn from it, a function that measures the model exactly, what theory expects)."""
+    """(log ref (X,Y), pairs): what the reference says in a world, and the pairs drawn there."""
     ref = distribution(model, world, args)
-    mu, best, fit = theory(world, ref, args)
-    exact = lambda logp: D.exact(logp, ref, best, fit, world.pstar, mu, OBJECTIVE[args.loss], args.tau)
     print(f"world {world.name}: {ref.shape[0]} prompts x {ref.shape[1]} responses, whose probabilities sum to "
           f"{ref.exp().sum(-1).mean():.6f}; KL(base||ref) {D.base_kl(world.base, ref):.4f} nats\npairs: {args.pairs:,} "
           f"{args.labels}, each seen {(seen := args.steps * args.batch_size / args.pairs):.2f} times"
-          + "; hard labels seen often are learned with their noise" * (args.labels == "hard" and seen > 2)
-          + "\n--logp mean leads to a policy of its own; pi* below is the sum's" * (args.logp == "mean"))
-    pairs = world.draw(args.pairs, mu, args.labels, args.noise, generator)
-    if args.loss == "ipo" and args.logp == "sum":  # pi* averages contradictory pairs: its margins are not the targets
-        final = best if fit is None else fit
-        n = measure(*(z.flatten()[pairs.pair_rows()].float() for z in (final, ref)), pairs.p, args)
-        print(f"expected at the end: loss {n['loss']:.4f}, h {n['h']:+.2f} ± {n['h_std']:.2f}, win {n['win']:.2f}")
-    theirs = {"optimum": exact(best)} | ({} if fit is None else {"labels": exact(fit)})
-    return pairs, lambda: exact(distribution(model, world, args)), theirs
+          + "; hard labels seen often are learned with their noise" * (args.labels == "hard" and seen > 2))
+    mu = torch.full_like(ref, 1 / ref.shape[1]) if args.mu == "uniform" else ref.exp()
+    return ref, world.draw(args.pairs, mu, args.labels, args.noise, generator)
 
 
-def run(args):
-    """Reference, its cached log-probs, preference training, report. What lasts goes to --out."""
-    torch.manual_seed(args.seed)
-    generator, seconds, begin = torch.Generator().manual_seed(args.seed), {}, time.perf_counter()
+def solve(world, ref, pairs, args):
+    """The exact side of a world: (a function that measures a policy, given as its log-probs (X,Y); what theory expects;
+    the log of the policy that these labels lead to, (X,Y))."""
+    mu, best, fit = theory(world, ref, args)
 
-    def lap(stage):  # charges the time since the last lap to a stage
-        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - begin - sum(seconds.values())
+    def evaluate(logp):
+        h = margin((logp - ref).flatten()[pairs.pair_rows()], 0).mean().item()
+        numbers = D.exact(logp, ref, best, fit, world.pstar, mu, worth(args), args.tau)
+        return numbers | {"h": h if math.isfinite(h) else None}
 
-    world, pairs, held, tokenizer, model = prepare(args, generator)
-    check_targets(torch.cat([pairs.p, held.p]) if held else world.pstar if args.labels == "soft" else torch.ones(1),
-                  args)
-    open_folder(args)
-    lap("setup")
-    ref_logp = make_reference(model, world, pairs, args, generator)  # (R,)
-    lap("reference")
+    expected = {"optimum": evaluate(best)} | ({} if fit is None else {"labels": evaluate(fit)})
+    return evaluate, expected, best if fit is None else fit
+
+
+def train_one(model, world, ref, pairs, held, ref_logp, tokenizer, args, generator, write):
+    """One loss at one tau, from the reference. log ref (X,Y) or `held` is None where there is none. Calls write(line)
+    at every logged step; returns (report, the lines, seconds per stage)."""
+    lap, seconds = stopwatch()
+    rows, shown, kind = pairs.pair_rows(), pairs, "eval of the training pairs"
     if world:
-        pairs, evaluate, expected = pose(model, world, args, generator)
-        shown = pairs
+        measure_policy, expected, final = solve(world, ref, pairs, args)
+        evaluate = lambda: measure_policy(distribution(model, world, args))
+        due = (final - ref).flatten()[rows]  # log-ratios that the labels lead to
+        if args.loss == "ipo":  # pi* averages contradictory pairs: its margins are not the targets
+            length = world.length.flatten()[rows] if args.logp == "mean" else 1
+            n = measure(due.float() / length, torch.zeros(()), pairs.p, args.tau, args)
+            print(f"expected at the end: loss {n['loss']:.4f}, h {n['h']:+.2f} ± {n['h_std']:.2f}, win {n['win']:.2f}")
     else:
-        shown, kind = (held, "eval") if len(held.p) else (pairs, "eval of the training pairs")
-        evaluate = lambda: measure(score_pairs(model, shown, args), ref_logp[shown.pair_rows()], shown.p, args)
+        shown, kind = (held, "eval") if len(held.p) else (shown, kind)
+        ref_shown = ref_logp[shown.pair_rows()]
+        evaluate = lambda: measure(score_pairs(model, shown, args), ref_shown, shown.p, args.tau, args)
+    print_card(args)
     check_start(model, pairs, ref_logp, args)
-    report, rows = {"before": evaluate()}, pairs.pair_rows()
+    report, tau = {"before": evaluate()}, torch.full((len(pairs.p),), args.tau)
+    lines = [{"step": 0, "target": None, "eval": report["before"]}]
     length = (pairs.start[rows + 1] - pairs.start[rows]).float().mean().item() * 2 * args.batch_size  # tokens in a step
     picked = [int(shown.chosen[(shown.prompt == x).nonzero()[0, 0]]) for x in shown.prompt.unique()[:3]]
     prompts = [pairs.prompt_ids(row) for row in picked]
     texts = [[M.continuation(model, x, tokenizer, args) for x in prompts]]
     lap("evaluation")
 
-    with open(f"{args.out}/metrics.jsonl", "w", buffering=1) as metrics:  # 1: line by line
-        def log(step, numbers):
-            lap("training")
-            now, extra = evaluate(), f" | {length * step / seconds['training'] / 1e3:.1f}k tok/s"
-            M.check_finite(model, "--lr", numbers["loss"], now["kl_ref" if world else "loss"])
-            if world:
-                extra = f" | KL {now['kl_ref']:.2f}, to pi* {now['kl_opt'] or math.inf:.4f}" + extra  # None: infinite
-            log_line("step", step, args, numbers, extra)
-            if not world:
-                log_line(kind, step, args, now)
-            metrics.write(json.dumps({"step": step, "seconds": seconds["training"], **numbers, "eval": now}) + "\n")
-            lap("evaluation")
+    def log(step, numbers):
+        lap("training")
+        now, extra = evaluate(), f" | {length * step / seconds['training'] / 1e3:.1f}k tok/s"
+        M.check_finite(model, "--lr", numbers["loss"], now["kl_ref" if world else "loss"])
+        if world:
+            gap = math.inf if now["kl_opt"] is None else now["kl_opt"]
+            extra = f" | KL {now['kl_ref']:.2f}, to pi* {gap:.4f}" + extra
+        log_line("step", step, args, numbers, extra)
+        if not world:
+            log_line(kind, step, args, now)
+        lines.append({"step": step, "seconds": seconds["training"], **numbers, "eval": now})
+        write({"run": [args.loss, args.tau], **lines[-1]})
+        lap("evaluation")
 
-        train(model, pairs, ref_logp, args, generator, log)
+    train(model, pairs, ref_logp, tau, D.batches(len(pairs.p), args.batch_size, args.steps, generator), args, log)
     M.save_checkpoint(f"{args.out}/ckpt.pt", model, tokenizer=tokenizer.name)
     report["after"] = evaluate()
     texts.append([M.continuation(model, x, tokenizer, args) for x in prompts])
     if world:
-        print_report(report := report | expected)
+        print_report(report := report | expected, args)
+        logp = distribution(model, world, args)
+        if args.logp == "mean":
+            gap, tau = nearest(world, ref, logp, args)
+            report["nearest"] = {"kl_opt": gap, "tau": tau}
+            print(f"--logp mean: of all sums, this is nearest to the pi* of tau {tau:.3f}, KL(pi||pi*) {gap:.4f}")
+        if args.labels == "soft":
+            reached = margin((logp - ref).flatten()[rows], 0)
+            print_card(args, pairs.p, reached, margin(due, 0))
+            if args.plot:
+                plot_psi(args, pairs.p, reached)
     for x, reference, policy in zip(prompts, *texts):
         print(f"\n{tokenizer.decode(x)[-200:]!r}\n  reference {reference!r}\n  policy    {policy!r}")
     lap("evaluation")
-    seconds["total"] = time.perf_counter() - begin
-    print("\nseconds: " + ", ".join(f"{stage} {s:.1f}" for stage, s in seconds.items()) + f"; files in {args.out}/")
+    return report, lines, seconds
+
+
+def run(args):
+    """Data and reference, then each loss at each tau, from the same start, on the same pairs in the same order. Of
+    several runs each has a folder in --out for its flags and checkpoint."""
+    torch.manual_seed(args.seed)
+    generator, (lap, seconds), results = torch.Generator().manual_seed(args.seed), stopwatch(), {}
+    world, pairs, held, tokenizer, model = prepare(args, generator)
+    several = len(args.loss) * len(args.tau) > 1
+    grid = [argparse.Namespace(**vars(args) | {
+        "loss": loss, "tau": tau, "logp": "mean" if loss == "simpo" else args.logp,
+        "out": args.out + f"/{loss}-{tau:g}" * several}) for loss, tau in itertools.product(args.loss, args.tau)]
+    labels = torch.cat([pairs.p, held.p]) if held else world.pstar if args.labels == "soft" else torch.ones(1)
+    for one in grid:
+        check_targets(labels, one)
+    for one in grid:
+        open_folder(one)
+    lap("setup")
+    ref, ref_logp = None, make_reference(model, world, pairs, tokenizer, args, generator)  # (R,)
+    if world:
+        ref, pairs = pose(model, world, args, generator)
+    lap("reference")
+    start, order = copy.deepcopy(model.state_dict()), generator.get_state()
+    with open(f"{args.out}/metrics.jsonl", "w", buffering=1) as metrics:  # 1: line by line
+        write = lambda line: metrics.write(json.dumps(line) + "\n")
+        for one in grid:
+            print(f"\n{one.loss}, tau {one.tau:g}" * several)
+            model.load_state_dict(start)
+            torch.manual_seed(args.seed)  # for dropout
+            cache = ref_logp * (one.loss != "simpo")
+            report, lines, more = train_one(model, world, ref, pairs, held, cache, tokenizer, one,
+                                            generator.set_state(order), write)
+            results[one.loss, one.tau] = report, lines
+            seconds |= {stage: seconds.get(stage, 0.0) + s for stage, s in more.items()}
+    finish(results, world, ref, seconds, args)
+
+
+def finish(results, world, ref, seconds, args):
+    """When all runs are done: their table if there are several, pictures, report.json."""
+    reports = {f"{loss}-{tau:g}": report for (loss, tau), (report, _) in results.items()}
+    if len(reports) > 1:
+        print_grid(results)
+    else:
+        reports = reports.popitem()[1]
+    if args.plot:
+        any_run = argparse.Namespace(**vars(args) | {"loss": "ipo", "tau": 1.0, "psi": "identity"})
+        plot_runs(results, world and frontier(world, ref, any_run), args)
     with open(f"{args.out}/report.json", "w") as file:
-        json.dump(report | {"seconds": seconds}, file, indent=1)
+        json.dump(reports | {"seconds": seconds}, file, indent=1)
+    print("\nseconds: " + ", ".join(f"{stage} {s:.1f}" for stage, s in seconds.items())
+          + f", total {sum(seconds.values()):.1f}; files in {args.out}/")
+
+
+def bandit(args):
+    """Section 5 of the paper. K taus x S seeds are as many prompts of one tabular policy: a loss trains all at once."""
+    torch.set_num_threads(1)
+    K, S, (lap, seconds), results = len(args.tau), args.seeds, stopwatch(), {}
+    world, one = D.build_bandit(args.data, K * S), D.build_bandit(args.data, S)  # `one`: what belongs to one tau
+    ref, rows = -torch.full(one.length.shape, one.head_size).double().log(), one.data.pair_rows()
+    tau = torch.tensor(args.tau).double().repeat_interleave(S * len(world.data.p) // (K * S))  # (N,)
+    open_folder(args)
+    print(f"bandit {args.data}: pairs {D.BANDITS[args.data]} (winner first), uniform reference, {S} seeds")
+    for loss in args.loss:
+        model, free = M.Table(*world.length.shape), loss == "simpo"
+        grid = [argparse.Namespace(**vars(args) | {"loss": loss, "tau": tau}) for tau in args.tau]
+        ref_logp = distribution(model, world, args).flatten() * (not free)
+        solved, lines = [solve(one, ref, one.data, a) for a in grid], [[] for _ in grid]
+        for a in grid:
+            check_targets(world.data.p, a)
+            check_start(model, one.data, ref_logp, a)
+
+        def log(step, _):
+            policies = distribution(model, world, args).split(S)  # K of (S,Y)
+            for a, out, (measure_policy, *_), logp in zip(grid, lines, solved, policies):
+                n = measure((logp - ref * (not free)).flatten()[rows], torch.zeros(()), one.data.p, a.tau, a)
+                pi, half = logp.exp().mean(0), 1.96 * logp.exp().std(0) / S ** 0.5  # 95 % interval of the mean
+                now = measure_policy(logp) | {"pi": pi.tolist(), "interval": half.tolist()}
+                out.append({"run": [loss, a.tau], "step": step, **n, "eval": now})
+
+        log(0, None)
+        order = D.draws(world.data, args.batch_size, args.steps, torch.Generator().manual_seed(args.seed))
+        train(model, world.data, ref_logp, tau, order, grid[0], log)
+        for a, out, (_, expected, final) in zip(grid, lines, solved):
+            expected["optimum"]["pi"] = final[0].exp().tolist()
+            results[loss, a.tau] = {"before": out[0]["eval"], "after": out[-1]["eval"]} | expected, out
+        lap(f"{loss}, {K * S} policies, {args.steps:,} steps of {args.batch_size or 'all'} pairs")
+    print(f"\n{'probabilities':26}{'mean':>10}{'95 % ±':>10}{'optimum':>10}{'difference':>12}")
+    for (loss, t), (report, _) in results.items():
+        columns = report["after"]["pi"], report["after"]["interval"], report["optimum"]["pi"]
+        for action, mean, half, best in zip("abc", *columns):
+            print(f"{f'{loss}, tau {t:g}: {action}':26}{mean:10.6f}{half:10.6f}{best:10.6f}{mean - best:+12.6f}")
+    with open(f"{args.out}/metrics.jsonl", "w") as metrics:
+        metrics.writelines(json.dumps(line) + "\n" for _, lines in results.values() for line in lines)
+    if args.plot:
+        plot_actions(results, args)
+    finish(results, one, ref, seconds, args)
 
 
 def sample(args):
@@ -333,40 +650,50 @@ def number(kind, low, high=math.inf, above=False):
 
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "dropout")  # flags that a checkpoint fixes
+OWN = {"psi": "ipo", "label_noise": "robust", "gamma": "simpo"}    # flags that one loss alone reads
 NA = None  # the flag means nothing for that task, and is refused
-TASKS = {"world": "in a synthetic world", "file": "for a JSONL file", "sample": "with --sample"}
-positive, natural, count = number(float, 0, above=True), number(int, 1), number(int, 0)
-FLAGS = [  # flag, type or choices, its default in a world, for a file, for --sample; its meaning and unit
-    ("data", str, "bt", NA, NA, f"a synthetic world ({', '.join(D.WORLDS)}) or a JSONL file of preference pairs"),
-    ("sample", str, NA, NA, "", "print a continuation of this prompt by the finished run in --out; trains nothing"),
-    ("out", str, "out", "out", "out", "folder of the run's files"),
-    ("init_from", str, "", "", NA, "checkpoint to start from and stay near (a run's ref.pt or ckpt.pt); '': none"),
-    ("loss", list(LOSSES), "ipo", "ipo", NA, "loss on the margin"),
-    ("tau", number(float, 1e-6, 1e6), 0.2, 0.1, NA, "pull to the reference, DPO's beta; target: 1/(2 tau) nats"),
-    ("logp", ["sum", "mean"], "sum", "sum", NA, "log pi(y|x): the paper's sum over tokens, or their mean"),
-    ("labels", ["hard", "soft"], "hard", NA, NA, "hard: a coin flip with p*, winner first; soft: p* itself"),
-    ("noise", number(float, 0, 1), 0.0, NA, NA, "probability that a hard label is flipped"),
-    ("mu", ["uniform", "ref"], "uniform", NA, NA, "where the responses of the pairs come from"),
-    ("pairs", natural, 500_000, NA, NA, "pairs to draw; few, seen often, are learned with the noise of their labels"),
-    ("tokenizer", D.TOKENIZERS, NA, "gpt2", NA, "tiktoken's GPT-2 encoding, or plain bytes"),
-    ("holdout", number(float, 0, 0.9), NA, 0.1, NA, "share of the prompts whose pairs are held out"),
-    ("steps", natural, 2000, 200, NA, "steps of preference training"),
-    ("batch_size", natural, 256, 16, NA, "pairs in a step; more than there are: some come twice"),
-    ("lr", positive, 1.5e-3, 1e-4, NA, "peak learning rate: reached in 50 steps or half of all, then down to 0"),
-    ("sft_steps", count, 200, 400, NA, "maximum-likelihood steps that make the reference (--init_from: 0)"),
-    ("sft_lr", positive, 3e-3, 1e-3, NA, "peak learning rate of those"),
-    ("log_every", natural, 200, 50, NA, "steps from one log line to the next"),
-    ("n_layer", natural, 1, 4, NA, "blocks"),
-    ("n_head", natural, 4, 4, NA, "attention heads"),
-    ("n_embd", natural, 32, 128, NA, "channels, a multiple of n_head"),
-    ("block_size", number(int, 3), NA, 256, NA, "context in tokens; a world fixes its own"),
-    ("dropout", number(float, 0, 0.9), 0.0, 0.0, NA, "share of activations dropped in training"),
-    ("device", ["auto", "cpu", "cuda", "mps"], "auto", "auto", "auto", "auto: cuda if found, else mps, else cpu"),
-    ("dtype", ["float32", "bfloat16"], "float32", "float32", NA, "of matrix products; weights, log-probs: float32"),
-    ("seed", number(int, 0, 2**32 - 1), 0, 0, 0, "fixes weights, data, order and samples"),
-    ("temperature", number(float, 0), 1.0, 1.0, 1.0, "of samples; 0 takes the likeliest token"),
-    ("top_k", count, 0, 0, 0, "sample from the k likeliest tokens; 0: from all"),
-    ("max_new_tokens", natural, 64, 64, 64, "longest sample"),
+TASKS = {"world": "in a synthetic world", "bandit": "in a bandit", "file": "for a JSONL file",
+         "sample": "with --sample"}
+positive_number, natural, count = number(float, 0, above=True), number(int, 1), number(int, 0)
+FLAGS = [  # flag; type or choices; default in a world, in a bandit, for a file, for --sample; meaning and unit
+    ("data", str, "bt", "", NA, NA,
+     f"a world ({', '.join(D.WORLDS)}), a bandit ({', '.join(D.BANDITS)}) or a JSONL file of preference pairs"),
+    ("sample", str, NA, NA, NA, "", "print a continuation of this prompt by the finished run in --out; trains nothing"),
+    ("out", str, "out", "out", "out", "out", "folder of the run's files; several runs: a folder in it for each"),
+    ("init_from", str, "", NA, "", NA, "checkpoint to start from and stay near (a run's ref.pt or ckpt.pt); '': none"),
+    ("loss", list(LOSSES), ["ipo"], ["ipo"], ["ipo"], NA, "loss on the margin; several: a run each, one reference"),
+    ("tau", number(float, 1e-6, 1e6), [0.2], [0.1, 0.5, 1.0], [0.1], NA,
+     "pull to the reference, DPO's beta; target: 1/(2 tau) nats; several: a run each"),
+    ("psi", list(PSI), "yours", "yours", "yours", NA, "worth of a preference, for --loss ipo; yours: psi in ipo.py"),
+    ("label_noise", number(float, 0, 0.49), 0.1, 0.1, 0.1, NA, "share of flipped labels that --loss robust assumes"),
+    ("gamma", number(float, 0), 0.1, 0.1, 0.05, NA, "what --loss simpo asks for beyond tau h > 0"),
+    ("logp", ["sum", "mean"], "sum", NA, "sum", NA, "log pi(y|x): the paper's sum over tokens, or their mean"),
+    ("labels", ["hard", "soft"], "hard", NA, NA, NA, "hard: a coin flip with p*, winner first; soft: p* itself"),
+    ("noise", number(float, 0, 1), 0.0, NA, NA, NA, "probability that a hard label is flipped"),
+    ("mu", ["uniform", "ref"], "uniform", NA, NA, NA, "where the responses of the pairs come from"),
+    ("pairs", natural, 500_000, NA, NA, NA, "pairs to draw; few, seen often, are learned with their labels' noise"),
+    ("seeds", number(int, 2), NA, 10, NA, NA, "policies per tau, each with draws of its own"),
+    ("tokenizer", D.TOKENIZERS, NA, NA, "gpt2", NA, "tiktoken's GPT-2 encoding, or plain bytes"),
+    ("holdout", number(float, 0, 0.9), NA, NA, 0.1, NA, "share of the prompts whose pairs are held out"),
+    ("steps", natural, 2000, 18_000, 200, NA, "steps of preference training"),
+    ("batch_size", count, 256, 9, 16, NA, "pairs in a step; more than there are: some come twice; 0, in a bandit: all"),
+    ("lr", positive_number, 1.5e-3, 1e-2, 1e-4, NA,
+     "peak learning rate: reached in 50 steps or half of all, then down to 0; constant in a bandit with mini-batches"),
+    ("sft_steps", count, 200, NA, 400, NA, "maximum-likelihood steps that make the reference (--init_from: 0)"),
+    ("sft_lr", positive_number, 3e-3, NA, 1e-3, NA, "peak learning rate of those"),
+    ("log_every", natural, 200, 50, 50, NA, "steps from one log line to the next"),
+    ("plot", bool, False, False, False, NA, "draw the runs, and what they must reach, as PNG files in --out"),
+    ("n_layer", natural, 1, NA, 4, NA, "blocks"),
+    ("n_head", natural, 4, NA, 4, NA, "attention heads"),
+    ("n_embd", natural, 32, NA, 128, NA, "channels, a multiple of n_head"),
+    ("block_size", number(int, 3), NA, NA, 256, NA, "context in tokens; a world fixes its own"),
+    ("dropout", number(float, 0, 0.9), 0.0, NA, 0.0, NA, "share of activations dropped in training"),
+    ("device", ["auto", "cpu", "cuda", "mps"], "auto", NA, "auto", "auto", "auto: cuda if found, else mps, else cpu"),
+    ("dtype", ["float32", "bfloat16"], "float32", NA, "float32", NA, "of matrix products; weights, log-probs: float32"),
+    ("seed", number(int, 0, 2**32 - 1), 0, 0, 0, 0, "fixes weights, data, order and samples"),
+    ("temperature", number(float, 0), 1.0, NA, 1.0, 1.0, "of samples; 0 takes the likeliest token"),
+    ("top_k", count, 0, NA, 0, 0, "sample from the k likeliest tokens; 0: from all"),
+    ("max_new_tokens", natural, 64, NA, 64, 64, "longest sample"),
 ]
 
 
@@ -377,15 +704,32 @@ def parse(argv=None):
     parser.error = lambda message: parser.exit(2, f"ipo.py: {message}\n")  # one line, without the usage
     for flag, kind, *defaults, meaning in FLAGS:
         shown = ", ".join(f"{task}: {value!r}" for task, value in zip(TASKS, defaults) if value is not NA)
-        how = {"choices" if isinstance(kind, list) else "type": kind}
+        how = {"action": "store_true"} if kind is bool else {"choices" if isinstance(kind, list) else "type": kind}
+        how |= {"nargs": "+"} if flag in ("loss", "tau") else {}
         parser.add_argument(f"--{flag}", **how, help=f"{meaning} [{shown}]")
     given = vars(parser.parse_args(argv))
-    task = "sample" if "sample" in given else "file" if given.get("data", "bt") not in D.WORLDS else "world"
+    data = given.get("data", "bt")
+    task = "sample" if "sample" in given else "world" if data in D.WORLDS else "bandit" if data in D.BANDITS else "file"
     defaults = {flag: values[list(TASKS).index(task)] for flag, kind, *values, meaning in FLAGS}
     for flag in given:
         if defaults[flag] is NA and (flag, task) != ("data", "file"):
             parser.error(f"--{flag} means nothing {TASKS[task]}; leave it out")
     args = argparse.Namespace(task=task, **defaults | given)
+    for flag in given.keys() & {"loss", "tau"}:
+        if len(set(given[flag])) < len(given[flag]):
+            parser.error(f"--{flag} {' '.join(map(str, given[flag]))}: one value stands twice; leave it out")
+    for flag in given.keys() & OWN.keys():
+        if OWN[flag] not in args.loss:
+            parser.error(f"--{flag} means nothing without --loss {OWN[flag]}; leave it out")
+    if "logp" in given and args.loss == ["simpo"]:
+        parser.error("--logp means nothing for --loss simpo, which is a mean; leave it out")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        parser.error("--plot needs matplotlib; pip install matplotlib, or leave it out")
+    if task in ("world", "file") and not args.batch_size:
+        parser.error(f"--batch_size 0 means nothing {TASKS[task]}; give a whole number >= 1")
+    if task == "bandit":  # what its flags do not offer
+        vars(args).update(device="cpu", dtype="float32", logp="sum", labels="hard", noise=0.0, mu="uniform")
+        return args
     if args.init_from:
         args.sft_steps = given.get("sft_steps", 0)
         for flag in given.keys() & {*SIZES, "tokenizer"}:
@@ -408,7 +752,7 @@ def main(argv=None):
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal or pipe may lack a sample's characters
     args = parse(argv)
     try:
-        sample(args) if args.task == "sample" else run(args)
+        {"sample": sample, "bandit": bandit}.get(args.task, run)(args)
     except (D.Refused, M.BadCheckpoint, M.Stopped) as error:
         print(f"ipo.py: {error}", file=sys.stderr)
         return 1 if isinstance(error, M.Stopped) else 2

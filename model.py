@@ -117,17 +117,35 @@ class GPT(nn.Module):
         return self.head(self.hidden(tokens))
 
 
+class Table(nn.Module):
+    """A tabular policy: one logit for each of Y actions after each of X prompts (of one token), all 0 at first.
+
+    It has the two methods of a GPT that `sequence_logp` calls. float64, because exact limits are read off it."""
+
+    def __init__(self, X: int, Y: int):
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros(X, Y, dtype=torch.float64))
+        self.device = self.theta.device
+
+    def hidden(self, tokens):  # (N,T) -> (N,T): what follows depends on the last token alone
+        return tokens
+
+    def head(self, x):  # (...) -> (...,Y)
+        return self.theta[x]
+
+
 def sequence_logp(model, tokens, mask, mean=False):  # (N,T), (N,T) -> (N,)
     """log pi(y|x) of each row in nats: the sum of the log-probs of the tokens where mask is 1 (the response y).
 
     A probability of a whole response is a product, so its log is a SUM; mean=True divides by the number of response
-    tokens, which other tools do and the paper does not. Differentiable; float32 whatever the model's dtype.
+    tokens, which other tools do and the paper does not. Differentiable; float32 for models of fewer bits.
     """
     assert mask.shape == tokens.shape, f"mask {tuple(mask.shape)} and tokens {tuple(tokens.shape)} differ in shape"
     assert not mask[:, 0].any(), "mask[:,0] must be 0: nothing precedes the first token, so nothing predicts it"
     assert mask[:, 1:].any(1).all(), "a row has no response token to score"
     row, t = mask[:, 1:].nonzero(as_tuple=True)              # (S,) S scored tokens, at t + 1 in `tokens` ...
-    logits = model.head(model.hidden(tokens[:, :-1])[row, t]).float()  # (S,V) ... each predicted at t: the shift by one
+    logits = model.head(model.hidden(tokens[:, :-1])[row, t])  # (S,V) ... each predicted at t: the shift by one
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logp = logits.log_softmax(-1).gather(1, tokens[row, t + 1][:, None])[:, 0]      # (S,)
     total = logp.new_zeros(len(tokens)).index_add(0, row, logp)                      # (N,)
     return total / mask.sum(1) if mean else total
@@ -149,11 +167,11 @@ def autocast(model, dtype):
 
 
 @torch.no_grad()
-def score(model, data, rows, batch, dtype="float32", mean=False):  # (R,) -> (R,) on the CPU
+def score(model, data, rows, batch, dtype="float32", mean=False):  # (R,) -> (R,), on the CPU
     """`sequence_logp` of rows of data (a data.PairData), without gradient or dropout, `batch` rows of like length at a
     time."""
     model.eval()
-    logp = torch.empty(len(rows))
+    logp = torch.empty(len(rows), dtype=next(model.parameters()).dtype)
     for part in (data.start[rows + 1] - data.start[rows]).argsort(stable=True).split(batch):
         tokens, mask = (z.to(model.device) for z in data.rows(rows[part]))
         with autocast(model, dtype):
@@ -161,18 +179,19 @@ def score(model, data, rows, batch, dtype="float32", mean=False):  # (R,) -> (R,
     return logp
 
 
-def descent(model, steps, lr):
+def descent(model, steps, lr, plain=False):
     """A function that takes a step on a loss: AdamW, gradient norm at most 1, lr up for 50 steps or half of
-    all, then linearly down to 0."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    all, then linearly down to 0. plain: Adam as it comes, with a constant lr."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.999 if plain else 0.99), weight_decay=0.0,
+                                  fused=True)
     warmup = min(50, steps // 2)
-    factor = lambda s: min((s + 1) / (warmup + 1), (steps - s) / (steps - warmup))
+    factor = lambda s: 1.0 if plain else min((s + 1) / (warmup + 1), (steps - s) / (steps - warmup))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
     def update(loss):
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), math.inf if plain else 1.0)
         optimizer.step()
         schedule.step()
     return update

@@ -62,6 +62,12 @@ def cli(*args, folder, process=False):
     return Namespace(returncode=status, stdout=read(out), stderr=read(err))
 
 
+def options(**flags):
+    """The arguments of a run in a world, as the command line would make them, on the CPU."""
+    return Namespace(**{"task": "world", "loss": "ipo", "tau": 0.2, "psi": "yours", "label_noise": 0.1, "gamma": 0.1, "logp": "sum", "labels": "hard",
+                        "noise": 0.0, "mu": "uniform", "batch_size": 256, "dtype": "float32", "device": "cpu", "log_every": 1} | flags)
+
+
 SHORT = "--steps 20 --pairs 2000 --sft_steps 5 --batch_size 32 --log_every 10".split()
 
 # ------------------------------------------------------------------------------------------------- target and losses
@@ -152,7 +158,7 @@ def test_adding_a_constant_to_both_log_ratios_changes_nothing():
 @pytest.mark.parametrize("h, p, win", [([1.0, -1, 0, 1e-5], [1.0, 1, 1, 1], 0.5), ([2.0, 2], [0.9, 0.1], 0.5), ([-2.0], [0.1], 1.0)])
 def test_win_counts_ties_one_half_and_reads_the_label(h, p, win):
     h = torch.tensor(h)
-    n = ipo.measure(torch.cat([h, 0 * h]), 0 * torch.cat([h, h]), torch.tensor(p), Namespace(loss="dpo", tau=0.1))
+    n = ipo.measure(torch.cat([h, 0 * h]), 0 * torch.cat([h, h]), torch.tensor(p), 0.1, options(loss="dpo"))
     assert n["win"] == pytest.approx(win)
 
 
@@ -360,13 +366,16 @@ def test_worlds_are_what_they_say(name):
     world = D.build_world(name)
     p = world.pstar
     assert torch.allclose(p + p.transpose(1, 2), torch.ones_like(p)) and world.base.sum().item() == pytest.approx(1)
-    assert len(world.responses) == len(set(world.responses)) == 400
-    short = [world.responses.index(f" {w}") for w in D.VALENCE]
+    assert len(world.responses) == len(set(world.responses)) == (255 if name == "lengths" else 400)
+    words = D.WORDS[world.tokenizer]
+    short = [world.responses.index(f" {w}") for w in words]
     beats = p[0][short][:, short] > 0.5
     cycle = any(beats[a, b] and beats[b, c] and beats[c, a] for a, b, c in itertools.permutations(range(len(short)), 3))
     assert cycle == (name == "cyclic")
-    if name == "bt":
-        assert torch.allclose(p, (world.reward[:, :, None] - world.reward[:, None, :]).sigmoid(), atol=1e-4)
+    if name in ("bt", "lengths"):
+        reward = torch.tensor([[sum(D.VALENCE[w][x] for w in r.split()) for r in world.responses] for x in range(4)], dtype=torch.float64)
+        assert torch.allclose(p, (reward[:, :, None] - reward[:, None, :]).sigmoid(), atol=1e-4)
+    assert world.length[0].tolist() == [min(len(r.split()) + 1, D.MAX_WORDS[world.tokenizer]) for r in world.responses]
     if name == "deterministic":  # the same words in another order are worth the same: 1/2, whatever rounding their sums had
         sorted_words = [sorted(r.split()) for r in world.responses]
         same = torch.tensor([[a == b for b in sorted_words] for a in sorted_words])
@@ -377,7 +386,7 @@ def test_the_world_is_closed():
     """Any model of these sizes gives the 400 responses of each prompt a total probability of one; samples are among them."""
     world = D.build_world("bt")
     model = tiny(V=world.vocab_size, T=world.block_size, head_size=world.head_size)
-    args = Namespace(batch_size=256, dtype="float32")
+    args = options()
     assert torch.allclose(ipo.distribution(model, world, args).exp().sum(-1), torch.ones(4).double(), atol=1e-5)
     tok = D.get_tokenizer("world")
     for _ in range(50):
@@ -411,7 +420,7 @@ def random_policies(seed=0):
     return (torch.randn(4, 400, generator=g, dtype=torch.float64).log_softmax(-1) for _ in range(3))
 
 
-@pytest.mark.parametrize("name", D.WORLDS)
+@pytest.mark.parametrize("name", ["bt", "deterministic", "cyclic"])
 def test_the_gap_to_the_optimum_is_tau_times_the_kl(name):
     """J(pi*) - J(pi) = tau KL(pi||pi*) for every policy: the theorem that makes KL(pi||pi*) the right distance."""
     world, (pi, ref, mu), tau = D.build_world(name), random_policies(), 0.3
@@ -435,7 +444,7 @@ def test_theory_knows_where_labels_lead(monkeypatch):
     """Clean hard labels lead IPO to pi*; noise and a non-affine Psi do not, and the report's third policy says where instead:
     it is the tabular minimiser of the expected loss."""
     world, (_, ref, _) = D.build_world("bt"), random_policies()
-    theory = lambda **kw: ipo.theory(world, ref, Namespace(**{"loss": "ipo", "tau": 0.2, "labels": "hard", "noise": 0.0, "mu": "uniform"} | kw))
+    theory = lambda **kw: ipo.theory(world, ref, options(**kw))
     monkeypatch.setattr(ipo, "psi", identity)
     assert theory()[2] is None and theory(labels="soft")[2] is None and theory(loss="dpo")[2] is None
     assert torch.allclose(theory(mu="ref")[0], ref.exp()) and theory(mu="ref")[2] is None
@@ -576,7 +585,7 @@ def test_training_brings_the_language_model_to_the_optimum(tmp_path):
     assert json.loads((tmp_path / "run/config.json").read_text())["tau"] == 0.2
     model, extra = M.load_checkpoint(tmp_path / "run/ckpt.pt")
     ref, _ = M.load_checkpoint(tmp_path / "run/ref.pt")
-    world, args = D.build_world("bt"), Namespace(batch_size=256, dtype="float32")
+    world, args = D.build_world("bt"), options()
     pi, pi0 = (ipo.distribution(m, world, args) for m in (model, ref))
     assert (pi.exp() * (pi - pi0)).sum(-1).mean().item() == pytest.approx(after["kl_ref"], rel=1e-3)
     said = cli("--sample", "review of the pizza:", "--out", "run", folder=tmp_path)
@@ -591,7 +600,8 @@ def test_in_the_deterministic_world_dpo_never_stops(tmp_path):
         run = cli("--data", "deterministic", "--loss", loss, "--tau", 1, "--steps", steps, "--sft_steps", 30, "--out", f"{loss}{steps}", folder=tmp_path)
         assert run.returncode == 0, run.stderr
     (_, short, none), (_, long, _), (_, calm, best) = (reports(tmp_path / name) for name in ("dpo50", "dpo250", "ipo250"))
-    assert long["kl_ref"] > short["kl_ref"] + 0.2 and long["ratio"] > 1.5 * short["ratio"] and none["kl_ref"] is None
+    assert long["kl_ref"] > short["kl_ref"] + 0.2 and long["ratio"] > 1.5 * short["ratio"] and none["ratio"] is None
+    assert long["kl_ref"] < none["kl_ref"] == pytest.approx(6.5, abs=0.5)  # the limit: all on the best response, whose ref is e^-6.5 or so
     assert calm["kl_ref"] < 0.1 and calm["kl_opt"] < 0.02 and best["ratio"] < 1
 
 
@@ -618,13 +628,13 @@ def test_same_seed_same_weights(tmp_path):
 @pytest.mark.parametrize("logp", ["sum", "mean"])
 def test_the_reference_never_trains(logp):
     """The first batch has margin 0, in either form of log pi; the cache stays what it was while the policy moves away."""
-    world, args = D.build_world("bt"), Namespace(loss="ipo", tau=0.2, logp=logp, steps=3, lr=1e-2, batch_size=32,
-                                                 dtype="float32", device="cpu", log_every=1)
+    world, args = D.build_world("bt"), options(logp=logp, steps=3, lr=1e-2)
     model = tiny(V=world.vocab_size, T=world.block_size, head_size=world.head_size)
     ref = M.score(model, world.data, torch.arange(1600), 512, mean=logp == "mean")
     kept, seen = ref.clone(), []
     pairs = world.draw(96, torch.full((4, 400), 1 / 400).double(), "hard", 0.0, torch.Generator().manual_seed(0))
-    ipo.train(model, pairs, ref, args, torch.Generator().manual_seed(0), lambda step, n: seen.append(n))
+    order = D.batches(96, 32, 3, torch.Generator().manual_seed(0))
+    ipo.train(model, pairs, ref, torch.full((96,), 0.2), order, args, lambda step, n: seen.append(n))
     assert torch.equal(ref, kept) and abs(seen[0]["h"]) < 1e-4 and seen[2]["h"] > 0.02
     assert seen[0]["loss"] == pytest.approx(ipo.ipo_loss(torch.zeros(1), torch.ones(1), 0.2).item(), rel=1e-4)
     assert not torch.allclose(M.score(model, world.data, torch.arange(1600), 512, mean=logp == "mean"), ref, atol=1e-2)
@@ -633,8 +643,8 @@ def test_the_reference_never_trains(logp):
 def test_the_reference_has_seen_chosen_and_rejected_alike(tmp_path):
     """SFT on both sides: neither is likelier at the start, so mu is what the reference says."""
     data = encoded(*(pair("aaaa", "bbbb", f"{i}") for i in range(20)))
-    args = Namespace(sft_steps=80, sft_lr=1e-2, batch_size=8, dtype="float32", out=str(tmp_path), logp="sum", tokenizer="bytes")
-    logp = ipo.make_reference(tiny(V=257, T=32), None, data, args, torch.Generator().manual_seed(0))
+    args = options(sft_steps=80, sft_lr=1e-2, batch_size=8, out=str(tmp_path))
+    logp = ipo.make_reference(tiny(V=257, T=32), None, data, D.get_tokenizer("bytes"), args, torch.Generator().manual_seed(0))
     assert (logp[data.chosen] - logp[data.rejected]).mean().abs() < 2 and logp.mean() > -8
 
 
@@ -658,7 +668,7 @@ def test_the_learning_rate_rises_and_falls_to_zero():
 def test_a_wrong_reference_stops_the_run():
     """Step 0 must have margin 0: a cache that another model made is found out."""
     world = D.build_world("bt")
-    args = Namespace(loss="ipo", tau=0.2, logp="sum", batch_size=32, dtype="float32")
+    args = options(batch_size=32)
     model = tiny(V=world.vocab_size, T=world.block_size, head_size=world.head_size)
     ref = M.score(model, world.data, torch.arange(1600), 512)
     pairs = world.draw(32, torch.full((4, 400), 1 / 400).double(), "hard", 0.0, torch.Generator().manual_seed(0))
@@ -669,10 +679,10 @@ def test_a_wrong_reference_stops_the_run():
 
 def test_a_wrong_loss_stops_the_run(monkeypatch):
     """The loss of step 0 is compared with target^2, not with itself."""
-    world, args = D.build_world("bt"), Namespace(loss="ipo", tau=0.2, logp="sum", batch_size=32, dtype="float32")
+    world, args = D.build_world("bt"), options(batch_size=32)
     model = tiny(V=world.vocab_size, T=world.block_size, head_size=world.head_size)
     pairs = world.draw(32, torch.full((4, 400), 1 / 400).double(), "hard", 0.0, torch.Generator().manual_seed(0))
-    monkeypatch.setitem(ipo.LOSSES, "ipo", lambda h, p, tau: ipo.ipo_loss(h, p, tau / 2))
+    monkeypatch.setitem(ipo.LOSSES, "ipo", lambda h, p, tau, psi: ipo.ipo_loss(h, p, tau / 2, psi))
     with pytest.raises(M.Stopped, match="the loss is not theory's"):
         ipo.check_start(model, pairs, M.score(model, world.data, torch.arange(1600), 512), args)
 
@@ -681,13 +691,13 @@ def test_majority_psi_of_another_dtype_is_measured(monkeypatch):
     """(q > 1/2).float() is a natural edit; the exact numbers are float64 all the same."""
     world, (pi, ref, _) = D.build_world("bt"), random_policies()
     monkeypatch.setattr(ipo, "psi", lambda q: (q > 0.5).float())
-    mu, best, _ = ipo.theory(world, ref, Namespace(loss="ipo", tau=0.2, labels="soft", noise=0.0, mu="uniform"))
+    mu, best, _ = ipo.theory(world, ref, options(labels="soft"))
     assert D.exact(pi, ref, best, None, world.pstar, mu, ipo.psi, 0.2)["kl_opt"] > 0
 
 
 def test_an_infinite_target_is_refused_with_the_lesson(monkeypatch):
     monkeypatch.setattr(ipo, "psi", torch.logit)
-    args = Namespace(loss="ipo", tau=0.1)
+    args = options(tau=0.1)
     ipo.check_targets(torch.tensor([0.1, 0.9]), args)
     with pytest.raises(D.Refused, match="infinite margin on certain pairs, which is DPO's over-fitting; use labels"):
         ipo.check_targets(torch.tensor([0.1, 1.0]), args)
