@@ -30,6 +30,7 @@ import os
 import sys
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -142,14 +143,14 @@ def train(model, pairs, ref_logp, tau, order, args, log):
     for step, index in enumerate(tqdm(order, args.loss, args.steps, disable=None, leave=False), 1):
         model.train()
         batch = pairs.batch(index)
-        tokens, mask, p, ref = (z.to(args.device) for z in (batch.tokens, batch.mask, batch.p, ref_logp[batch.rows]))
+        tokens, mask, p, ref, t = (z.to(args.device) for z in (*batch[:3], ref_logp[batch.rows], tau[index]))
         with M.autocast(model, args.dtype):
             logp = M.sequence_logp(model, tokens, mask, mean=args.logp == "mean")  # (2B,)
         h = margin(logp, ref)                                                      # (B,)
-        loss = loss_of(h, p, tau[index]).mean()                                    # ()
+        loss = loss_of(h, p, t).mean()                                             # ()
         update(loss)
         if step % args.log_every == 0 or step == args.steps:
-            log(step, measure(logp, ref, p, tau[index], args))
+            log(step, measure(logp, ref, p, t, args))
 
 
 # ---------------------------------------------------------------------------------------------------------- measurement
@@ -221,9 +222,9 @@ def check_start(model, pairs, ref_logp, args):
 
 
 def frontier(world, ref, args):
-    """[(KL(pi||ref), win rate against mu)] that no policy beats: pi* for Psi = identity at 60 values of tau."""
+    """[(KL(pi||ref), win rate against mu)] that no policy beats, by rising KL: pi* of Psi = identity at 120 taus."""
     mu, points = theory(world, ref, args)[0], []
-    for tau in torch.logspace(-2, 1.5, 60).tolist():
+    for tau in torch.logspace(1.5, -2.5, 120).tolist():
         best = D.optimum(ref, world.pstar, mu, PSI["identity"], tau)
         n = D.exact(best, ref, best, None, world.pstar, mu, PSI["identity"], tau)
         points.append((n["kl_ref"], n["win"]))
@@ -270,15 +271,19 @@ def print_report(report, args):
         print("pi* is a limit: certain pairs always ask this loss for more, so max |log pi/ref| grows with --steps")
 
 
-def print_grid(results):
-    """A line per run: what it ended with, in a world followed by the optimum's."""
-    world = "optimum" in next(iter(results.values()))[0]
-    shown = ["kl_ref", "kl_opt", "win", "ratio"] if world else ["loss", "h", "chosen", "rejected", "win"]
-    print(f"\n{'at the end / optimum' if world else 'held-out pairs, at the end':26}"
-          + "".join(f"{UNITS[key] if world else key:>24}" for key in shown))
+def print_grid(results, best):
+    """A line per run: what it ended with, in a world also what the optimum has, and how far its win rate lies below the
+    frontier `best` at its own KL."""
+    shown = ["kl_ref", "kl_opt", "win", "ratio"] if best else ["loss", "h", "chosen", "rejected", "win"]
+    head = [UNITS[key] if best else key for key in shown] + ["win below frontier"] * bool(best)
+    title = "at the end / optimum" if best else "held-out pairs, at the end"
+    print(f"\n{title:26}" + "".join(f"{name:>24}" for name in head))
     for (loss, tau), (report, _) in results.items():
         columns = [report[name] for name in ("after", "optimum") if name in report]
         cells = [" / ".join("-" if c[key] is None else f"{c[key]:z.4f}" for c in columns) for key in shown]
+        if best:
+            report["after"]["below"] = np.interp(columns[0]["kl_ref"], *zip(*best)) - columns[0]["win"]
+            cells.append(f"{report['after']['below']:z.4f}")
         print(f"{f'{loss}, tau {tau:g}':26}" + "".join(f"{cell:>24}" for cell in cells))
 
 
@@ -307,7 +312,8 @@ def panels(rows, columns):  # -> figure, axes (rows, columns); large type, to be
     import matplotlib
     matplotlib.use("Agg")  # files only: no window, no display
     from matplotlib import pyplot
-    pyplot.rcParams.update({"font.size": 17, "lines.linewidth": 2.5, "axes.grid": True, "grid.alpha": 0.3})
+    pyplot.rcParams.update({"font.size": 18, "legend.fontsize": 16, "lines.linewidth": 2.5, "axes.grid": True,
+                            "grid.alpha": 0.3})
     size = 6.5 * columns, 2 + 3.8 * rows
     figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flatten():
@@ -321,27 +327,29 @@ def save_picture(figure, path):
 
 
 def plot_runs(results, best, args):
-    """Margin against step, its target dashed; then in a world KL(pi||ref) against step, and win rate against KL with
-    `best`, the exact frontier [(KL, win)]; for a file the held-out win rate. Colours are losses, line styles taus."""
+    """Margin against step, dashed a certain pair's target, dotted the mean margin of pi*; then in a world KL(pi||ref)
+    against step, and win rate against KL with `best`, the exact frontier [(KL, win)]; for a file the held-out win rate.
+    Colours are losses, line styles taus."""
     names = {"h": "margin h, nats", "kl_ref": "KL(pi||ref), nats", "win": "win rate" + " against mu" * bool(best)}
     figure, axes = panels(1, 3 if best else 2)
-    for (loss, tau), (_, lines) in results.items():
+    for (loss, tau), (report, lines) in results.items():
         look = {"color": COLOURS[args.loss.index(loss) % 8], "linestyle": STYLES[args.tau.index(tau) % 4]}
         steps, values = [line["step"] for line in lines], {k: [line["eval"].get(k) for line in lines] for k in names}
         axes[0, 0].plot(steps, values["h"], label=f"{loss}, tau {tau:g}", **look)
-        if lines[-1]["target"] is not None:
-            axes[0, 0].axhline(lines[-1]["target"], color=look["color"], linestyle=(0, (6, 4)), linewidth=1)
+        for height, dashes in (lines[-1]["target"], (6, 4)), (report.get("optimum", {}).get("h"), (1, 2)):
+            if height is not None:
+                axes[0, 0].axhline(height, color=look["color"], linestyle=(0, dashes), linewidth=1.5)
         axes[0, 1].plot(steps, values["kl_ref" if best else "win"], **look)
         if best:
             axes[0, 2].plot(values["kl_ref"], values["win"], **look, alpha=0.5)
             axes[0, 2].plot(values["kl_ref"][-1], values["win"][-1], "o", markersize=11, color=look["color"])
     for axis, (x, y) in zip(axes[0], [("step", "h"), ("step", "kl_ref" if best else "win"), ("kl_ref", "win")]):
         axis.set(xlabel=names.get(x, x), ylabel=names[y])
-    axes[0, 0].legend(fontsize=13)
+    figure.legend(loc="outside upper center", ncols=4)
     if best:
         axes[0, 2].plot(*zip(*best), color="black", linewidth=1.5, label="exact frontier", zorder=0)
         axes[0, 2].set_xlim(-0.05, 1.1 * max(line["eval"]["kl_ref"] for _, lines in results.values() for line in lines))
-        axes[0, 2].legend(fontsize=13)
+        axes[0, 2].legend()
     save_picture(figure, f"{args.out}/runs.png")
 
 
@@ -360,22 +368,23 @@ def plot_actions(results, args):
     for axis in axes[-1]:
         axis.set_xlabel("step")
     axes[0, 0].set_ylabel("probability")
-    axes[0, 0].legend(title="action", fontsize=13)
+    axes[0, 0].legend(title="action")
     save_picture(figure, f"{args.out}/actions.png")
 
 
 def plot_psi(args, p, h):
     """The Psi card drawn: target against p, a curve for every Psi, and the mean margin that was reached at each p."""
     figure, axes = panels(1, 1)
+    figure.set_size_inches(9, 6)
     q = torch.linspace(0.005, 0.995, 199)
     for i, name in enumerate(PSI):
         axes[0, 0].plot(q, target(q, args.tau, PSI[name]), color=COLOURS[i], linestyle=STYLES[i % 4], label=name)
     values, where = p.unique(return_inverse=True)
-    reached = torch.zeros(len(values)).index_reduce(0, where, h.float(), "mean", include_self=False)
+    reached = torch.bincount(where, h) / torch.bincount(where)
     axes[0, 0].plot(values, reached, ".", color="black", label=f"reached: {args.psi}")
     axes[0, 0].set(xlabel="p = P(chosen preferred)", ylabel=f"target, nats (tau {args.tau:g})",
                    ylim=(-2.2 / args.tau, 2.2 / args.tau))
-    axes[0, 0].legend(fontsize=13)
+    figure.legend(loc="outside right center")
     save_picture(figure, f"{args.out}/psi.png")
 
 
@@ -440,11 +449,12 @@ def make_reference(model, world, data, tokenizer, args, generator):
 
 def pose(model, world, args, generator):
     """(log ref (X,Y), pairs): what the reference says in a world, and the pairs drawn there."""
-    ref = distribution(model, world, args)
+    ref, seen = distribution(model, world, args), args.steps * args.batch_size / args.pairs
+    noisy = args.labels == "hard" and (args.noise or world.name != "deterministic")
     print(f"world {world.name}: {ref.shape[0]} prompts x {ref.shape[1]} responses, whose probabilities sum to "
           f"{ref.exp().sum(-1).mean():.6f}; KL(base||ref) {D.base_kl(world.base, ref):.4f} nats\npairs: {args.pairs:,} "
-          f"{args.labels}, each seen {(seen := args.steps * args.batch_size / args.pairs):.2f} times"
-          + "; hard labels seen often are learned with their noise" * (args.labels == "hard" and seen > 2))
+          f"{args.labels}, each seen {seen:.2f} times"
+          + "; hard labels seen often are learned with their noise" * bool(seen > 2 and noisy))
     mu = torch.full_like(ref, 1 / ref.shape[1]) if args.mu == "uniform" else ref.exp()
     return ref, world.draw(args.pairs, mu, args.labels, args.noise, generator)
 
@@ -564,13 +574,14 @@ def run(args):
 def finish(results, world, ref, seconds, args):
     """When all runs are done: their table if there are several, pictures, report.json."""
     reports = {f"{loss}-{tau:g}": report for (loss, tau), (report, _) in results.items()}
+    any_run = argparse.Namespace(**vars(args) | {"loss": "ipo", "tau": 1.0, "psi": "identity"})
+    best = frontier(world, ref, any_run) if world and (len(reports) > 1 or args.plot) else None
     if len(reports) > 1:
-        print_grid(results)
+        print_grid(results, best)
     else:
         reports = reports.popitem()[1]
     if args.plot:
-        any_run = argparse.Namespace(**vars(args) | {"loss": "ipo", "tau": 1.0, "psi": "identity"})
-        plot_runs(results, world and frontier(world, ref, any_run), args)
+        plot_runs(results, best, args)
     with open(f"{args.out}/report.json", "w") as file:
         json.dump(reports | {"seconds": seconds}, file, indent=1)
     print("\nseconds: " + ", ".join(f"{stage} {s:.1f}" for stage, s in seconds.items())
@@ -584,6 +595,8 @@ def bandit(args):
     world, one = D.build_bandit(args.data, K * S), D.build_bandit(args.data, S)  # `one`: what belongs to one tau
     ref, rows = -torch.full(one.length.shape, one.head_size).double().log(), one.data.pair_rows()
     tau = torch.tensor(args.tau).double().repeat_interleave(S * len(world.data.p) // (K * S))  # (N,)
+    for loss in args.loss:
+        check_targets(world.data.p, argparse.Namespace(**vars(args) | {"loss": loss}))
     open_folder(args)
     print(f"bandit {args.data}: pairs {D.BANDITS[args.data]} (winner first), uniform reference, {S} seeds")
     for loss in args.loss:
@@ -592,7 +605,6 @@ def bandit(args):
         ref_logp = distribution(model, world, args).flatten() * (not free)
         solved, lines = [solve(one, ref, one.data, a) for a in grid], [[] for _ in grid]
         for a in grid:
-            check_targets(world.data.p, a)
             check_start(model, one.data, ref_logp, a)
 
         def log(step, _):

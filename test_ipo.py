@@ -741,7 +741,17 @@ BAD_COMMANDS = {  # arguments -> what the one line on standard error says
     "--init_from whole.pt --n_layer 2": "--n_layer is fixed by the checkpoint", "--init_from whole.pt": "its model is for tokenizer 'bytes'",
     "--data pairs.jsonl --init_from whole.pt --tokenizer bytes": "--tokenizer is fixed by the checkpoint",
     "--device cuda": "--device cuda: torch finds none", "--seed 18446744073709551616": "--seed", "--sft_steps 0 --sft_lr 1": "--sft_lr means nothing", "--out text/folder": "--out text/folder: ", "--nonsense": "unrecognized arguments",
-    "--tokenizer bytes": "--tokenizer means nothing in a synthetic world"}
+    "--tokenizer bytes": "--tokenizer means nothing in a synthetic world", "--batch_size 0": "--batch_size 0 means nothing in a synthetic world",
+    "--psi tanh --loss dpo": "--psi means nothing without --loss ipo", "--gamma 1": "--gamma means nothing without --loss simpo",
+    "--label_noise 0.1 --loss ipo dpo": "--label_noise means nothing without --loss robust", "--loss robust --label_noise 0.5": "--label_noise: '0.5'",
+    "--loss simpo --logp mean": "--logp means nothing for --loss simpo", "--tau 1 2 1": "--tau 1.0 2.0 1.0: one value stands twice",
+    "--loss dpo dpo": "one value stands twice", "--loss rebel": "not finite: this Psi asks for an infinite margin on certain pairs",
+    "--psi logit": "not finite", "--data deterministic --psi logit --labels soft": "not finite", "--psi sqrt": "invalid choice: 'sqrt'",
+    "--data pairs.jsonl --tokenizer bytes --loss dpo rebel": "not finite", "--data d1 --psi logit": "not finite",
+    "--data d1 --labels soft": "--labels means nothing in a bandit", "--data d1 --n_layer 2": "--n_layer means nothing in a bandit",
+    "--data d1 --logp mean": "--logp means nothing in a bandit", "--data d1 --seeds 1": "--seeds: '1' is not a whole number >= 2",
+    "--seeds 3": "--seeds means nothing in a synthetic world", "--data d1 --init_from whole.pt": "--init_from means nothing in a bandit",
+    "--sample x --plot": "--plot means nothing with --sample", "--data d4": "d4: No such file"}
 
 
 def test_bad_input_is_one_line_and_status_two(tmp_path, monkeypatch, capsys):
@@ -766,6 +776,318 @@ def test_bad_input_is_one_line_and_status_two(tmp_path, monkeypatch, capsys):
     assert {p.name for p in tmp_path.iterdir()} == before
 
 
+# ------------------------------------------------------------------------------------------- the family of margin losses
+
+OWN = {"robust": {"label_noise": 0.1}, "simpo": {"gamma": 0.1}}
+FAMILY = {name: lambda h, p, tau, f=f, own=OWN.get(name, {}): f(h, p, tau, **own) for name, f in ipo.LOSSES.items()}
+SLOPES = {  # at h = 0, p = 1, in units of tau, worked out by hand
+    "dpo": -1 / 2, "slic": -1, "squared_hinge": -2, "exponential": -1, "savage": -1 / 4, "discopop": 5 * (1 - math.log(2)) - 3 / 4,
+    "robust": -1 / 2 / (1 - 2 * 0.1), "exo": math.log(0.001 / 0.999) / 4, "simpo": -1 / (1 + math.exp(-0.1))}
+
+
+@pytest.mark.parametrize("name", SLOPES)
+def test_value_and_slope_of_each_loss_at_the_start(name):
+    """At pi = ref; DiscoPOP's slope is +.784, so its first step moves away from the chosen response."""
+    h, tau = torch.zeros(1, dtype=torch.float64, requires_grad=True), 0.3
+    loss = FAMILY[name](h, torch.ones(1), tau).sum()
+    loss.backward()
+    assert h.grad.item() == pytest.approx(tau * SLOPES[name], rel=1e-5)
+    due = {"simpo": math.log(1 + math.exp(0.1))} | ipo.START
+    assert loss.item() == pytest.approx(due[name], rel=1e-5)
+    assert ipo.START.keys() | {"ipo", "rebel", "simpo"} == ipo.LOSSES.keys()
+
+
+def test_discopop_golden_numbers():
+    h = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    FAMILY["discopop"](h, torch.ones(1), 1.0).sum().backward()
+    assert FAMILY["discopop"](h, torch.ones(1), 1.0).item() == pytest.approx(0.8466, abs=1e-4) and h.grad.item() == pytest.approx(0.784, abs=1e-3)
+
+
+NUMPY = {  # f(z) of a certain pair, written anew
+    "dpo": lambda z: np.log1p(np.exp(-z)), "slic": lambda z: np.maximum(0, 1 - z), "squared_hinge": lambda z: np.maximum(0, 1 - z) ** 2,
+    "exponential": lambda z: np.exp(-z), "savage": lambda z: (1 + np.exp(z)) ** -2.0,
+    "discopop": lambda z: (1 - 1 / (1 + np.exp(-z / 0.05))) * np.log1p(np.exp(-z)) + np.exp(-z) / (1 + np.exp(-z / 0.05)),
+    "robust": lambda z: (0.9 * np.log1p(np.exp(-z)) - 0.1 * np.log1p(np.exp(z))) / 0.8,
+    "exo": lambda z: (lambda s: s * np.log(s / 0.999) + (1 - s) * np.log((1 - s) / 0.001))(1 / (1 + np.exp(-z))),
+    "simpo": lambda z: np.log1p(np.exp(0.1 - z))}
+
+
+@pytest.mark.parametrize("name", NUMPY)
+def test_family_against_numpy(name):
+    """p f(tau h) + (1-p) f(-tau h): linear in p, and swapping the responses with their probability changes nothing."""
+    rng = np.random.default_rng(0)
+    h, p, tau = rng.normal(0, 3, 50), rng.random(50), 0.7
+    ours = FAMILY[name](torch.tensor(h), torch.tensor(p), tau)
+    assert np.allclose(ours.numpy(), p * NUMPY[name](tau * h) + (1 - p) * NUMPY[name](-tau * h))
+    assert torch.allclose(ours, FAMILY[name](torch.tensor(-h), torch.tensor(1 - p), tau))
+
+
+def argmin(name, p):
+    """The z that minimises the loss of a pair preferred with probability p, on a grid of 1/1000."""
+    z = torch.linspace(-12, 12, 24001, dtype=torch.float64)
+    return z[FAMILY[name](z, torch.tensor(p), 1.0).argmin()].item()
+
+
+@pytest.mark.parametrize("p", [0.3, 0.6, 0.75, 0.9])
+@pytest.mark.parametrize("name", ["ipo", *ipo.LINK])
+def test_population_link_of_each_loss(name, p):
+    """argmin of p f(z) + (1-p) f(-z): logit p (DPO, Savage, REBEL), half of it (exponential), p - 1/2 (IPO), 2p - 1 (squared
+    hinge), its sign (hinge), 6.9 (2p - 1) (EXO). A f is not a Psi, but this map is: it gives the margin that one pair asks for."""
+    link = (lambda q: q - 0.5) if name == "ipo" else ipo.LINK[name]
+    assert argmin(name, p) == pytest.approx(link(torch.tensor(p)).item(), abs=2e-3)
+    assert argmin(name, p) == pytest.approx(ipo.target(torch.tensor(p), 1.0, link).item(), abs=2e-3)
+
+
+def test_links_of_the_others():
+    """Robust DPO: logit of the clean probability when labels flip as it assumes, more than logit when they do not. DiscoPOP: two
+    wells at p = 1/2, log of the golden ratio from 0, so no link. SimPO: a root that is logit p only at gamma = 0."""
+    clean, e = 0.75, 0.1
+    assert argmin("robust", clean * (1 - e) + (1 - clean) * e) == pytest.approx(math.log(3), abs=2e-3)
+    assert argmin("robust", clean) == pytest.approx(math.log(0.65 / 0.15), abs=2e-3)
+    assert abs(argmin("discopop", 0.5)) == pytest.approx(math.log((1 + 5**0.5) / 2), abs=2e-3)
+    k = math.exp(0.1)
+    root = (k * 0.5 + (k**2 / 4 + 4 * 0.75 * 0.25) ** 0.5) / (2 * 0.25)
+    assert argmin("simpo", 0.75) == pytest.approx(math.log(root), abs=2e-3) and abs(math.log(root) - math.log(3)) > 0.04
+
+
+def test_every_loss_changes_the_weights_differently():
+    """Three steps from the same start on the same soft pairs: no name is another's alias, and every extra argument counts."""
+    world = D.build_world("bt")
+    pairs = world.draw(96, torch.full((4, 400), 1 / 400).double(), "soft", 0.0, torch.Generator().manual_seed(0))
+    weights = {}
+    runs = [{"loss": name} for name in ipo.LOSSES] + [{"loss": "robust", "label_noise": 0.3}, {"loss": "simpo", "gamma": 1.0}]
+    runs += [{"psi": name} for name in ipo.PSI if name not in ("yours", "identity", "logit")] + [{"loss": "dpo", "tau": 0.3}, {"tau": 0.3}]
+    for run in runs:
+        args = options(steps=3, lr=1e-2, **run)
+        model = tiny(V=world.vocab_size, T=world.block_size, head_size=world.head_size)
+        ref = M.score(model, world.data, torch.arange(1600), 512)
+        ipo.train(model, pairs, ref, torch.full((96,), args.tau), D.batches(96, 32, 3, torch.Generator().manual_seed(0)), args, lambda *_: None)
+        weights[str(run)] = torch.cat([p.detach().flatten() for p in model.parameters()])
+    for a, b in itertools.combinations(weights, 2):
+        assert (weights[a] - weights[b]).abs().max() > 1e-5, (a, b)
+
+
+def test_psi_by_name_is_the_edited_psi(monkeypatch):
+    """--psi tanh gives the weights that a student gets who writes tanh between the banners."""
+    logs = []
+    for psi, named in ((identity, "tanh"), (lambda q: torch.tanh(8 * (q - 0.5)), "yours")):
+        monkeypatch.setattr(ipo, "psi", psi)
+        logs.append(ipo.measure(torch.ones(6), torch.zeros(6), torch.tensor([0.6, 0.9, 1]), 0.2, options(psi=named)))
+    assert logs[0] == logs[1] and logs[0]["target"] == pytest.approx(np.mean(np.tanh([0.8, 3.2, 4])) / 0.2)
+
+
+# ------------------------------------------------------------------------------------------------ the paper's bandit
+
+SECTION_5 = {  # data, tau -> exact IPO probabilities of a, b, c (the paper's section 5)
+    **{("bandit2", t): (y, 1 - y) for t, y in ((0.1, 0.993307), (0.5, 0.731059), (1.0, 0.622459))},
+    ("d1", 0.1): (0.964370, 0.034403, 0.001227), ("d1", 0.5): (0.562742, 0.288921, 0.148337), ("d1", 1.0): (0.448441, 0.321322, 0.230237),
+    ("d3prime", 0.1): (0.498321, 0.498321, 0.003358), ("d3prime", 0.5): (0.422319, 0.422319, 0.155362), ("d3prime", 1.0): (0.383652, 0.383652, 0.232697),
+    **{(d, t): (1 / 3, 1 / 3, 1 / 3) for d in ("d2", "d3") for t in (0.1, 0.5, 1.0)}}
+
+
+@pytest.mark.parametrize("data, tau", SECTION_5)
+def test_exact_optimum_of_each_bandit(data, tau):
+    """Eq. 7 under uniform mu and reference gives the table; so does least squares on the pairs alone, without any mu."""
+    world = D.build_bandit(data, 1)
+    Y = len(world.responses)
+    ref = torch.full((1, Y), 1 / Y).double().log()
+    best = D.optimum(ref, world.pstar, ref.exp(), identity, tau).exp()[0]
+    assert best.tolist() == pytest.approx(SECTION_5[data, tau], abs=1e-6)
+    w, l = world.data.chosen, world.data.rejected
+    signs = torch.eye(Y).double()[w] - torch.eye(Y).double()[l]
+    fitted = torch.linalg.lstsq(signs, torch.full((len(w), 1), 1 / (2 * tau)).double(), driver="gelsd").solution[:, 0].softmax(0)
+    assert torch.allclose(fitted, best, atol=1e-6)
+
+
+@pytest.mark.parametrize("data, limit", [("d1", (1, 0, 0)), ("d2", (1 / 3, 1 / 3, 1 / 3)), ("d3", (1 / 3, 1 / 3, 1 / 3)), ("d3prime", (0.5, 0.5, 0)), ("bandit2", (1, 0))])
+def test_dpo_tends_to_a_limit_on_certain_pairs(data, limit):
+    """pi* of Psi = logit at p* clipped to [e, 1 - e] tends to what `optimum` calls the limit, as e falls."""
+    world = D.build_bandit(data, 1)
+    ref = torch.full((1, len(limit)), 1 / len(limit)).double().log()
+    best = lambda psi: D.optimum(ref, world.pstar, ref.exp(), psi, 0.5).exp()[0].tolist()
+    assert best(torch.logit) == pytest.approx(limit) and best(lambda q: torch.logit(q, eps=1e-30)) == pytest.approx(limit, abs=1e-9)
+
+
+def test_the_limit_of_a_world_that_is_partly_certain():
+    """Where two responses surely win equally often, what is finite of Psi decides between them."""
+    p = torch.tensor([[0.5, 0.7, 1.0], [0.3, 0.5, 1.0], [0.0, 0.0, 0.5]]).double()[None]
+    ref = torch.tensor([[0.2, 0.3, 0.5]]).double().log()
+    best = D.optimum(ref, p, torch.full((1, 3), 1 / 3).double(), torch.logit, 0.5).exp()[0]
+    odds = 0.2 / 0.3 * math.exp(2 * math.log(0.7 / 0.3) / 3 / 0.5)
+    assert best.tolist() == pytest.approx([odds / (1 + odds), 1 / (1 + odds), 0])
+
+
+def test_the_table_is_a_policy():
+    """Its log-probs come through the same sequence_logp, in float64: log softmax of its logits."""
+    model = M.Table(2, 3)
+    torch.nn.init.normal_(model.theta)
+    world = D.build_bandit("d1", 2)
+    logp = M.score(model, world.data, torch.arange(6), 4)
+    assert logp.dtype == torch.float64 and torch.equal(logp.view(2, 3), model.theta.detach().log_softmax(-1))
+
+
+def test_draws_are_with_replacement_and_per_policy():
+    """As many pairs of every copy in each step, all equally likely; 0 gives every pair once."""
+    data = D.build_bandit("d1", 4).data
+    picked = torch.stack(list(D.draws(data, 9, 2000, torch.Generator().manual_seed(0)))).view(2000, 4, 9)
+    assert torch.equal(data.prompt[picked], torch.arange(4)[None, :, None].expand(2000, 4, 9))
+    assert (torch.bincount(picked.flatten()) / picked.numel() - 1 / 12).abs().max() < 3e-3
+    assert not torch.equal(picked[:, 0] % 3, picked[:, 1] % 3) and all(len(set(row.tolist())) <= 3 for row in picked[:, 0])
+    assert torch.equal(next(D.draws(data, 0, 1, torch.Generator())), torch.arange(12))
+
+
+@pytest.mark.parametrize("data", ["d1", "d3prime"])
+def test_the_bandit_reaches_the_exact_optimum(tmp_path, data):
+    """All pairs in every step: within 1e-6 of the exact optimum, for every action and tau (with a ninth of the default steps)."""
+    run = cli("--data", data, "--batch_size", 0, "--seeds", 2, "--steps", 2000, folder=tmp_path)
+    assert run.returncode == 0, run.stderr
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    for tau in (0.1, 0.5, 1.0):
+        assert report[f"ipo-{tau:g}"]["after"]["pi"] == pytest.approx(SECTION_5[data, tau], abs=1.1e-6)
+        assert report[f"ipo-{tau:g}"]["optimum"]["pi"] == pytest.approx(SECTION_5[data, tau], abs=1e-6)
+
+
+def test_the_papers_protocol_in_small(tmp_path):
+    """Mini-batches of 9, Adam at .01: IPO's mean of ten seeds is within .01 of the optimum, DPO is greedy at both taus; on the
+    printed D3 nothing moves, since c is in no pair and the others balance."""
+    run = cli("--data", "d1", "--loss", "ipo", "dpo", "--tau", 0.1, 0.5, "--steps", 3000, "--log_every", 1500, "--plot", folder=tmp_path)
+    assert run.returncode == 0, run.stderr
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    for tau in (0.1, 0.5):
+        assert report[f"ipo-{tau:g}"]["after"]["pi"] == pytest.approx(SECTION_5["d1", tau], abs=0.01)
+        assert report[f"dpo-{tau:g}"]["after"]["pi"][0] > 0.999 and report[f"dpo-{tau:g}"]["optimum"]["pi"] == [1, 0, 0]
+        assert max(report[f"ipo-{tau:g}"]["after"]["interval"]) > 1e-4  # seeds differ
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert [(line["run"], line["step"]) for line in lines[:4]] == [(["ipo", 0.1], 0), (["ipo", 0.1], 1500), (["ipo", 0.1], 3000), (["ipo", 0.5], 0)]
+    assert lines[0]["eval"]["pi"] == pytest.approx([1 / 3] * 3) and lines[0]["target"] == pytest.approx(5)
+    assert "step 0: loss 25, theory 25" in run.stdout and "ipo, tau 0.1: a" in run.stdout
+    for name in ("actions", "runs"):
+        assert (tmp_path / f"out/{name}.png").read_bytes().startswith(b"\x89PNG")
+    still = cli("--data", "d3", "--tau", 0.5, "--steps", 50, "--batch_size", 0, folder=tmp_path)
+    assert still.returncode == 0 and json.loads((tmp_path / "out/report.json").read_text())["after"]["pi"] == pytest.approx([1 / 3] * 3)
+
+
+# ------------------------------------------------------------------------------------------------- grids and pictures
+
+
+def test_a_run_in_a_grid_is_the_run_alone(tmp_path):
+    """Same reference, pairs and order: the report of each run is that of the same flags given alone, bit for bit."""
+    for out, losses, taus in (("grid", ["dpo", "ipo", "simpo"], [1, 0.2]), ("ipo", ["ipo"], [0.2]), ("simpo", ["simpo"], [1])):
+        run = cli(*SHORT, "--loss", *losses, "--tau", *taus, "--out", out, "--plot", folder=tmp_path)
+        assert run.returncode == 0, run.stderr
+    grid, ipo_alone, simpo_alone = (json.loads((tmp_path / out / "report.json").read_text()) for out in ("grid", "ipo", "simpo"))
+    assert all(-1e-3 < grid[name]["after"].pop("below") < 0.1 for name in ("ipo-0.2", "dpo-1", "simpo-1"))
+    assert grid["ipo-0.2"]["after"] == ipo_alone["after"] and grid["simpo-1"]["after"] == simpo_alone["after"]
+    assert grid["dpo-1"]["before"]["kl_ref"] == pytest.approx(0, abs=1e-6) and grid["dpo-1"]["after"] != grid["dpo-0.2"]["after"]
+    alone, in_grid = (M.load_checkpoint(tmp_path / out / "ckpt.pt")[0].state_dict() for out in ("ipo", "grid/ipo-0.2"))
+    assert all(torch.equal(alone[k], in_grid[k]) for k in alone)
+    lines = [json.loads(line) for line in (tmp_path / "grid/metrics.jsonl").read_text().splitlines()]
+    assert [line["run"] for line in lines[::2]] == [["dpo", 1], ["dpo", 0.2], ["ipo", 1], ["ipo", 0.2], ["simpo", 1], ["simpo", 0.2]]
+    simpo = next(line for line in lines if line["run"][0] == "simpo")
+    assert simpo["chosen"] < -1 and abs(lines[0]["chosen"]) < 0.5  # a mean log-prob, since there is no reference to divide by
+    assert json.loads((tmp_path / "grid/dpo-1/config.json").read_text())["tau"] == 1
+
+
+def captured(monkeypatch):
+    """What is drawn, instead of the files: {name: figure}."""
+    figures = {}
+    monkeypatch.setattr(ipo, "save_picture", lambda figure, path: figures.update({pathlib.Path(path).name: figure}))
+    return figures
+
+
+def test_pictures_show_the_measured_numbers(tmp_path, monkeypatch):
+    """Curves are the lines of metrics.jsonl from step 0 on, the dashed line is the target, the last points lie below the frontier."""
+    figures = captured(monkeypatch)
+    run = cli(*SHORT, "--loss", "ipo", "dpo", "--labels", "soft", "--psi", "tanh", "--plot", folder=tmp_path)
+    assert run.returncode == 0, run.stderr
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    margin, kl, win = figures["runs.png"].axes
+    curve = next(line for line in margin.lines if line.get_label() == "ipo, tau 0.2")
+    assert list(curve.get_xdata()) == [0, 10, 20] and list(curve.get_ydata())[1:] == [line["eval"]["h"] for line in lines[:2]]
+    heights = [line.get_ydata()[0] for line in margin.lines if list(line.get_xdata()) == [0, 1]]
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert heights == [lines[1]["target"], report["ipo-0.2"]["optimum"]["h"], lines[3]["target"], report["dpo-0.2"]["optimum"]["h"]]
+    assert list(kl.lines[1].get_ydata())[-1] == lines[3]["eval"]["kl_ref"]
+    frontier = win.lines[-1]
+    for line in (lines[1], lines[3]):
+        assert line["eval"]["win"] <= np.interp(line["eval"]["kl_ref"], *frontier.get_data()) + 1e-3
+    psis = {line.get_label(): line for line in figures["psi.png"].axes[0].lines}
+    assert psis.keys() == {*ipo.PSI, "reached: tanh"}
+    assert np.allclose(psis["tanh"].get_ydata(), np.tanh(8 * (psis["tanh"].get_xdata() - 0.5)) / 0.2, atol=1e-4)
+
+
+def test_the_mean_forms_fixed_point_in_a_world():
+    """Normalised, with log-ratios per token equal to E_mu[target] up to a constant of the prompt; far from pi* at equal tau."""
+    world = D.build_world("lengths")
+    ref = torch.randn(4, 255, generator=torch.Generator().manual_seed(0), dtype=torch.float64).log_softmax(-1)
+    for psi in ("identity", "cubic"):
+        mu, best, fit = ipo.theory(world, ref, options(logp="mean", labels="soft", mu="ref", psi=psi))
+        left = (fit - ref) / world.length - (ipo.target(world.pstar, 0.2, ipo.PSI[psi]) * mu[:, None, :]).sum(-1)
+        assert fit.logsumexp(-1).abs().max() < 1e-9 and left.std(-1).max() < 1e-9 and D.base_kl(fit.exp(), best) > 1
+
+
+def test_expected_numbers_are_those_of_the_minimiser(tmp_path):
+    """`expected at the end` is reached, in either form of log pi: loss and margin of the last steps lie around it."""
+    for more in (["--logp", "mean"], []):
+        run = cli("--data", "lengths", "--tau", 1, "--labels", "soft", "--pairs", 20000, "--steps", 150, "--log_every", 30, *more, folder=tmp_path)
+        due = float(re.search(r"expected at the end: loss +([\d.]+)", run.stdout)[1])
+        lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+        assert np.mean([line["loss"] for line in lines[-3:]]) == pytest.approx(due, rel=0.35, abs=1e-4), run.stdout
+
+
+def test_the_margin_of_a_policy_is_measured_on_the_pairs():
+    """h by a loop over the pairs; None where pi* is a limit."""
+    world, (pi, ref, _) = D.build_world("deterministic"), random_policies()
+    pairs = world.draw(50, torch.full((4, 400), 1 / 400).double(), "hard", 0.0, torch.Generator().manual_seed(0))
+    measured, expected, _ = ipo.solve(world, ref, pairs, options(loss="dpo"))
+    ratio = (pi - ref).flatten()
+    assert measured(pi)["h"] == pytest.approx(np.mean([(ratio[a] - ratio[b]).item() for a, b in zip(pairs.chosen, pairs.rejected)]))
+    assert expected["optimum"]["h"] is None and expected["optimum"]["kl_ref"] > 3
+
+
+def test_no_policy_beats_the_frontier():
+    """Random policies and the optima of other Psis lie on or below it; its own points have the win rate of their tau's pi*."""
+    world, (pi, ref, _) = D.build_world("cyclic"), random_policies()
+    args = options()
+    mu, points = ipo.theory(world, ref, args)[0], ipo.frontier(world, ref, args)
+    kls, wins = zip(*points)
+    assert list(kls) == sorted(kls)
+    others = [pi, (0.7 * ref + 0.3 * pi).log_softmax(-1)] + [D.optimum(ref, world.pstar, mu, psi, tau) for psi in ODD_PSI.values() for tau in (0.1, 0.5, 3)]
+    for other in others:
+        n = D.exact(other, ref, ref, None, world.pstar, mu, identity, 1.0)
+        if n["kl_ref"] < kls[-1]:
+            assert n["win"] <= np.interp(n["kl_ref"], kls, wins) + 1e-3
+
+
+def test_the_nearest_sum_is_found():
+    """pi* of tau = .5 is nearest to itself."""
+    world, (_, ref, _) = D.build_world("bt"), random_policies()
+    best = D.optimum(ref, world.pstar, torch.full((4, 400), 1 / 400).double(), identity, 0.5)
+    kl, tau = ipo.nearest(world, ref, best, options(psi="logit", logp="mean"))
+    assert tau == pytest.approx(0.5, rel=0.02) and kl < 1e-4
+
+
+def test_the_psi_card(tmp_path):
+    """Targets of section 1 at tau = .1 before; with soft labels the margins of pi* and of the policy after."""
+    run = cli(*SHORT, "--psi", "logit", "--labels", "soft", "--tau", 0.1, folder=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert re.findall(r"target\(p\), nats +(.*)", run.stdout) == ["0.00    4.05   10.99   21.97   45.95     inf"] * 2
+    reached, due = (re.search(rf"{name} +(.*)", run.stdout)[1].split() for name in ("h reached", r"h of pi\*"))
+    assert float(due[1]) == pytest.approx(4.0, abs=0.1) and due[5] == reached[5] == "-" and abs(float(reached[1])) < 4
+
+
+def test_a_psi_that_is_not_odd_is_said_to_be(tmp_path, monkeypatch):
+    """sqrt: its odd part is optimised; the report measures against that (labels) and against its own optimum."""
+    monkeypatch.setattr(ipo, "psi", torch.sqrt)
+    run = cli(*SHORT, "--labels", "soft", folder=tmp_path)
+    assert "only its odd part, (Psi(q) - Psi(1-q))/2, is optimised" in run.stdout
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["labels"]["kl_opt"] > 1e-4 and report["labels"]["kl_fit"] == pytest.approx(0, abs=1e-9) and report["after"]["kl_fit"] > 0
+    assert "a coin flip stands for p*" in cli(*SHORT, "--psi", "tanh", folder=tmp_path).stdout
+    assert "divided by length" in cli(*SHORT, "--logp", "mean", folder=tmp_path).stdout
+    assert "labels =" not in cli(*SHORT, "--psi", "identity", folder=tmp_path).stdout
+
+
 # -------------------------------------------------------------------------------------------------- README and layout
 
 README = (HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else ""
@@ -785,6 +1107,9 @@ def test_the_readme_explains_every_flag_and_no_other():
     assert set(re.findall(r"--([a-z_]+)", README)) <= flags | {"help"} and "@" not in README
 
 
+BANDIT = "--steps 20 --seeds 2 --log_every 10".split()
+
+
 def test_readme_commands_run(tmp_path):
     """Every command of the README's shell blocks, its steps cut down and its tokens of bytes, on a file of pairs of our own."""
     some_pairs(tmp_path)
@@ -793,7 +1118,8 @@ def test_readme_commands_run(tmp_path):
     assert len(runs) >= 5
     for words in runs:
         words = ["pairs.jsonl" if w.endswith(".jsonl") else w for w in words[2:]]
-        cut = [] if "--sample" in words else JSONL_RUN if "pairs.jsonl" in words else SHORT
+        bandit = any(w in D.BANDITS for w in words)
+        cut = [] if "--sample" in words else JSONL_RUN if "pairs.jsonl" in words else BANDIT if bandit else SHORT
         if "--init_from" in words:
             cut = ["--steps", "6", "--batch_size", "4"]
         run = cli(*words, *cut, folder=tmp_path)
