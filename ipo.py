@@ -180,10 +180,15 @@ def distribution(model, world, args):  # -> (X,Y) float64
     return M.score(model, world.data, rows, 2 * args.batch_size or 512, args.dtype).view(world.length.shape).double()
 
 
+def response_distribution(ref, args):  # log ref (X,Y) -> (X,Y)
+    """mu: where the responses of the pairs come from."""
+    return torch.full_like(ref, 1 / ref.shape[1]) if args.mu == "uniform" else ref.exp()
+
+
 def theory(world, ref, args):  # log ref (X,Y) -> mu, log pi*, log of the fitted policy (None: pi* itself), (X,Y) each
     """The fitted policy is IPO's minimiser on endless labels of this kind: ref exp(E_mu E[target]), normalised. It is
     pi* if labels are soft or Psi is affine and noise 0, Psi is odd about 1/2 up to a constant, and log pi is a sum."""
-    mu = torch.full_like(ref, 1 / ref.shape[1]) if args.mu == "uniform" else ref.exp()
+    mu = response_distribution(ref, args)
     best = D.optimum(ref, world.pstar, mu, psi := worth(args), args.tau)
     if args.loss != "ipo":
         return mu, best, None
@@ -221,21 +226,22 @@ def check_start(model, pairs, ref_logp, args):
                         "the cached reference is not the policy that training starts from, or a loss was edited")
 
 
+def best_policies(world, ref, args, low, high, n):
+    """Yields (tau, log pi* (X,Y) of Psi = identity, E p*(y>y') of each response (X,Y)) for n taus from high to low."""
+    g = (world.pstar * response_distribution(ref, args)[:, None, :]).sum(-1)
+    for tau in np.geomspace(high, low, n).tolist():
+        yield tau, (ref + g / tau).log_softmax(-1), g
+
+
 def frontier(world, ref, args):
-    """[(KL(pi||ref), win rate against mu)] that no policy beats, by rising KL: pi* of Psi = identity at 120 taus."""
-    mu, points = theory(world, ref, args)[0], []
-    for tau in torch.logspace(1.5, -2.5, 120).tolist():
-        best = D.optimum(ref, world.pstar, mu, PSI["identity"], tau)
-        n = D.exact(best, ref, best, None, world.pstar, mu, PSI["identity"], tau)
-        points.append((n["kl_ref"], n["win"]))
-    return points
+    """[(KL(pi||ref), win rate against mu)] that no policy beats, by rising KL: these are pi* of Psi = identity."""
+    return [(D.base_kl(best.exp(), ref), (best.exp() * g).sum(-1).mean().item())
+            for _, best, g in best_policies(world, ref, args, 10 ** -2.5, 30, 200)]
 
 
 def nearest(world, ref, logp, args):
     """(KL(pi||pi*), tau) of the nearest pi* of Psi = identity at any tau: what a run with mean log-probs amounts to."""
-    mu = theory(world, ref, args)[0]
-    distance = lambda tau: D.base_kl(logp.exp(), D.optimum(ref, world.pstar, mu, PSI["identity"], tau))
-    return min((distance(tau), tau) for tau in torch.logspace(-2, 1.5, 400).tolist())
+    return min((D.base_kl(logp.exp(), best), tau) for tau, best, _ in best_policies(world, ref, args, 0.01, 30, 400))
 
 
 # --------------------------------------------------------------------------------------------------------------- output
@@ -455,8 +461,7 @@ def pose(model, world, args, generator):
           f"{ref.exp().sum(-1).mean():.6f}; KL(base||ref) {D.base_kl(world.base, ref):.4f} nats\npairs: {args.pairs:,} "
           f"{args.labels}, each seen {seen:.2f} times"
           + "; hard labels seen often are learned with their noise" * bool(seen > 2 and noisy))
-    mu = torch.full_like(ref, 1 / ref.shape[1]) if args.mu == "uniform" else ref.exp()
-    return ref, world.draw(args.pairs, mu, args.labels, args.noise, generator)
+    return ref, world.draw(args.pairs, response_distribution(ref, args), args.labels, args.noise, generator)
 
 
 def solve(world, ref, pairs, args):
@@ -574,8 +579,7 @@ def run(args):
 def finish(results, world, ref, seconds, args):
     """When all runs are done: their table if there are several, pictures, report.json."""
     reports = {f"{loss}-{tau:g}": report for (loss, tau), (report, _) in results.items()}
-    any_run = argparse.Namespace(**vars(args) | {"loss": "ipo", "tau": 1.0, "psi": "identity"})
-    best = frontier(world, ref, any_run) if world and (len(reports) > 1 or args.plot) else None
+    best = frontier(world, ref, args) if world and (len(reports) > 1 or args.plot) else None
     if len(reports) > 1:
         print_grid(results, best)
     else:
@@ -600,9 +604,9 @@ def bandit(args):
     open_folder(args)
     print(f"bandit {args.data}: pairs {D.BANDITS[args.data]} (winner first), uniform reference, {S} seeds")
     for loss in args.loss:
-        model, free = M.Table(*world.length.shape), loss == "simpo"
+        model = M.Table(*world.length.shape)
         grid = [argparse.Namespace(**vars(args) | {"loss": loss, "tau": tau}) for tau in args.tau]
-        ref_logp = distribution(model, world, args).flatten() * (not free)
+        ref_logp = distribution(model, world, args).flatten()  # uniform: it cancels, so that SimPO may see it, too
         solved, lines = [solve(one, ref, one.data, a) for a in grid], [[] for _ in grid]
         for a in grid:
             check_start(model, one.data, ref_logp, a)
@@ -610,7 +614,7 @@ def bandit(args):
         def log(step, _):
             policies = distribution(model, world, args).split(S)  # K of (S,Y)
             for a, out, (measure_policy, *_), logp in zip(grid, lines, solved, policies):
-                n = measure((logp - ref * (not free)).flatten()[rows], torch.zeros(()), one.data.p, a.tau, a)
+                n = measure((logp - ref).flatten()[rows], torch.zeros(()), one.data.p, a.tau, a)
                 pi, half = logp.exp().mean(0), 1.96 * logp.exp().std(0) / S ** 0.5  # 95 % interval of the mean
                 now = measure_policy(logp) | {"pi": pi.tolist(), "interval": half.tolist()}
                 out.append({"run": [loss, a.tau], "step": step, **n, "eval": now})
