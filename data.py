@@ -14,7 +14,6 @@ from typing import Callable, Iterable, Iterator, NamedTuple
 
 import tiktoken
 import torch
-import torch.nn.functional as F
 
 EOT = "<|endoftext|>"
 TOKENIZERS = ["gpt2", "bytes"]  # for JSONL files; the synthetic worlds bring words of their own
@@ -294,7 +293,7 @@ class World(NamedTuple):
     length: torch.Tensor   # (X,Y) response tokens, <|endoftext|> included
     pstar: torch.Tensor    # (X,Y,Y) p*(y>y'|x)
     base: torch.Tensor     # (Y,) what the reference is trained on
-    data: PairData         # row x * Y + y is prompt x with response y; no pairs yet
+    data: PairData         # row x * Y + y is prompt x with response y; pairs: none until drawn, or a bandit's
     tokenizer: str         # name of its encoding; "": none
     block_size: int        # tokens of the longest row
     vocab_size: int        # ids that the model can read: all but the bytes
@@ -311,6 +310,9 @@ class World(NamedTuple):
         labels "hard": winner first, drawn from p*, flipped with probability `noise`; p = 1. "soft": as drawn; p = p*.
         """
         X, Y = self.length.shape
+        if mu.square().sum(-1).max() > 0.999:  # of two draws, the chance that they are equal
+            raise Refused("--mu ref: this reference nearly always says the same, so there are no pairs to draw from "
+                          "it; use --mu uniform or another --init_from")
         per = -(-n // X)
         two = lambda: torch.multinomial(mu, 2 * per, replacement=True, generator=generator).view(X, per, 2)
         y = two()
@@ -371,7 +373,7 @@ def optimum(ref_logp: torch.Tensor, pstar: torch.Tensor, mu: torch.Tensor, psi: 
     """log pi*, (X,Y): ref(y|x) exp(g(y)/tau), normalised; g(y) = E_{y'~mu} psi(p*(y>y'|x))  (Azar et al. eq. 7).
 
     Where psi is infinite (logit on certain pairs) it is a limit that no margin attains: all probability goes to the
-    responses that win surely most often, between which the finite rest of psi decides."""
+    responses with most sure wins net of sure losses, between which the finite rest of psi decides."""
     value = psi(pstar)
     endless = value.isinf()
     sure = (value.sign() * endless * mu[:, None, :]).sum(-1)
@@ -390,9 +392,9 @@ def mean_optimum(ref_logp: torch.Tensor, asked: torch.Tensor, length: torch.Tens
     return ref_logp + length * (asked + c)
 
 
-def base_kl(base: torch.Tensor, logp: torch.Tensor) -> float:  # (Y,), (X,Y) -> nats
-    """KL(base||pi), mean over prompts: how well a policy has learned the distribution that it was fine-tuned on."""
-    return F.kl_div(logp, base.expand_as(logp), reduction="none").sum(-1).mean().item()
+def kl(logp: torch.Tensor, other: torch.Tensor) -> torch.Tensor:  # (Y,) or (X,Y), (X,Y) -> ()
+    """KL(logp||other) in nats of policies given as log-probs, mean over prompts. What has probability 0 counts 0."""
+    return (logp.exp() * (logp - other)).masked_fill(logp == -torch.inf, 0.0).sum(-1).mean()
 
 
 def exact(logp, ref_logp, best_logp, fit_logp, pstar, mu, psi, tau) -> dict[str, float | None]:
@@ -402,10 +404,10 @@ def exact(logp, ref_logp, best_logp, fit_logp, pstar, mu, psi, tau) -> dict[str,
     win E_{y~pi,y'~mu} p*(y>y'); objective J = E psi(p*) - tau KL(pi||ref) (eq. 6), so J(pi*) - J(pi) = tau KL(pi||pi*).
     """
     pi = logp.exp()
-    kl = lambda other: (pi * (logp - other)).masked_fill(pi == 0, 0.0).sum(-1).mean()
     expect = lambda value: torch.einsum("xy,xyz,xz->x", pi, value, mu).mean()
-    numbers = {"kl_ref": kl(ref_logp), "kl_opt": kl(best_logp), "win": expect(pstar),
-               "objective": expect(psi(pstar).double()) - tau * kl(ref_logp), "ratio": (logp - ref_logp).abs().max()}
+    numbers = {"kl_ref": kl(logp, ref_logp), "kl_opt": kl(logp, best_logp), "win": expect(pstar),
+               "objective": expect(psi(pstar).double()) - tau * kl(logp, ref_logp),
+               "ratio": (logp - ref_logp).abs().max()}
     if fit_logp is not None:
-        numbers["kl_fit"] = kl(fit_logp)
+        numbers["kl_fit"] = kl(logp, fit_logp)
     return {name: value.item() if value.isfinite() else None for name, value in numbers.items()}

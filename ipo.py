@@ -29,8 +29,10 @@ import math
 import os
 import sys
 import time
+from typing import Callable, NamedTuple
 
 import numpy as np
+import tiktoken
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -93,7 +95,7 @@ LOSSES = {
     "dpo": dpo_loss,
     # Gao et al. 2024, arXiv:2404.16767: a regression on reward differences, which are logit(p) under Bradley-Terry
     "rebel": lambda h, p, tau: ipo_loss(h, p, tau, torch.logit),
-    # The hinge of Zhao et al. 2023, arXiv:2305.10425. It and the next three: GPO, Tang et al. 2024, arXiv:2402.05749
+    # GPO, Tang et al. 2024, arXiv:2402.05749: these four. (SLiC-HF, Zhao et al. 2023, 2305.10425, has no reference)
     "slic": both_ways(lambda z: F.relu(1 - z)),
     "squared_hinge": both_ways(lambda z: F.relu(1 - z) ** 2),
     "exponential": both_ways(lambda z: torch.exp(-z)),
@@ -226,37 +228,39 @@ def check_start(model, pairs, ref_logp, args):
                         "the cached reference is not the policy that training starts from, or a loss was edited")
 
 
-def best_policies(world, ref, args, low, high, n):
-    """Yields (tau, log pi* (X,Y) of Psi = identity, E p*(y>y') of each response (X,Y)) for n taus from high to low."""
-    g = (world.pstar * response_distribution(ref, args)[:, None, :]).sum(-1)
+def best_policies(world, ref, args, psi, low, high, n):
+    """Yields (tau, log pi* (X,Y), E p*(y>y') of each response (X,Y)) for n taus, from high to low."""
+    mu = response_distribution(ref, args)[:, None, :]
+    worth_of, wins = (psi(world.pstar) * mu).sum(-1), (world.pstar * mu).sum(-1)
     for tau in np.geomspace(high, low, n).tolist():
-        yield tau, (ref + g / tau).log_softmax(-1), g
+        yield tau, (ref + worth_of / tau).log_softmax(-1), wins
 
 
 def frontier(world, ref, args):
     """[(KL(pi||ref), win rate against mu)] that no policy beats, by rising KL: these are pi* of Psi = identity."""
-    return [(D.base_kl(best.exp(), ref), (best.exp() * g).sum(-1).mean().item())
-            for _, best, g in best_policies(world, ref, args, 10 ** -2.5, 30, 200)]
+    return [(D.kl(best, ref).item(), (best.exp() * wins).sum(-1).mean().item())
+            for _, best, wins in best_policies(world, ref, args, PSI["identity"], 0.003, 30, 200)]
 
 
 def nearest(world, ref, logp, args):
-    """(KL(pi||pi*), tau) of the nearest pi* of Psi = identity at any tau: what a run with mean log-probs amounts to."""
-    return min((D.base_kl(logp.exp(), best), tau) for tau, best, _ in best_policies(world, ref, args, 0.01, 30, 400))
+    """(KL(pi||pi*), tau) of the nearest pi* of any tau: the sum that an IPO run with mean log-probs amounts to."""
+    return min((D.kl(logp, best).item(), tau)
+               for tau, best, _ in best_policies(world, ref, args, worth(args), 0.003, 30, 300))
 
 
 # --------------------------------------------------------------------------------------------------------------- output
 
 def log_line(kind, step, args, n, extra=""):
     """One line of fixed width; the README says what the columns mean."""
-    asked = "inf" if n["target"] is None else f"{n['target']:.2f}"
+    asked = "-" if args.loss not in {"ipo", *LINK} else "inf" if n["target"] is None else f"{n['target']:.2f}"
     ratios = f"chosen {n['chosen']:+6.2f} rejected {n['rejected']:+6.2f}"
     tqdm.write(f"{kind} {step:5d}/{args.steps} | loss {n['loss']:8.4f} | h {n['h']:+6.2f} ± {n['h_std']:5.2f} -> "
                f"{asked} | {ratios} | win {n['win']:.2f}{extra}", file=sys.stdout)
 
 
 UNITS = {"kl_ref": "KL(pi||ref), nats", "kl_opt": "KL(pi||pi*), nats", "win": "win rate against mu",
-         "objective": "objective J, of Psi", "ratio": "max |log pi/ref|, nats", "h": "h of the pairs, nats",
-         "kl_fit": "KL(pi||labels), nats"}
+         "objective": "objective J, of Psi", "ratio": "max |log pi/ref|, nats", "h": "h to the likelier, nats",
+         "kl_fit": "KL(pi||labels), nats", "below": "win below frontier"}
 
 
 def print_report(report, args):
@@ -266,30 +270,27 @@ def print_report(report, args):
     for key in report["after"]:
         print(f"{UNITS[key]:26}" + "".join(show(column[key]) for column in report.values()))
     if "labels" in report:
-        q = torch.linspace(0.01, 0.99, 99)
-        both = PSI[args.psi](q) + PSI[args.psi](1 - q)
         print("labels = where these labels lead IPO, not pi*: " + (
-            "log-ratios divided by length have the optimum ref exp(|y| (g/tau + c))" if args.logp == "mean" else
-            "Psi is not odd about 1/2, and only its odd part, (Psi(q) - Psi(1-q))/2, is optimised"
-            if both.max() - both.min() > 1e-4 else
-            "a coin flip stands for p* only if Psi is affine and nothing flips it (--labels soft, --noise 0)"))
+            "log-ratios divided by length have the optimum ref exp(|y| (g/tau + c)); h is per token"
+            if args.logp == "mean" else
+            "a coin flip stands for p* only if Psi is affine and nothing flips it (--labels soft, --noise 0)"
+            if args.labels == "hard" else
+            "Psi is not odd about 1/2, and only its odd part, (Psi(q) - Psi(1-q))/2, is optimised"))
+    elif args.logp == "mean":
+        print("pi* is the sum's; with mean log-probs this loss has an optimum of its own, not computed; h is per token")
     if report["optimum"]["ratio"] is None:
         print("pi* is a limit: certain pairs always ask this loss for more, so max |log pi/ref| grows with --steps")
 
 
-def print_grid(results, best):
-    """A line per run: what it ended with, in a world also what the optimum has, and how far its win rate lies below the
-    frontier `best` at its own KL."""
-    shown = ["kl_ref", "kl_opt", "win", "ratio"] if best else ["loss", "h", "chosen", "rejected", "win"]
-    head = [UNITS[key] if best else key for key in shown] + ["win below frontier"] * bool(best)
-    title = "at the end / optimum" if best else "held-out pairs, at the end"
-    print(f"\n{title:26}" + "".join(f"{name:>24}" for name in head))
+def print_grid(results):
+    """A line per run: what it ended with, and in a world what the optimum has."""
+    world = "optimum" in next(iter(results.values()))[0]
+    shown = ["kl_ref", "kl_opt", "win", "ratio", "below"] if world else ["loss", "h", "chosen", "rejected", "win"]
+    title = "at the end / optimum" if world else "eval, at the end"
+    print(f"\n{title:26}" + "".join(f"{UNITS[key] if world else key:>24}" for key in shown))
     for (loss, tau), (report, _) in results.items():
         columns = [report[name] for name in ("after", "optimum") if name in report]
-        cells = [" / ".join("-" if c[key] is None else f"{c[key]:z.4f}" for c in columns) for key in shown]
-        if best:
-            report["after"]["below"] = np.interp(columns[0]["kl_ref"], *zip(*best)) - columns[0]["win"]
-            cells.append(f"{report['after']['below']:z.4f}")
+        cells = [" / ".join("-" if c[key] is None else f"{c[key]:z.4f}" for c in columns if key in c) for key in shown]
         print(f"{f'{loss}, tau {tau:g}':26}" + "".join(f"{cell:>24}" for cell in cells))
 
 
@@ -297,14 +298,15 @@ CARD = (0.5, 0.6, 0.75, 0.9, 0.99, 1.0)
 
 
 def print_card(args, p=None, h=None, due=None):  # (N,) each
-    """The Psi card: for labels p the margin that a pair asks for and, if given, what it got and what pi* has there."""
+    """The Psi card: for labels p the margin that a pair asks for, and if given what such pairs got, and what they have
+    where the labels lead (pi*, unless the report says otherwise)."""
     if args.loss not in {"ipo", *LINK}:
         return
     asked = target(torch.tensor(CARD), args.tau, worth(args)).tolist()
     table = {"p = P(chosen preferred)": CARD, "target(p), nats": asked}
     if h is not None:
         at = lambda z: [z[(p - q).abs() < 0.004].mean().item() for q in CARD]  # nan where no pair is
-        table |= {"h reached": at(h), "h of pi*": at(due)}
+        table |= {"h reached": at(h), "h where labels lead": at(due)}
     for name, values in table.items():
         print(f"{name:26}" + "".join(f"{'-' if math.isnan(v) else f'{v:z.2f}':>8}" for v in values))
 
@@ -333,17 +335,20 @@ def save_picture(figure, path):
 
 
 def plot_runs(results, best, args):
-    """Margin against step, dashed a certain pair's target, dotted the mean margin of pi*; then in a world KL(pi||ref)
+    """Margin against step, dashed what a certain pair asks for, dotted what pi* has; then in a world KL(pi||ref)
     against step, and win rate against KL with `best`, the exact frontier [(KL, win)]; for a file the held-out win rate.
     Colours are losses, line styles taus."""
     names = {"h": "margin h, nats", "kl_ref": "KL(pi||ref), nats", "win": "win rate" + " against mu" * bool(best)}
     figure, axes = panels(1, 3 if best else 2)
     for (loss, tau), (report, lines) in results.items():
-        look = {"color": COLOURS[args.loss.index(loss) % 8], "linestyle": STYLES[args.tau.index(tau) % 4]}
+        i, j = args.loss.index(loss), args.tau.index(tau)
+        look = {"color": COLOURS[i % 8], "linestyle": STYLES[(j + i // 8) % 4]}
         steps, values = [line["step"] for line in lines], {k: [line["eval"].get(k) for line in lines] for k in names}
         axes[0, 0].plot(steps, values["h"], label=f"{loss}, tau {tau:g}", **look)
-        for height, dashes in (lines[-1]["target"], (6, 4)), (report.get("optimum", {}).get("h"), (1, 2)):
-            if height is not None:
+        one = argparse.Namespace(**vars(args) | {"loss": loss, "tau": tau})
+        asked = target(torch.ones(()), tau, worth(one)).item() if loss in {"ipo", *LINK} else math.inf
+        for height, dashes in (asked, (6, 4)), (report.get("optimum", {}).get("h"), (1, 2)):
+            if height is not None and math.isfinite(height):
                 axes[0, 0].axhline(height, color=look["color"], linestyle=(0, dashes), linewidth=1.5)
         axes[0, 1].plot(steps, values["kl_ref" if best else "win"], **look)
         if best:
@@ -360,8 +365,8 @@ def plot_runs(results, best, args):
 
 
 def plot_actions(results, args):
-    """Figures 1 and 2 of the paper: probabilities of the actions against step, mean and 95 % band over seeds; a column
-    per loss, a row per tau; dashed: the exact optimum."""
+    """Figures 1 and 2 of the paper: probabilities of the actions against step, mean over seeds and 1.96 standard errors
+    of it; a column per loss, a row per tau; dashed: the exact optimum."""
     figure, axes = panels(len(args.tau), len(args.loss))
     for axis, ((loss, tau), (report, lines)) in zip(axes.T.flatten(), results.items()):
         for a, (best, colour, style) in enumerate(zip(report["optimum"]["pi"], COLOURS, STYLES)):
@@ -458,48 +463,66 @@ def pose(model, world, args, generator):
     ref, seen = distribution(model, world, args), args.steps * args.batch_size / args.pairs
     noisy = args.labels == "hard" and (args.noise or world.name != "deterministic")
     print(f"world {world.name}: {ref.shape[0]} prompts x {ref.shape[1]} responses, whose probabilities sum to "
-          f"{ref.exp().sum(-1).mean():.6f}; KL(base||ref) {D.base_kl(world.base, ref):.4f} nats\npairs: {args.pairs:,} "
-          f"{args.labels}, each seen {seen:.2f} times"
+          f"{ref.exp().sum(-1).mean():.6f}; KL(base||ref) {D.kl(world.base.log(), ref):.4f} nats\n"
+          f"pairs: {args.pairs:,} {args.labels}, each seen {seen:.2f} times"
           + "; hard labels seen often are learned with their noise" * bool(seen > 2 and noisy))
     return ref, world.draw(args.pairs, response_distribution(ref, args), args.labels, args.noise, generator)
 
 
+class Solved(NamedTuple):
+    """The exact side of a world, for one loss and tau. A policy is its log-probs (X,Y)."""
+    evaluate: Callable  # policy -> dict of exact numbers
+    expected: dict      # what theory expects of them: the optimum's, and if it is another that of the labels' policy
+    final: torch.Tensor  # (X,Y) where the labels lead
+    ratios: Callable    # policy -> (2N,) log pi/ref of the pairs' responses, as the loss sees them
+
+
 def solve(world, ref, pairs, args):
-    """The exact side of a world: (a function that measures a policy, given as its log-probs (X,Y); what theory expects;
-    the log of the policy that these labels lead to, (X,Y))."""
+    """-> Solved, for training on `pairs`."""
     mu, best, fit = theory(world, ref, args)
+    rows, likelier = pairs.pair_rows(), (pairs.p - 0.5).sign()
+    length = world.length.flatten()[rows] if args.logp == "mean" else 1
+    ratios = lambda logp: (logp - ref * (args.loss != "simpo")).flatten()[rows] / length
 
     def evaluate(logp):
-        h = margin((logp - ref).flatten()[pairs.pair_rows()], 0).mean().item()
+        h = (margin(ratios(logp), 0) * likelier).mean().item()
         numbers = D.exact(logp, ref, best, fit, world.pstar, mu, worth(args), args.tau)
         return numbers | {"h": h if math.isfinite(h) else None}
 
     expected = {"optimum": evaluate(best)} | ({} if fit is None else {"labels": evaluate(fit)})
-    return evaluate, expected, best if fit is None else fit
+    return Solved(evaluate, expected, best if fit is None else fit, ratios)
 
 
-def train_one(model, world, ref, pairs, held, ref_logp, tokenizer, args, generator, write):
-    """One loss at one tau, from the reference. log ref (X,Y) or `held` is None where there is none. Calls write(line)
-    at every logged step; returns (report, the lines, seconds per stage)."""
+class Problem(NamedTuple):
+    """What the runs of a grid share; a world has no held-out pairs, a file no ref."""
+    world: D.World | None
+    ref: torch.Tensor | None   # (X,Y) log ref
+    pairs: D.PairData          # N, to train on
+    held: D.PairData | None
+    ref_logp: torch.Tensor     # (R,)
+    tokenizer: tiktoken.Encoding
+
+
+def train_one(model, problem, args, generator, write):
+    """One loss at one tau, from the reference; calls write(line) at every logged step. Returns (report, the lines,
+    seconds per stage)."""
+    world, ref, pairs, held, ref_logp, tokenizer = problem
     lap, seconds = stopwatch()
-    rows, shown, kind = pairs.pair_rows(), pairs, "eval of the training pairs"
+    shown, kind = (held, "eval") if held and len(held.p) else (pairs, "eval of the training pairs")
     if world:
-        measure_policy, expected, final = solve(world, ref, pairs, args)
-        evaluate = lambda: measure_policy(distribution(model, world, args))
-        due = (final - ref).flatten()[rows]  # log-ratios that the labels lead to
+        exact = solve(world, ref, pairs, args)
+        evaluate = lambda: exact.evaluate(distribution(model, world, args))
         if args.loss == "ipo":  # pi* averages contradictory pairs: its margins are not the targets
-            length = world.length.flatten()[rows] if args.logp == "mean" else 1
-            n = measure(due.float() / length, torch.zeros(()), pairs.p, args.tau, args)
+            n = measure(exact.ratios(exact.final).float(), torch.zeros(()), pairs.p, args.tau, args)
             print(f"expected at the end: loss {n['loss']:.4f}, h {n['h']:+.2f} ± {n['h_std']:.2f}, win {n['win']:.2f}")
     else:
-        shown, kind = (held, "eval") if len(held.p) else (shown, kind)
         ref_shown = ref_logp[shown.pair_rows()]
         evaluate = lambda: measure(score_pairs(model, shown, args), ref_shown, shown.p, args.tau, args)
     print_card(args)
     check_start(model, pairs, ref_logp, args)
-    report, tau = {"before": evaluate()}, torch.full((len(pairs.p),), args.tau)
-    lines = [{"step": 0, "target": None, "eval": report["before"]}]
-    length = (pairs.start[rows + 1] - pairs.start[rows]).float().mean().item() * 2 * args.batch_size  # tokens in a step
+    report, rows = {"before": evaluate()}, pairs.pair_rows()
+    lines = [{"step": 0, "eval": report["before"]}]
+    tokens = (pairs.start[rows + 1] - pairs.start[rows]).float().mean().item() * 2 * args.batch_size  # in a step
     picked = [int(shown.chosen[(shown.prompt == x).nonzero()[0, 0]]) for x in shown.prompt.unique()[:3]]
     prompts = [pairs.prompt_ids(row) for row in picked]
     texts = [[M.continuation(model, x, tokenizer, args) for x in prompts]]
@@ -507,7 +530,7 @@ def train_one(model, world, ref, pairs, held, ref_logp, tokenizer, args, generat
 
     def log(step, numbers):
         lap("training")
-        now, extra = evaluate(), f" | {length * step / seconds['training'] / 1e3:.1f}k tok/s"
+        now, extra = evaluate(), f" | {tokens * step / seconds['training'] / 1e3:.1f}k tok/s"
         M.check_finite(model, "--lr", numbers["loss"], now["kl_ref" if world else "loss"])
         if world:
             gap = math.inf if now["kl_opt"] is None else now["kl_opt"]
@@ -519,26 +542,32 @@ def train_one(model, world, ref, pairs, held, ref_logp, tokenizer, args, generat
         write({"run": [args.loss, args.tau], **lines[-1]})
         lap("evaluation")
 
-    train(model, pairs, ref_logp, tau, D.batches(len(pairs.p), args.batch_size, args.steps, generator), args, log)
+    order = D.batches(len(pairs.p), args.batch_size, args.steps, generator)
+    train(model, pairs, ref_logp, torch.full((len(pairs.p),), args.tau), order, args, log)
     M.save_checkpoint(f"{args.out}/ckpt.pt", model, tokenizer=tokenizer.name)
     report["after"] = evaluate()
     texts.append([M.continuation(model, x, tokenizer, args) for x in prompts])
     if world:
-        print_report(report := report | expected, args)
-        logp = distribution(model, world, args)
-        if args.logp == "mean":
-            gap, tau = nearest(world, ref, logp, args)
-            report["nearest"] = {"kl_opt": gap, "tau": tau}
-            print(f"--logp mean: of all sums, this is nearest to the pi* of tau {tau:.3f}, KL(pi||pi*) {gap:.4f}")
-        if args.labels == "soft":
-            reached = margin((logp - ref).flatten()[rows], 0)
-            print_card(args, pairs.p, reached, margin(due, 0))
-            if args.plot:
-                plot_psi(args, pairs.p, reached)
+        report |= exact.expected
+        report_world(report, exact, distribution(model, world, args), problem, args)
     for x, reference, policy in zip(prompts, *texts):
         print(f"\n{tokenizer.decode(x)[-200:]!r}\n  reference {reference!r}\n  policy    {policy!r}")
     lap("evaluation")
     return report, lines, seconds
+
+
+def report_world(report, exact, logp, problem, args):
+    """Prints what is known of the trained policy logp (X,Y), and draws its Psi card."""
+    print_report(report, args)
+    if args.logp == "mean" and args.loss == "ipo":
+        gap, tau = nearest(problem.world, problem.ref, logp, args)
+        report["nearest"] = {"kl_opt": gap, "tau": tau}
+        print(f"--logp mean: of all sums, this is nearest to the pi* of tau {tau:.3f}, KL(pi||pi*) {gap:.4f}")
+    if args.labels == "soft":
+        reached, due = (margin(exact.ratios(policy), 0) for policy in (logp, exact.final))
+        print_card(args, problem.pairs.p, reached, due)
+        if args.plot and args.loss == "ipo":
+            plot_psi(args, problem.pairs.p, reached)
 
 
 def run(args):
@@ -554,7 +583,7 @@ def run(args):
     labels = torch.cat([pairs.p, held.p]) if held else world.pstar if args.labels == "soft" else torch.ones(1)
     for one in grid:
         check_targets(labels, one)
-    for one in grid:
+    for one in [args] * several + grid:
         open_folder(one)
     lap("setup")
     ref, ref_logp = None, make_reference(model, world, pairs, tokenizer, args, generator)  # (R,)
@@ -568,9 +597,8 @@ def run(args):
             print(f"\n{one.loss}, tau {one.tau:g}" * several)
             model.load_state_dict(start)
             torch.manual_seed(args.seed)  # for dropout
-            cache = ref_logp * (one.loss != "simpo")
-            report, lines, more = train_one(model, world, ref, pairs, held, cache, tokenizer, one,
-                                            generator.set_state(order), write)
+            problem = Problem(world, ref, pairs, held, ref_logp * (one.loss != "simpo"), tokenizer)
+            report, lines, more = train_one(model, problem, one, generator.set_state(order), write)
             results[one.loss, one.tau] = report, lines
             seconds |= {stage: seconds.get(stage, 0.0) + s for stage, s in more.items()}
     finish(results, world, ref, seconds, args)
@@ -579,9 +607,11 @@ def run(args):
 def finish(results, world, ref, seconds, args):
     """When all runs are done: their table if there are several, pictures, report.json."""
     reports = {f"{loss}-{tau:g}": report for (loss, tau), (report, _) in results.items()}
-    best = frontier(world, ref, args) if world and (len(reports) > 1 or args.plot) else None
+    best = frontier(world, ref, args) if world else None
+    for report in reports.values() if world else ():
+        report["after"]["below"] = np.interp(report["after"]["kl_ref"], *zip(*best)) - report["after"]["win"]
     if len(reports) > 1:
-        print_grid(results, best)
+        print_grid(results)
     else:
         reports = reports.popitem()[1]
     if args.plot:
@@ -597,8 +627,8 @@ def bandit(args):
     torch.set_num_threads(1)
     K, S, (lap, seconds), results = len(args.tau), args.seeds, stopwatch(), {}
     world, one = D.build_bandit(args.data, K * S), D.build_bandit(args.data, S)  # `one`: what belongs to one tau
-    ref, rows = -torch.full(one.length.shape, one.head_size).double().log(), one.data.pair_rows()
-    tau = torch.tensor(args.tau).double().repeat_interleave(S * len(world.data.p) // (K * S))  # (N,)
+    ref = -torch.full(one.length.shape, one.head_size).double().log()
+    taus = torch.tensor(args.tau).double().repeat_interleave(len(world.data.p) // K)  # (N,)
     for loss in args.loss:
         check_targets(world.data.p, argparse.Namespace(**vars(args) | {"loss": loss}))
     open_folder(args)
@@ -609,24 +639,26 @@ def bandit(args):
         ref_logp = distribution(model, world, args).flatten()  # uniform: it cancels, so that SimPO may see it, too
         solved, lines = [solve(one, ref, one.data, a) for a in grid], [[] for _ in grid]
         for a in grid:
+            print(f"{loss}, tau {a.tau:g}: ", end="")
             check_start(model, one.data, ref_logp, a)
 
         def log(step, _):
             policies = distribution(model, world, args).split(S)  # K of (S,Y)
-            for a, out, (measure_policy, *_), logp in zip(grid, lines, solved, policies):
-                n = measure((logp - ref).flatten()[rows], torch.zeros(()), one.data.p, a.tau, a)
-                pi, half = logp.exp().mean(0), 1.96 * logp.exp().std(0) / S ** 0.5  # 95 % interval of the mean
-                now = measure_policy(logp) | {"pi": pi.tolist(), "interval": half.tolist()}
+            for a, out, exact, logp in zip(grid, lines, solved, policies):
+                n = measure(exact.ratios(logp), torch.zeros(()), one.data.p, a.tau, a)
+                M.check_finite(model, "--lr", n["loss"])
+                pi, half = logp.exp().mean(0), 1.96 * logp.exp().std(0) / S ** 0.5  # standard errors of the mean
+                now = exact.evaluate(logp) | {"pi": pi.tolist(), "interval": half.tolist()}
                 out.append({"run": [loss, a.tau], "step": step, **n, "eval": now})
 
         log(0, None)
         order = D.draws(world.data, args.batch_size, args.steps, torch.Generator().manual_seed(args.seed))
-        train(model, world.data, ref_logp, tau, order, grid[0], log)
-        for a, out, (_, expected, final) in zip(grid, lines, solved):
-            expected["optimum"]["pi"] = final[0].exp().tolist()
-            results[loss, a.tau] = {"before": out[0]["eval"], "after": out[-1]["eval"]} | expected, out
+        train(model, world.data, ref_logp, taus, order, grid[0], log)
+        for a, out, exact in zip(grid, lines, solved):
+            exact.expected["optimum"]["pi"] = exact.final[0].exp().tolist()
+            results[loss, a.tau] = {"before": out[0]["eval"], "after": out[-1]["eval"]} | exact.expected, out
         lap(f"{loss}, {K * S} policies, {args.steps:,} steps of {args.batch_size or 'all'} pairs")
-    print(f"\n{'probabilities':26}{'mean':>10}{'95 % ±':>10}{'optimum':>10}{'difference':>12}")
+    print(f"\n{'probabilities':26}{'mean':>10}{'1.96 s.e.':>10}{'optimum':>10}{'difference':>12}")
     for (loss, t), (report, _) in results.items():
         columns = report["after"]["pi"], report["after"]["interval"], report["optimum"]["pi"]
         for action, mean, half, best in zip("abc", *columns):
@@ -732,8 +764,9 @@ def parse(argv=None):
             parser.error(f"--{flag} means nothing {TASKS[task]}; leave it out")
     args = argparse.Namespace(task=task, **defaults | given)
     for flag in given.keys() & {"loss", "tau"}:
-        if len(set(given[flag])) < len(given[flag]):
-            parser.error(f"--{flag} {' '.join(map(str, given[flag]))}: one value stands twice; leave it out")
+        names = [f"{value:g}" if flag == "tau" else value for value in given[flag]]  # what folders are called
+        if len(set(names)) < len(names):
+            parser.error(f"--{flag} {' '.join(names)}: one value stands twice; leave it out")
     for flag in given.keys() & OWN.keys():
         if OWN[flag] not in args.loss:
             parser.error(f"--{flag} means nothing without --loss {OWN[flag]}; leave it out")

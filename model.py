@@ -109,7 +109,7 @@ class GPT(nn.Module):
             x = block(x)
         return t.ln_f(x)
 
-    def head(self, x):  # (...,C) -> (...,V)
+    def head(self, x):  # (...,C) -> (...,V), V = head_size or vocab_size
         """Logits over the ids that can be emitted; the weights are the embedding's (tied)."""
         return F.linear(x, self.transformer.wte.weight[:self.config.head_size or None])
 
@@ -125,7 +125,10 @@ class Table(nn.Module):
     def __init__(self, X: int, Y: int):
         super().__init__()
         self.theta = nn.Parameter(torch.zeros(X, Y, dtype=torch.float64))
-        self.device = self.theta.device
+
+    @property
+    def device(self):
+        return self.theta.device
 
     def hidden(self, tokens):  # (N,T) -> (N,T): what follows depends on the last token alone
         return tokens

@@ -605,6 +605,18 @@ def test_in_the_deterministic_world_dpo_never_stops(tmp_path):
     assert calm["kl_ref"] < 0.1 and calm["kl_opt"] < 0.02 and best["ratio"] < 1
 
 
+def test_a_bandit_that_diverges_stops(tmp_path):
+    run = cli("--data", "d1", "--loss", "exponential", "--tau", 10, 1, "--lr", 1000, "--steps", 100, folder=tmp_path)
+    assert run.returncode == 1 and "lower --lr" in run.stderr and run.stderr.count("\n") == 1 and not (tmp_path / "out/report.json").exists()
+
+
+def test_pairs_cannot_be_drawn_from_a_reference_that_always_says_the_same():
+    mu = torch.full((4, 400), 1e-9).double()
+    mu[:, 7] = 1
+    with pytest.raises(D.Refused, match="nearly always says the same"):
+        D.build_world("bt").draw(10, mu, "hard", 0.0, torch.Generator())
+
+
 def test_divergence_stops_the_run_and_saves_nothing(tmp_path):
     """Exit status 1 and one line; the checkpoint of the run before is still there and whole."""
     assert cli(*SHORT, folder=tmp_path).returncode == 0
@@ -744,8 +756,8 @@ BAD_COMMANDS = {  # arguments -> what the one line on standard error says
     "--tokenizer bytes": "--tokenizer means nothing in a synthetic world", "--batch_size 0": "--batch_size 0 means nothing in a synthetic world",
     "--psi tanh --loss dpo": "--psi means nothing without --loss ipo", "--gamma 1": "--gamma means nothing without --loss simpo",
     "--label_noise 0.1 --loss ipo dpo": "--label_noise means nothing without --loss robust", "--loss robust --label_noise 0.5": "--label_noise: '0.5'",
-    "--loss simpo --logp mean": "--logp means nothing for --loss simpo", "--tau 1 2 1": "--tau 1.0 2.0 1.0: one value stands twice",
-    "--loss dpo dpo": "one value stands twice", "--loss rebel": "not finite: this Psi asks for an infinite margin on certain pairs",
+    "--loss simpo --logp mean": "--logp means nothing for --loss simpo", "--tau 1 2 1": "--tau 1 2 1: one value stands twice",
+    "--loss dpo dpo": "one value stands twice", "--tau 0.30000001 0.3": "--tau 0.3 0.3: one value stands twice", "--loss rebel": "not finite: this Psi asks for an infinite margin on certain pairs",
     "--psi logit": "not finite", "--data deterministic --psi logit --labels soft": "not finite", "--psi sqrt": "invalid choice: 'sqrt'",
     "--data pairs.jsonl --tokenizer bytes --loss dpo rebel": "not finite", "--data d1 --psi logit": "not finite",
     "--data d1 --labels soft": "--labels means nothing in a bandit", "--data d1 --n_layer 2": "--n_layer means nothing in a bandit",
@@ -1009,7 +1021,7 @@ def test_a_run_in_a_grid_is_the_run_alone(tmp_path):
         run = cli(*SHORT, "--loss", *losses, "--tau", *taus, "--out", out, "--plot", folder=tmp_path)
         assert run.returncode == 0, run.stderr
     grid, ipo_alone, simpo_alone = (json.loads((tmp_path / out / "report.json").read_text()) for out in ("grid", "ipo", "simpo"))
-    assert all(-1e-3 < grid[name]["after"].pop("below") < 0.1 for name in ("ipo-0.2", "dpo-1", "simpo-1"))
+    assert all(-1e-3 < grid[name]["after"]["below"] < 0.1 for name in ("ipo-0.2", "dpo-1", "simpo-1"))
     assert grid["ipo-0.2"]["after"] == ipo_alone["after"] and grid["simpo-1"]["after"] == simpo_alone["after"]
     assert grid["dpo-1"]["before"]["kl_ref"] == pytest.approx(0, abs=1e-6) and grid["dpo-1"]["after"] != grid["dpo-0.2"]["after"]
     alone, in_grid = (M.load_checkpoint(tmp_path / out / "ckpt.pt")[0].state_dict() for out in ("ipo", "grid/ipo-0.2"))
@@ -1033,7 +1045,8 @@ def test_pictures_show_the_measured_numbers(tmp_path, monkeypatch):
     assert list(curve.get_xdata()) == [0, 10, 20] and list(curve.get_ydata())[1:] == [line["eval"]["h"] for line in lines[:2]]
     heights = [line.get_ydata()[0] for line in margin.lines if list(line.get_xdata()) == [0, 1]]
     report = json.loads((tmp_path / "out/report.json").read_text())
-    assert heights == [lines[1]["target"], report["ipo-0.2"]["optimum"]["h"], lines[3]["target"], report["dpo-0.2"]["optimum"]["h"]]
+    certain = pytest.approx(math.tanh(4) / 0.2)  # and infinite for DPO
+    assert heights == [certain, report["ipo-0.2"]["optimum"]["h"], report["dpo-0.2"]["optimum"]["h"]]
     assert list(kl.lines[1].get_ydata())[-1] == lines[3]["eval"]["kl_ref"]
     frontier = win.lines[-1]
     assert [tuple(z[0] for z in line.get_data()) for line in win.lines if line.get_marker() == "o"] == [
@@ -1052,7 +1065,7 @@ def test_the_mean_forms_fixed_point_in_a_world():
     for psi in ("identity", "cubic"):
         mu, best, fit = ipo.theory(world, ref, options(logp="mean", labels="soft", mu="ref", psi=psi))
         left = (fit - ref) / world.length - (ipo.target(world.pstar, 0.2, ipo.PSI[psi]) * mu[:, None, :]).sum(-1)
-        assert fit.logsumexp(-1).abs().max() < 1e-9 and left.std(-1).max() < 1e-9 and D.base_kl(fit.exp(), best) > 1
+        assert fit.logsumexp(-1).abs().max() < 1e-9 and left.std(-1).max() < 1e-9 and D.kl(fit, best) > 1
 
 
 def test_expected_numbers_are_those_of_the_minimiser(tmp_path):
@@ -1068,10 +1081,14 @@ def test_the_margin_of_a_policy_is_measured_on_the_pairs():
     """h by a loop over the pairs; None where pi* is a limit."""
     world, (pi, ref, _) = D.build_world("deterministic"), random_policies()
     pairs = world.draw(50, torch.full((4, 400), 1 / 400).double(), "hard", 0.0, torch.Generator().manual_seed(0))
-    measured, expected, _ = ipo.solve(world, ref, pairs, options(loss="dpo"))
-    ratio = (pi - ref).flatten()
-    assert measured(pi)["h"] == pytest.approx(np.mean([(ratio[a] - ratio[b]).item() for a, b in zip(pairs.chosen, pairs.rejected)]))
-    assert expected["optimum"]["h"] is None and expected["optimum"]["kl_ref"] > 3
+    exact, ratio = ipo.solve(world, ref, pairs, options(loss="dpo")), (pi - ref).flatten()
+    loop = lambda value: np.mean([(value[a] - value[b]).item() * (1 if p > 0.5 else -1) for a, b, p in zip(pairs.chosen, pairs.rejected, pairs.p)])
+    assert exact.evaluate(pi)["h"] == pytest.approx(loop(ratio))
+    assert exact.expected["optimum"]["h"] is None and exact.expected["optimum"]["kl_ref"] > 3
+    pairs = pairs._replace(p=torch.rand(50))  # soft labels: towards the likelier response
+    per_token = ipo.solve(world, ref, pairs, options(logp="mean", labels="soft")).evaluate(pi)["h"]
+    assert per_token == pytest.approx(loop(ratio / world.length.flatten()))
+    assert ipo.solve(world, ref, pairs, options(loss="simpo", logp="mean")).evaluate(pi)["h"] == pytest.approx(loop(pi.flatten() / world.length.flatten()))
 
 
 @pytest.mark.parametrize("where", ["uniform", "ref"])
@@ -1093,11 +1110,12 @@ def test_no_policy_beats_the_frontier(where):
 
 
 def test_the_nearest_sum_is_found():
-    """pi* of tau = .5 is nearest to itself."""
+    """pi* of tau = .5 is nearest to itself, for the Psi of the run."""
     world, (_, ref, _) = D.build_world("bt"), random_policies()
-    best = D.optimum(ref, world.pstar, torch.full((4, 400), 1 / 400).double(), identity, 0.5)
-    kl, tau = ipo.nearest(world, ref, best, options(psi="logit", logp="mean"))
-    assert tau == pytest.approx(0.5, rel=0.02) and kl < 1e-4
+    for psi in ("identity", "logit"):
+        best = D.optimum(ref, world.pstar, torch.full((4, 400), 1 / 400).double(), ipo.PSI[psi], 0.5)
+        kl, tau = ipo.nearest(world, ref, best, options(psi=psi, logp="mean"))
+        assert tau == pytest.approx(0.5, rel=0.02) and kl < 1e-3
 
 
 def test_the_psi_card(tmp_path):
@@ -1105,7 +1123,7 @@ def test_the_psi_card(tmp_path):
     run = cli(*SHORT, "--psi", "logit", "--labels", "soft", "--tau", 0.1, folder=tmp_path)
     assert run.returncode == 0, run.stderr
     assert re.findall(r"target\(p\), nats +(.*)", run.stdout) == ["0.00    4.05   10.99   21.97   45.95     inf"] * 2
-    reached, due = (re.search(rf"{name} +(.*)", run.stdout)[1].split() for name in ("h reached", r"h of pi\*"))
+    reached, due = (re.search(rf"{name} +(.*)", run.stdout)[1].split() for name in ("h reached", "h where labels lead"))
     assert float(due[1]) == pytest.approx(4.0, abs=0.1) and due[5] == reached[5] == "-" and abs(float(reached[1])) < 4
 
 
@@ -1116,8 +1134,11 @@ def test_a_psi_that_is_not_odd_is_said_to_be(tmp_path, monkeypatch):
     assert "only its odd part, (Psi(q) - Psi(1-q))/2, is optimised" in run.stdout
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["labels"]["kl_opt"] > 1e-4 and report["labels"]["kl_fit"] == pytest.approx(0, abs=1e-9) and report["after"]["kl_fit"] > 0
-    assert "a coin flip stands for p*" in cli(*SHORT, "--psi", "tanh", folder=tmp_path).stdout
+    for psi in ("tanh", "yours"):  # of sqrt, too, hard labels see sqrt(1) - sqrt(0) only
+        assert "a coin flip stands for p*" in cli(*SHORT, "--psi", psi, folder=tmp_path).stdout
     assert "divided by length" in cli(*SHORT, "--logp", "mean", folder=tmp_path).stdout
+    other = cli(*SHORT, "--loss", "savage", "--logp", "mean", folder=tmp_path).stdout
+    assert "this loss has an optimum of its own, not computed" in other and "nearest" not in other
     assert "labels =" not in cli(*SHORT, "--psi", "identity", folder=tmp_path).stdout
 
 
