@@ -145,14 +145,14 @@ def train(model, pairs, ref_logp, tau, order, args, log):
     for step, index in enumerate(tqdm(order, args.loss, args.steps, disable=None, leave=False), 1):
         model.train()
         batch = pairs.batch(index)
-        tokens, mask, p, ref, t = (z.to(args.device) for z in (*batch[:3], ref_logp[batch.rows], tau[index]))
+        tokens, mask, p, ref, tau_b = (z.to(args.device) for z in (*batch[:3], ref_logp[batch.rows], tau[index]))
         with M.autocast(model, args.dtype):
             logp = M.sequence_logp(model, tokens, mask, mean=args.logp == "mean")  # (2B,)
         h = margin(logp, ref)                                                      # (B,)
-        loss = loss_of(h, p, t).mean()                                             # ()
+        loss = loss_of(h, p, tau_b).mean()                                         # ()
         update(loss)
         if step % args.log_every == 0 or step == args.steps:
-            log(step, measure(logp, ref, p, t, args))
+            log(step, measure(logp, ref, p, tau_b, args))
 
 
 # ---------------------------------------------------------------------------------------------------------- measurement
