@@ -74,7 +74,8 @@ def iter_jsonl(path: str) -> Iterator[Pair]:
     try:
         return parse_lines(open(path, "rb"), path)
     except OSError as error:
-        raise Refused(f"{path}: {error.strerror}; --data takes a JSONL file or one of {', '.join(WORLDS)}") from None
+        raise Refused(f"--data {path}: {error.strerror}; --data takes a JSONL file, a world ({', '.join(WORLDS)}) or a "
+                      f"bandit ({', '.join(BANDITS)})") from None
 
 
 def parse_lines(file, path: str) -> Iterator[Pair]:

@@ -203,13 +203,20 @@ def theory(world, ref, args):  # log ref (X,Y) -> mu, log pi*, log of the fitted
 
 
 def check_targets(p, args):
-    """Refuses a Psi that asks for an infinite margin at a probability that the labels hold; p of any shape."""
-    asked = target(p, 1.0, worth(args))
-    if args.loss in ("ipo", "rebel") and not (finite := asked.isfinite()).all():
+    """Refuses a psi that is no function of a tensor, and one that asks for an infinite margin at a probability that the
+    labels hold; p of any shape."""
+    if args.loss not in ("ipo", "rebel"):
+        return
+    q, seen = torch.linspace(0, 1, 11), torch.linspace(0, 1, 11)
+    value = worth(args)(seen)
+    if not isinstance(value, torch.Tensor) or value.shape != q.shape or value.dtype == torch.bool or not seen.equal(q):
+        raise D.Refused("psi in ipo.py must return a tensor of numbers of q's shape and leave q itself as it is; for a "
+                        "condition write (q > 0.5).float(), for a constant 0 * q + 1")
+    if not (finite := target(p, 1.0, worth(args)).isfinite()).all():
         worst = p[~finite].max().item()
-        raise D.Refused(f"psi({worst:g}) - psi({1 - worst:g}) is not finite: this Psi asks for an infinite margin on "
-                      "certain pairs, which is DPO's over-fitting; use labels with 0 < p < 1 (--labels soft, in a "
-                      "world that is not deterministic) or a Psi that is finite at 0 and 1")
+        raise D.Refused(f"--loss {args.loss}: its target psi({worst:g}) - psi({1 - worst:g}) is not finite: an "
+                        "infinite margin on certain pairs is DPO's over-fitting; use labels with 0 < p < 1 (--labels soft, in a "
+                        "world that is not deterministic) or, with --loss ipo, a Psi that is finite at 0 and 1")
 
 
 def check_start(model, pairs, ref_logp, args):
@@ -239,7 +246,7 @@ def best_policies(world, ref, args, psi, low, high, n):
 def frontier(world, ref, args):
     """[(KL(pi||ref), win rate against mu)] that no policy beats, by rising KL: these are pi* of Psi = identity."""
     return [(D.kl(best, ref).item(), (best.exp() * wins).sum(-1).mean().item())
-            for _, best, wins in best_policies(world, ref, args, PSI["identity"], 0.003, 30, 200)]
+            for _, best, wins in best_policies(world, ref, args, PSI["identity"], 0.003, 3000, 300)]
 
 
 def nearest(world, ref, logp, args):
@@ -359,7 +366,8 @@ def plot_runs(results, best, args):
     figure.legend(loc="outside upper center", ncols=4)
     if best:
         axes[0, 2].plot(*zip(*best), color="black", linewidth=1.5, label="exact frontier", zorder=0)
-        axes[0, 2].set_xlim(-0.05, 1.1 * max(line["eval"]["kl_ref"] for _, lines in results.values() for line in lines))
+        far = max(line["eval"]["kl_ref"] for _, lines in results.values() for line in lines)
+        axes[0, 2].set_xlim(-0.03 * far, 1.1 * far + 1e-6)
         axes[0, 2].legend()
     save_picture(figure, f"{args.out}/runs.png")
 
@@ -432,16 +440,18 @@ def prepare(args, generator):
     return world, data, held, tokenizer, M.place(saved or M.GPT(config), args.device)
 
 
-def open_folder(args):
-    """Makes --out, says if a run is replaced there, and writes its flags."""
+def open_folders(runs):
+    """Makes the --out of each run (of a grid: the whole first), says if there is one already, and writes the flags."""
     try:
-        os.makedirs(args.out, exist_ok=True)
-        if os.path.exists(f"{args.out}/report.json"):
-            print(f"{args.out}/ holds an earlier run; its files are replaced")
-        with open(f"{args.out}/config.json", "w") as file:
-            json.dump(vars(args) | {"torch": torch.__version__}, file, indent=1)
+        for one in runs:  # all of them, before anything is written
+            os.makedirs(one.out, exist_ok=True)
+        if os.path.exists(f"{runs[0].out}/report.json"):
+            print(f"{runs[0].out}/ holds an earlier run; files of the same name are replaced, others stay")
+        for one in runs:
+            with open(f"{one.out}/config.json", "w") as file:
+                json.dump(vars(one) | {"torch": torch.__version__}, file, indent=1)
     except OSError as error:
-        raise D.Refused(f"--out {args.out}: {error.strerror}; name a folder that can be written") from None
+        raise D.Refused(f"--out {one.out}: {error.strerror}; name a folder that can be written") from None
 
 
 def make_reference(model, world, data, tokenizer, args, generator):
@@ -503,6 +513,9 @@ class Problem(NamedTuple):
     tokenizer: tiktoken.Encoding
 
 
+LOWER = "--lr, or take a --tau or --gamma nearer to 1"
+
+
 def train_one(model, problem, args, generator, write):
     """One loss at one tau, from the reference; calls write(line) at every logged step. Returns (report, the lines,
     seconds per stage)."""
@@ -531,7 +544,7 @@ def train_one(model, problem, args, generator, write):
     def log(step, numbers):
         lap("training")
         now, extra = evaluate(), f" | {tokens * step / seconds['training'] / 1e3:.1f}k tok/s"
-        M.check_finite(model, "--lr", numbers["loss"], now["kl_ref" if world else "loss"])
+        M.check_finite(model, LOWER, numbers["loss"], now["kl_ref" if world else "loss"])
         if world:
             gap = math.inf if now["kl_opt"] is None else now["kl_opt"]
             extra = f" | KL {now['kl_ref']:.2f}, to pi* {gap:.4f}" + extra
@@ -583,8 +596,7 @@ def run(args):
     labels = torch.cat([pairs.p, held.p]) if held else world.pstar if args.labels == "soft" else torch.ones(1)
     for one in grid:
         check_targets(labels, one)
-    for one in [args] * several + grid:
-        open_folder(one)
+    open_folders([args] * several + grid)
     lap("setup")
     ref, ref_logp = None, make_reference(model, world, pairs, tokenizer, args, generator)  # (R,)
     if world:
@@ -598,7 +610,12 @@ def run(args):
             model.load_state_dict(start)
             torch.manual_seed(args.seed)  # for dropout
             problem = Problem(world, ref, pairs, held, ref_logp * (one.loss != "simpo"), tokenizer)
-            report, lines, more = train_one(model, problem, one, generator.set_state(order), write)
+            try:
+                report, lines, more = train_one(model, problem, one, generator.set_state(order), write)
+            except M.Stopped:
+                if results:  # what the runs before this one measured
+                    finish(results, world, ref, seconds, args)
+                raise
             results[one.loss, one.tau] = report, lines
             seconds |= {stage: seconds.get(stage, 0.0) + s for stage, s in more.items()}
     finish(results, world, ref, seconds, args)
@@ -631,7 +648,7 @@ def bandit(args):
     taus = torch.tensor(args.tau).double().repeat_interleave(len(world.data.p) // K)  # (N,)
     for loss in args.loss:
         check_targets(world.data.p, argparse.Namespace(**vars(args) | {"loss": loss}))
-    open_folder(args)
+    open_folders([args])
     print(f"bandit {args.data}: pairs {D.BANDITS[args.data]} (winner first), uniform reference, {S} seeds")
     for loss in args.loss:
         model = M.Table(*world.length.shape)
@@ -646,7 +663,7 @@ def bandit(args):
             policies = distribution(model, world, args).split(S)  # K of (S,Y)
             for a, out, exact, logp in zip(grid, lines, solved, policies):
                 n = measure(exact.ratios(logp), torch.zeros(()), one.data.p, a.tau, a)
-                M.check_finite(model, "--lr", n["loss"])
+                M.check_finite(model, LOWER, n["loss"])
                 pi, half = logp.exp().mean(0), 1.96 * logp.exp().std(0) / S ** 0.5  # standard errors of the mean
                 now = exact.evaluate(logp) | {"pi": pi.tolist(), "interval": half.tolist()}
                 out.append({"run": [loss, a.tau], "step": step, **n, "eval": now})
@@ -656,13 +673,15 @@ def bandit(args):
         train(model, world.data, ref_logp, taus, order, grid[0], log)
         for a, out, exact in zip(grid, lines, solved):
             exact.expected["optimum"]["pi"] = exact.final[0].exp().tolist()
+            if "labels" in exact.expected:
+                print(f"{loss}, tau {a.tau:g}: this Psi is not odd about 1/2; `optimum` below is where its pairs lead")
             results[loss, a.tau] = {"before": out[0]["eval"], "after": out[-1]["eval"]} | exact.expected, out
         lap(f"{loss}, {K * S} policies, {args.steps:,} steps of {args.batch_size or 'all'} pairs")
     print(f"\n{'probabilities':26}{'mean':>10}{'1.96 s.e.':>10}{'optimum':>10}{'difference':>12}")
     for (loss, t), (report, _) in results.items():
         columns = report["after"]["pi"], report["after"]["interval"], report["optimum"]["pi"]
         for action, mean, half, best in zip("abc", *columns):
-            print(f"{f'{loss}, tau {t:g}: {action}':26}{mean:10.6f}{half:10.6f}{best:10.6f}{mean - best:+12.6f}")
+            print(f"{f'{loss}, tau {t:g}: {action}':26}{mean:10.6f}{half:10.6f}{best:10.6f}{mean - best:+z12.6f}")
     with open(f"{args.out}/metrics.jsonl", "w") as metrics:
         metrics.writelines(json.dumps(line) + "\n" for _, lines in results.values() for line in lines)
     if args.plot:
@@ -753,7 +772,7 @@ def parse(argv=None):
     for flag, kind, *defaults, meaning in FLAGS:
         shown = ", ".join(f"{task}: {value!r}" for task, value in zip(TASKS, defaults) if value is not NA)
         how = {"action": "store_true"} if kind is bool else {"choices" if isinstance(kind, list) else "type": kind}
-        how |= {"nargs": "+"} if flag in ("loss", "tau") else {}
+        how |= {"nargs": "+", "action": "extend"} if flag in ("loss", "tau") else {}
         parser.add_argument(f"--{flag}", **how, help=f"{meaning} [{shown}]")
     given = vars(parser.parse_args(argv))
     data = given.get("data", "bt")
@@ -770,6 +789,8 @@ def parse(argv=None):
     for flag in given.keys() & OWN.keys():
         if OWN[flag] not in args.loss:
             parser.error(f"--{flag} means nothing without --loss {OWN[flag]}; leave it out")
+    if not args.out:
+        parser.error("--out is empty; name a folder")
     if "logp" in given and args.loss == ["simpo"]:
         parser.error("--logp means nothing for --loss simpo, which is a mean; leave it out")
     if args.plot and not importlib.util.find_spec("matplotlib"):

@@ -194,7 +194,8 @@ def descent(model, steps, lr, plain=False):
     def update(loss):
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), math.inf if plain else 1.0)
+        if not plain:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
     return update
@@ -204,7 +205,7 @@ def check_finite(model, flag, *values):
     """Raises Stopped, naming the `flag` that may be too high, unless weights and values (None: infinite) are finite."""
     bad = any(v is None or not math.isfinite(v) for v in values)
     if bad or not all(p.isfinite().all() for p in model.parameters()):
-        raise Stopped(f"training diverged: weights or what they compute are not finite, nothing is saved; lower {flag}")
+        raise Stopped(f"training diverged: weights or what they compute are not finite, and not saved; lower {flag}")
 
 
 def finetune(model, data, rows, batches, update, dtype):
@@ -264,7 +265,8 @@ def load_checkpoint(path):
         model.load_state_dict(extra.pop("model"))
         return model, extra
     except OSError as error:
-        raise BadCheckpoint(f"{path}: {error.strerror or error}; name the ckpt.pt of a finished run") from None
+        raise BadCheckpoint(f"{path}: {error.strerror or error}; a finished run leaves a ckpt.pt in --out, a grid one "
+                            "in each run's folder there, a bandit none") from None
     except Exception as error:  # torch.load and load_state_dict raise a dozen kinds on a file that is cut or foreign
         raise BadCheckpoint(f"{path}: not a nanoIPO checkpoint, or a damaged one ({type(error).__name__}); name the "
                             "ckpt.pt of a finished run") from None

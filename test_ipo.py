@@ -605,6 +605,40 @@ def test_in_the_deterministic_world_dpo_never_stops(tmp_path):
     assert calm["kl_ref"] < 0.1 and calm["kl_opt"] < 0.02 and best["ratio"] < 1
 
 
+PSIS_THAT_ARE_NONE = {"bool": lambda q: q > 0.5, "number": lambda q: 0.5, "numpy": lambda q: q.numpy(), "mean": lambda q: q.mean(), "nothing": lambda q: None,
+                      "in place": lambda q: q.mul_(2)}
+
+
+@pytest.mark.parametrize("name", PSIS_THAT_ARE_NONE)
+def test_a_psi_that_is_no_function_of_a_tensor_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(ipo, "psi", PSIS_THAT_ARE_NONE[name])
+    for more in ([], ["--labels", "soft"], ["--data", "d1"]):
+        run = cli(*more, folder=tmp_path)
+        assert run.returncode == 2 and "must return a tensor of numbers of q's shape" in run.stderr and run.stderr.count("\n") == 1
+
+
+def test_a_refused_grid_leaves_an_earlier_run_alone(tmp_path):
+    """A file stands where a run's folder should be: nothing is written anywhere."""
+    assert cli(*SHORT, "--loss", "ipo", "dpo", folder=tmp_path).returncode == 0
+    kept = (tmp_path / "out/ipo-0.2/config.json").read_bytes(), (tmp_path / "out/config.json").read_bytes()
+    (tmp_path / "out/slic-0.2").write_text("in the way")
+    run = cli(*SHORT, "--loss", "ipo", "slic", "--seed", 7, folder=tmp_path)
+    assert run.returncode == 2 and "--out out/slic-0.2: File exists" in run.stderr and run.stderr.count("\n") == 1
+    assert ((tmp_path / "out/ipo-0.2/config.json").read_bytes(), (tmp_path / "out/config.json").read_bytes()) == kept
+
+
+def test_a_grid_whose_last_run_diverges_reports_the_others(tmp_path):
+    run = cli(*SHORT, "--loss", "ipo", "exponential", "--tau", 1, 1e6, folder=tmp_path)
+    assert run.returncode == 1 and "a --tau or --gamma nearer to 1" in run.stderr
+    assert {"ipo-1", "ipo-1e+06", "exponential-1"} < json.loads((tmp_path / "out/report.json").read_text()).keys()
+
+
+def test_a_bandit_whose_psi_is_not_odd_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(ipo, "psi", torch.sqrt)
+    run = cli("--data", "d3prime", "--steps", 20, "--seeds", 2, folder=tmp_path)
+    assert "ipo, tau 0.1: this Psi is not odd about 1/2" in run.stdout
+
+
 def test_a_bandit_that_diverges_stops(tmp_path):
     run = cli("--data", "d1", "--loss", "exponential", "--tau", 10, 1, "--lr", 1000, "--steps", 100, folder=tmp_path)
     assert run.returncode == 1 and "lower --lr" in run.stderr and run.stderr.count("\n") == 1 and not (tmp_path / "out/report.json").exists()
@@ -711,7 +745,7 @@ def test_an_infinite_target_is_refused_with_the_lesson(monkeypatch):
     monkeypatch.setattr(ipo, "psi", torch.logit)
     args = options(tau=0.1)
     ipo.check_targets(torch.tensor([0.1, 0.9]), args)
-    with pytest.raises(D.Refused, match="infinite margin on certain pairs, which is DPO's over-fitting; use labels"):
+    with pytest.raises(D.Refused, match="infinite margin on certain pairs is DPO's over-fitting; use labels"):
         ipo.check_targets(torch.tensor([0.1, 1.0]), args)
 
 
@@ -733,7 +767,7 @@ def test_a_file_of_pairs_trains_from_start_to_samples(tmp_path):
         assert f"step 0: loss {'0.693147, theory 0.693147' if 'dpo' in more else '25, theory 25'}" in run.stdout
     again = cli("--data", path, "--init_from", "out/ref.pt", "--steps", 6, "--batch_size", 4, folder=tmp_path)
     assert again.returncode == 0 and "sft:" not in again.stdout, again.stderr
-    assert "out/ holds an earlier run; its files are replaced" in again.stdout
+    assert "out/ holds an earlier run; files of the same name are replaced, others stay" in again.stdout
     kept = json.loads((tmp_path / "out/config.json").read_text())
     assert (kept["n_embd"], kept["block_size"], kept["tokenizer"]) == (16, 64, "bytes")
     assert cli("--sample", "question 1?", "--max_new_tokens", 5, folder=tmp_path).returncode == 0
@@ -748,7 +782,7 @@ BAD_COMMANDS = {  # arguments -> what the one line on standard error says
     "--data nothing.jsonl": "nothing.jsonl: No such file", "--data .": ".: Is a directory", "--data empty.jsonl --tokenizer bytes": "empty.jsonl: holds no pair",
     "--data pairs.jsonl --noise 0.1": "--noise means nothing for a JSONL file", "--data same.jsonl --tokenizer bytes": "no usable pair among 1",
     "--data bad.jsonl --tokenizer bytes": "bad.jsonl:2: 'chosen' is empty", "--sample x --steps 3": "--steps means nothing with --sample",
-    "--sample x": "out/ckpt.pt: No such file", "--sample x --out text": "text/ckpt.pt: ", "--init_from nothing.pt": "nothing.pt: No such file",
+    "--sample x": "out/ckpt.pt: No such file or directory; a finished run leaves a ckpt.pt in --out", "--sample x --out text": "text/ckpt.pt: ", "--init_from nothing.pt": "nothing.pt: No such file",
     "--init_from bad.jsonl": "bad.jsonl: not a nanoIPO checkpoint", "--init_from cut.pt": "cut.pt: not a nanoIPO checkpoint",
     "--init_from whole.pt --n_layer 2": "--n_layer is fixed by the checkpoint", "--init_from whole.pt": "its model is for tokenizer 'bytes'",
     "--data pairs.jsonl --init_from whole.pt --tokenizer bytes": "--tokenizer is fixed by the checkpoint",
@@ -756,8 +790,8 @@ BAD_COMMANDS = {  # arguments -> what the one line on standard error says
     "--tokenizer bytes": "--tokenizer means nothing in a synthetic world", "--batch_size 0": "--batch_size 0 means nothing in a synthetic world",
     "--psi tanh --loss dpo": "--psi means nothing without --loss ipo", "--gamma 1": "--gamma means nothing without --loss simpo",
     "--label_noise 0.1 --loss ipo dpo": "--label_noise means nothing without --loss robust", "--loss robust --label_noise 0.5": "--label_noise: '0.5'",
-    "--loss simpo --logp mean": "--logp means nothing for --loss simpo", "--tau 1 2 1": "--tau 1 2 1: one value stands twice",
-    "--loss dpo dpo": "one value stands twice", "--tau 0.30000001 0.3": "--tau 0.3 0.3: one value stands twice", "--loss rebel": "not finite: this Psi asks for an infinite margin on certain pairs",
+    "--loss simpo --logp mean": "--logp means nothing for --loss simpo", "--tau 1 2 --tau 1": "--tau 1 2 1: one value stands twice", "--out= --tau 1 2": "--out is empty",
+    "--loss dpo dpo": "one value stands twice", "--tau 0.30000001 0.3": "--tau 0.3 0.3: one value stands twice", "--loss rebel": "--loss rebel: its target psi(1) - psi(0) is not finite",
     "--psi logit": "not finite", "--data deterministic --psi logit --labels soft": "not finite", "--psi sqrt": "invalid choice: 'sqrt'",
     "--data pairs.jsonl --tokenizer bytes --loss dpo rebel": "not finite", "--data d1 --psi logit": "not finite",
     "--data d1 --labels soft": "--labels means nothing in a bandit", "--data d1 --n_layer 2": "--n_layer means nothing in a bandit",
@@ -1099,7 +1133,7 @@ def test_no_policy_beats_the_frontier(where):
     mu, points = ipo.theory(world, ref, args)[0], ipo.frontier(world, ref, args)
     assert torch.equal(mu, ref.exp() if where == "ref" else torch.full_like(ref, 1 / 400))
     kls, wins = zip(*points)
-    assert list(kls) == sorted(kls)
+    assert list(kls) == sorted(kls) and kls[0] < 1e-6
     others = [pi, (0.7 * ref + 0.3 * pi).log_softmax(-1)] + [D.optimum(ref, world.pstar, mu, psi, tau) for psi in ODD_PSI.values() for tau in (0.1, 0.5, 3)]
     for other in others:
         n = D.exact(other, ref, ref, None, world.pstar, mu, identity, 1.0)
