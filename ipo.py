@@ -215,8 +215,8 @@ def check_targets(p, args):
     if not (finite := target(p, 1.0, worth(args)).isfinite()).all():
         worst = p[~finite].max().item()
         raise D.Refused(f"--loss {args.loss}: its target psi({worst:g}) - psi({1 - worst:g}) is not finite: an "
-                        "infinite margin on certain pairs is DPO's over-fitting; use labels with 0 < p < 1 (--labels soft, in a "
-                        "world that is not deterministic) or, with --loss ipo, a Psi that is finite at 0 and 1")
+                        "infinite margin on certain pairs is DPO's over-fitting; use labels with 0 < p < 1 (--labels "
+                        "soft, in a world that is not deterministic) or, with --loss ipo, a Psi that is finite there")
 
 
 def check_start(model, pairs, ref_logp, args):
