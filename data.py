@@ -49,17 +49,65 @@ def word_encoding(name: str, words: list[str], more: list[str]) -> tiktoken.Enco
                              special_tokens={EOT: len(words)})
 
 
-def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """A world's encoding or one of TOKENIZERS. Raises Refused if GPT-2's can be neither read nor downloaded."""
+def get_tokenizer(name: str, vocab_size: int = 0):
+    """A world's encoding, one of TOKENIZERS, or that of a Hugging Face model with vocab_size ids (if it has none but
+    GPT-2's number of ids: GPT-2's). Raises Refused if it can be neither read nor downloaded."""
     if name in WORDS:
         return word_encoding(name, [f" {w}" for w in WORDS[name]], ["review of the", *(f" {s}:" for s in SUBJECTS)])
     if name == "bytes":
         return word_encoding(name, [], [])
+    if name not in TOKENIZERS:
+        try:
+            return HuggingFaceTokenizer(name)
+        except Refused:
+            if vocab_size != 50257:
+                raise
+            print(f"{name}: no tokenizer there; its 50,257 ids are GPT-2's, so GPT-2's tokenizer is used")
+            name = "gpt2"
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # tiktoken passes on whatever its HTTP library or the file system raises
         raise Refused(f"--tokenizer {name}: tiktoken can neither read nor download it ({type(error).__name__}); go "
                       "online once, set TIKTOKEN_CACHE_DIR to a folder with it, or use --tokenizer bytes") from None
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer of transformers, from a model's folder or hub id, with what others use of a tiktoken encoding."""
+
+    def __init__(self, name: str):
+        from transformers import AutoTokenizer
+        try:
+            self.hf = AutoTokenizer.from_pretrained(name)
+        except Exception as error:  # transformers passes on whatever its HTTP library or the file system raises
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise Refused(f"--init_from {name}: its tokenizer cannot be loaded ({why}); put the model's tokenizer "
+                          "files into its folder") from None
+        if self.hf.eos_token_id is None:
+            raise Refused(f"--init_from {name}: its tokenizer has no end-of-text token to train; set eos_token in "
+                          "tokenizer_config.json")
+        self.name, self.eot_token, self.n_vocab = name, self.hf.eos_token_id, len(self.hf)
+        first = self.hf("").input_ids  # what the model expects before any text: <s>, say
+        self.start = first[:-1] if first[-1:] == [self.eot_token] and len(first) > 1 else first
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        return self.hf.encode(text, add_special_tokens=False, split_special_tokens=True)  # a written-out "</s>" is text
+
+    def decode(self, ids: list[int]) -> str:
+        return self.hf.decode(ids)
+
+
+def save_tokenizer(tokenizer, folder: str) -> None:
+    """Writes files that transformers.AutoTokenizer.from_pretrained(folder) loads."""
+    if isinstance(tokenizer, tiktoken.Encoding):
+        from transformers import PreTrainedTokenizerFast
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+        converter = TikTokenConverter(pattern=tokenizer._pat_str, extra_special_tokens=tokenizer._special_tokens)
+        ids = tokenizer._mergeable_ranks | {EOT.encode(): tokenizer.eot_token}
+        converter.load_tiktoken_bpe = lambda _: ids  # it would read a file
+        special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOT)
+        PreTrainedTokenizerFast(tokenizer_object=converter.converted(), **special).save_pretrained(folder)
+    else:
+        tokenizer.hf.save_pretrained(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------- JSONL files
@@ -198,6 +246,7 @@ def encode(pairs: Iterable[Pair], tokenizer: tiktoken.Encoding, block_size: int)
     that lost its <|endoftext|> would teach the model not to stop there. Raises Refused if no pair is left.
     """
     eot, numbers, prompts, p, read = tokenizer.eot_token, {}, array("q"), array("f"), 0
+    start = getattr(tokenizer, "start", [])  # what a Hugging Face model expects before any text
     notes = {  # what may happen to a pair -> how often it did
         (same := "pairs dropped: chosen and rejected are the same tokens"): 0,
         (long := f"pairs dropped: response and <|endoftext|> leave no room for a prompt in {block_size} tokens"): 0,
@@ -210,14 +259,14 @@ def encode(pairs: Iterable[Pair], tokenizer: tiktoken.Encoding, block_size: int)
         for pair in pairs:
             read += 1
             prompt, chosen, rejected = map(tokenizer.encode_ordinary, pair[:3])  # a written-out "<|endoftext|>" is text
-            room = block_size - 1 - max(len(chosen), len(rejected))
+            room = block_size - 1 - len(start) - max(len(chosen), len(rejected))
             if chosen == rejected or room < 1:
                 notes[same if chosen == rejected else long] += 1
                 continue
             notes[bare] += not prompt
             notes[cut] += len(prompt) > room
             notes[against] += pair.p < 0.5
-            prompt = prompt[-room:] or [eot]  # what GPT-2 reads at the start of a text
+            prompt = start + prompt[-room:] or [eot]  # what GPT-2 reads at the start of a text
             prompts.append(numbers.setdefault(array("i", prompt).tobytes(), len(numbers)))  # as cut: no other is seen
             p.append(pair.p)
             yield prompt, chosen + [eot]

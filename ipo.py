@@ -420,15 +420,18 @@ def stopwatch():
 
 def prepare(args, generator):
     """(world or None, rows: a world's or the training pairs', held-out pairs or None, tokenizer, model)."""
-    saved, extra = M.load_checkpoint(args.init_from) if args.init_from else (None, {})
+    saved, extra = M.load_model(args.init_from) if args.init_from else (None, {})
     needs, world, held = D.WORLDS.get(args.data), None, None
     if saved:
         vars(args).update({size: getattr(saved.config, size) for size in SIZES}, tokenizer=extra["tokenizer"])
-        if args.tokenizer not in ([needs] if needs else D.TOKENIZERS):
+        if args.tokenizer != needs if needs else args.tokenizer in D.WORDS:
             raise D.Refused(f"--init_from {args.init_from}: its model is for tokenizer {args.tokenizer!r}, which does "
                             f"not fit --data {args.data}; start from a run on data of the same kind")
     source = D.iter_jsonl(args.data) if args.task == "file" else None
-    tokenizer = D.get_tokenizer(needs or args.tokenizer)
+    tokenizer = D.get_tokenizer(needs or args.tokenizer, saved.config.vocab_size if saved else 0)
+    if saved and not needs and tokenizer.n_vocab > saved.config.vocab_size:
+        raise D.Refused(f"--init_from {args.init_from}: its tokenizer has {tokenizer.n_vocab:,} ids, its model reads "
+                        f"only {saved.config.vocab_size:,}; use the tokenizer that it was trained with")
     if needs:
         world = D.build_world(args.data)
         data, config = world.data, M.GPTConfig(world.block_size, world.vocab_size, head_size=world.head_size)
@@ -558,6 +561,10 @@ def train_one(model, problem, args, generator, write):
     order = D.batches(len(pairs.p), args.batch_size, args.steps, generator)
     train(model, pairs, ref_logp, torch.full((len(pairs.p),), args.tau), order, args, log)
     M.save_checkpoint(f"{args.out}/ckpt.pt", model, tokenizer=tokenizer.name)
+    if args.export:
+        M.export(model, args.export)
+        D.save_tokenizer(tokenizer, args.export)
+        print(f"exported for AutoModelForCausalLM.from_pretrained: {args.export}/")
     report["after"] = evaluate()
     texts.append([M.continuation(model, x, tokenizer, args) for x in prompts])
     if world:
@@ -593,6 +600,9 @@ def run(args):
     grid = [argparse.Namespace(**vars(args) | {
         "loss": loss, "tau": tau, "logp": "mean" if loss == "simpo" else args.logp,
         "out": args.out + f"/{loss}-{tau:g}" * several}) for loss, tau in itertools.product(args.loss, args.tau)]
+    for one in grid:  # weights from Hugging Face go back there
+        theirs = args.init_from and not (args.init_from.endswith(".pt") or os.path.isfile(args.init_from))
+        one.export = args.export or f"{one.out}/export" * bool(theirs)
     labels = torch.cat([pairs.p, held.p]) if held else world.pstar if args.labels == "soft" else torch.ones(1)
     for one in grid:
         check_targets(labels, one)
@@ -691,9 +701,9 @@ def bandit(args):
 
 def sample(args):
     """Prints the prompt of --sample and a continuation by the policy that a finished run left in --out."""
-    model, extra = M.load_checkpoint(f"{args.out}/ckpt.pt")
-    tokenizer = D.get_tokenizer(extra["tokenizer"])
-    prompt, V = tokenizer.encode_ordinary(args.sample) or [tokenizer.eot_token], model.config.vocab_size
+    model, extra = M.load_model(args.init_from or f"{args.out}/ckpt.pt")
+    tokenizer, V = D.get_tokenizer(extra["tokenizer"], model.config.vocab_size), model.config.vocab_size
+    prompt = getattr(tokenizer, "start", []) + tokenizer.encode_ordinary(args.sample) or [tokenizer.eot_token]
     if max(prompt) >= V:
         known = " ".join(repr(tokenizer.decode([i])) for i in range(V) if i != tokenizer.eot_token)
         raise D.Refused(f"--sample {args.sample!r}: holds a word outside this model's vocabulary; it knows {known}")
@@ -727,7 +737,11 @@ FLAGS = [  # flag; type or choices; default in a world, in a bandit, for a file,
      f"a world ({', '.join(D.WORLDS)}), a bandit ({', '.join(D.BANDITS)}) or a JSONL file of preference pairs"),
     ("sample", str, NA, NA, NA, "", "print a continuation of this prompt by the finished run in --out; trains nothing"),
     ("out", str, "out", "out", "out", "out", "folder of the run's files; several runs: a folder in it for each"),
-    ("init_from", str, "", NA, "", NA, "checkpoint to start from and stay near (a run's ref.pt or ckpt.pt); '': none"),
+    ("init_from", str, "", NA, "", "",
+     "model to start from and stay near: a run's ref.pt or ckpt.pt; for a file also a folder that transformers saved "
+     "or a model of its hub, such as gpt2; '': none"),
+    ("export", str, NA, NA, "", NA,
+     "folder for the policy in Hugging Face's format; '': with weights from there OUT/export, else none"),
     ("loss", list(LOSSES), ["ipo"], ["ipo"], ["ipo"], NA, "loss on the margin; several: a run each, one reference"),
     ("tau", number(float, 1e-6, 1e6), [0.2], [0.1, 0.5, 1.0], [0.1], NA,
      "pull to the reference, DPO's beta; target: 1/(2 tau) nats; several: a run each"),
@@ -804,7 +818,11 @@ def parse(argv=None):
         args.sft_steps = given.get("sft_steps", 0)
         for flag in given.keys() & {*SIZES, "tokenizer"}:
             parser.error(f"--{flag} is fixed by the checkpoint of --init_from; leave it out")
-    elif task != "sample" and args.n_embd % args.n_head:
+    if "export" in given and len(args.loss) * len(args.tau) > 1:
+        parser.error("--export names one folder for several runs; leave it out, or give one --loss and one --tau")
+    if "export" in given and args.tokenizer == "bytes":
+        parser.error("--export writes GPT-2's tokenizer beside the model; use --tokenizer gpt2")
+    if task not in ("sample", "bandit") and not args.init_from and args.n_embd % args.n_head:
         parser.error(f"--n_embd {args.n_embd} is not a multiple of --n_head {args.n_head}; change one of them")
     if "sft_lr" in given and not args.sft_steps:
         parser.error("--sft_lr means nothing without --sft_steps; leave it out or give both")

@@ -2,6 +2,7 @@
 
 Nothing here knows what a preference is. Sizes: N rows, T tokens in a row, C channels, V vocabulary.
 """
+import json
 import math
 import os
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True        # in the linear layers and layer norms
     head_size: int = 0       # ids that can be emitted: 0 .. head_size-1; 0 means all of vocab_size
+    tied: bool = True        # whether the head's weights are the token embedding's
 
 
 class Attention(nn.Module):
@@ -88,6 +90,8 @@ class GPT(nn.Module):
             wpe=nn.Embedding(config.block_size, config.n_embd),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias)))
+        if not config.tied:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for name, p in self.named_parameters():  # GPT-2's: N(0, .02), less where a block adds to the stream; biases 0
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02)
@@ -110,11 +114,102 @@ class GPT(nn.Module):
         return t.ln_f(x)
 
     def head(self, x):  # (...,C) -> (...,V), V = head_size or vocab_size
-        """Logits over the ids that can be emitted; the weights are the embedding's (tied)."""
-        return F.linear(x, self.transformer.wte.weight[:self.config.head_size or None])
+        """Logits over the ids that can be emitted."""
+        weight = self.transformer.wte.weight if self.config.tied else self.lm_head.weight
+        return F.linear(x, weight[:self.config.head_size or None])
 
     def forward(self, tokens):  # (N,T) -> (N,T,V)
         return self.head(self.hidden(tokens))
+
+
+class Pretrained(nn.Module):
+    """Any causal language model of Hugging Face's transformers, behind the two methods of a GPT that others call."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, text = model, model.config.get_text_config()
+        self.cap = getattr(text, "final_logit_softcapping", None)  # Gemma 2
+        self.config = GPTConfig(min(getattr(text, "max_position_embeddings", None) or 4096, 4096),
+                                model.get_output_embeddings().weight.shape[0], text.num_hidden_layers,
+                                text.num_attention_heads, text.hidden_size)
+        for module in model.modules():  # log-probs must be those of one function; --dropout is GPT's own
+            vars(module).update({name: 0.0 for name, value in vars(module).items()
+                                 if isinstance(value, float) and (name == "p" or "dropout" in name)})
+
+    @property
+    def device(self):
+        return self.model.device
+
+    def hidden(self, tokens):  # (N,T) -> (N,T,C); rows are padded on the right, which causal attention does not see
+        return self.model.base_model(tokens, use_cache=False).last_hidden_state
+
+    def head(self, x):  # (...,C) -> (...,V)
+        logits = self.model.get_output_embeddings()(x)
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    def forward(self, tokens):  # (N,T) -> (N,T,V)
+        return self.head(self.hidden(tokens))
+
+
+def transposed(state):
+    """A GPT's state in Hugging Face's shapes, and back: its GPT-2 keeps the matrices of linear layers transposed."""
+    flip = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    return {name: value.T.contiguous() if name.endswith(flip) else value for name, value in state.items()}
+
+
+def load_pretrained(name):
+    """A GPT with GPT-2's weights, or a Pretrained, from a folder or a hub id. Raises BadCheckpoint, one line."""
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        c = transformers.AutoConfig.from_pretrained(name)
+        if c.is_encoder_decoder:
+            raise ValueError("it is an encoder-decoder; a causal language model is needed")
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32,
+                                                                        output_loading_info=True)
+        if info["missing_keys"] or info["mismatched_keys"]:
+            raise ValueError(f"weights are missing or of another shape: {sorted(map(str, info['missing_keys']))[:2]}")
+    except Exception as error:  # transformers passes on what its HTTP library, safetensors and its own checks raise
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadCheckpoint(f"--init_from {name}: {why}; name a run's .pt file, a folder that transformers saved, or a "
+                            "model of its hub (which needs a network once)") from None
+    plain = c.model_type == "gpt2" and c.activation_function in ("gelu_new", "gelu_pytorch_tanh") and (
+        c.n_inner in (None, 4 * c.n_embd) and c.scale_attn_weights and not c.scale_attn_by_inverse_layer_idx
+        and c.layer_norm_epsilon == 1e-5)
+    if plain:
+        ours = GPT(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, tied=c.tie_word_embeddings))
+        state = transposed(model.state_dict())
+        ours.load_state_dict({key: state[key] for key in ours.state_dict()})
+        return ours
+    ours, tokens = Pretrained(model.eval()), torch.arange(8)[None] % c.get_text_config().vocab_size
+    with torch.no_grad():  # what sequence_logp takes for granted: logits = head(hidden), and no token sees a later one
+        logits = ours(tokens)
+        off = max((logits - model(tokens).logits).abs().max(), (logits[:, :4] - ours(tokens[:, :4])).abs().max())
+    if not off <= 1e-4 * (1 + logits.abs().max()):
+        raise BadCheckpoint(f"--init_from {name}: its logits are not a head of causal hidden states (off by "
+                            f"{off:.3g}), so log-probs would be wrong; this architecture is not supported")
+    return ours
+
+
+def load_model(name):
+    """(model, extra) of a checkpoint file, or of a Hugging Face folder or hub id, whose tokenizer has the same name."""
+    if name.endswith(".pt") or os.path.isfile(name):
+        return load_checkpoint(name)
+    return load_pretrained(name), {"tokenizer": name}
+
+
+def export(model, folder):
+    """Writes config and weights that AutoModelForCausalLM.from_pretrained(folder) loads; a GPT becomes a GPT-2."""
+    import transformers
+    hf = model.model if isinstance(model, Pretrained) else None
+    if hf is None:
+        c = model.config
+        hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+            vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+            resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout, tie_word_embeddings=c.tied))
+        hf.load_state_dict(transposed(model.state_dict()), strict=False)
+    hf.save_pretrained(folder)
 
 
 class Table(nn.Module):
@@ -252,6 +347,8 @@ def continuation(model, prompt, tokenizer, args):
 
 def save_checkpoint(path, model, **extra):
     """Writes config, weights and `extra` (plain values); an older file at `path` stays until the new one is whole."""
+    if isinstance(model, Pretrained):
+        extra["transformers"] = model.model.config.to_json_string(use_diff=False)
     torch.save({"config": asdict(model.config), "model": model.state_dict(), **extra}, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
@@ -261,7 +358,12 @@ def load_checkpoint(path):
     try:
         extra = torch.load(path, map_location="cpu", weights_only=True)
         assert isinstance(extra["tokenizer"], str)
-        model = GPT(GPTConfig(**extra.pop("config")))
+        config, theirs = extra.pop("config"), extra.pop("transformers", None)
+        if theirs:
+            import transformers
+            theirs = transformers.AutoConfig.for_model(**json.loads(theirs))
+            theirs = transformers.AutoModelForCausalLM.from_config(theirs)
+        model = Pretrained(theirs) if theirs else GPT(GPTConfig(**config))
         model.load_state_dict(extra.pop("model"))
         return model, extra
     except OSError as error:

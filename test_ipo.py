@@ -797,7 +797,9 @@ BAD_COMMANDS = {  # arguments -> what the one line on standard error says
     "--data d1 --labels soft": "--labels means nothing in a bandit", "--data d1 --n_layer 2": "--n_layer means nothing in a bandit",
     "--data d1 --logp mean": "--logp means nothing in a bandit", "--data d1 --seeds 1": "--seeds: '1' is not a whole number >= 2",
     "--seeds 3": "--seeds means nothing in a synthetic world", "--data d1 --init_from whole.pt": "--init_from means nothing in a bandit",
-    "--sample x --plot": "--plot means nothing with --sample", "--data d4": "d4: No such file"}
+    "--sample x --plot": "--plot means nothing with --sample", "--export x": "--export means nothing in a synthetic world",
+    "--data pairs.jsonl --export x --loss ipo dpo": "--export names one folder for several runs",
+    "--data pairs.jsonl --export x --tokenizer bytes": "--export writes GPT-2's tokenizer", "--data pairs.jsonl --init_from folder": "--init_from folder: ", "--data d4": "d4: No such file"}
 
 
 def test_bad_input_is_one_line_and_status_two(tmp_path, monkeypatch, capsys):
@@ -1176,6 +1178,151 @@ def test_a_psi_that_is_not_odd_is_said_to_be(tmp_path, monkeypatch):
     assert "labels =" not in cli(*SHORT, "--psi", "identity", folder=tmp_path).stdout
 
 
+# -------------------------------------------------------------------------------------------- Hugging Face's weights
+
+SMALL = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "max_position_embeddings": 64}
+FAMILIES = {  # model_type -> its sizes
+    "llama": SMALL, "qwen2": SMALL, "mistral": SMALL, "gemma": SMALL | {"head_dim": 8}, "gemma2": SMALL | {"head_dim": 8}, "phi": SMALL,
+    "gpt_neox": {k: v for k, v in SMALL.items() if k != "num_key_value_heads"}, "bloom": {"vocab_size": 257, "hidden_size": 32, "n_layer": 2, "n_head": 4}}
+GPT2S = [{}, {"tie_word_embeddings": False}, {"n_layer": 1, "n_embd": 48, "n_head": 3, "n_positions": 20}]
+
+
+def hugging_face(folder, model_type="gpt2", tokenizer=True, **sizes):
+    """A model of transformers with random weights, saved in `folder`, with a tokenizer of bytes beside it."""
+    import transformers
+    torch.manual_seed(0)
+    sizes = sizes or FAMILIES.get(model_type, {})
+    if model_type == "gpt2":
+        sizes = {"vocab_size": 257, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0} | sizes
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(model_type, **sizes)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    model.save_pretrained(folder)
+    if tokenizer:
+        D.save_tokenizer(D.get_tokenizer("bytes"), str(folder))
+    return model
+
+
+def assert_same_logits(ours, theirs):
+    tokens = torch.randint(257, (3, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs.eval()(tokens).logits
+        assert (ours.eval()(tokens) - expected).abs().max() < 1e-4 and expected.std() > 0.01
+        mask = torch.arange(12).expand(3, 12) >= torch.tensor([[3], [5], [1]])
+        logp = expected.log_softmax(-1)[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
+        assert torch.allclose(M.sequence_logp(ours, tokens, mask), (logp * mask[:, 1:]).sum(1), atol=1e-3)
+
+
+@pytest.mark.parametrize("sizes", GPT2S)
+def test_gpt2_comes_in_and_goes_out(tmp_path, sizes):
+    """GPT-2's weights go into our own GPT, with and without a tied head: same logits; exported, they are the same again."""
+    import transformers
+    theirs = hugging_face(tmp_path / "in", **sizes)
+    ours = M.load_pretrained(str(tmp_path / "in"))
+    assert isinstance(ours, M.GPT) and ours.config.tied == sizes.get("tie_word_embeddings", True)
+    assert_same_logits(ours, theirs)
+    M.export(ours, tmp_path / "out")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(back).__name__ == "GPT2LMHeadModel" and (tmp_path / "out/model.safetensors").exists()
+    assert_same_logits(ours, back)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_other_families_stand_behind_the_same_two_calls(tmp_path, model_type):
+    """Hidden states and head give transformers' own logits; padding on the right changes nothing; a checkpoint and an export
+    return the same model; dropout is off in training."""
+    import transformers
+    theirs = hugging_face(tmp_path / "in", model_type)
+    ours = M.load_pretrained(str(tmp_path / "in"))
+    assert isinstance(ours, M.Pretrained)
+    assert_same_logits(ours, theirs)
+    tokens, mask = torch.randint(257, (2, 9)), torch.arange(9).expand(2, 9) >= 4
+    longer = torch.cat([tokens, torch.zeros(2, 5, dtype=torch.int64)], 1)
+    pads = torch.cat([mask, torch.zeros(2, 5, dtype=torch.bool)], 1)
+    assert torch.allclose(M.sequence_logp(ours, tokens, mask), M.sequence_logp(ours.train(), longer, pads), atol=1e-4)
+    M.save_checkpoint(tmp_path / "a.pt", ours, tokenizer="x")
+    again, extra = M.load_checkpoint(tmp_path / "a.pt")
+    assert extra == {"tokenizer": "x"}
+    assert_same_logits(again, theirs)
+    M.export(again, tmp_path / "out")
+    assert_same_logits(again, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+
+
+def test_a_gpt2_that_is_not_plain_keeps_its_own_code(tmp_path):
+    """Another activation: our GPT has none, so transformers' model does the work."""
+    theirs = hugging_face(tmp_path, activation_function="relu")
+    ours = M.load_pretrained(str(tmp_path))
+    assert isinstance(ours, M.Pretrained)
+    assert_same_logits(ours, theirs)
+
+
+def test_what_cannot_be_loaded_is_refused_in_a_line(tmp_path):
+    """Not there, an encoder-decoder, one that sees the future, logits that are scaled elsewhere, missing weights, no model at all."""
+    import transformers
+    small = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=97, d_model=32, num_layers=1, num_heads=2, d_kv=8, d_ff=32)).save_pretrained(tmp_path / "t5")
+    transformers.BertForMaskedLM(transformers.BertConfig(**small)).save_pretrained(tmp_path / "bert")
+    transformers.GraniteForCausalLM(transformers.GraniteConfig(**small, num_key_value_heads=2, logits_scaling=8.0)).save_pretrained(tmp_path / "granite")
+    hugging_face(tmp_path / "cut")
+    (tmp_path / "cut/model.safetensors").write_bytes((tmp_path / "cut/model.safetensors").read_bytes()[:500])
+    (tmp_path / "empty").mkdir()
+    for name, words in (("nothing", "nothing"), ("t5", "encoder-decoder"), ("bert", "not a head of causal"), ("granite", "not a head of causal"), ("cut", "cut"),
+                        ("empty", "empty")):
+        with pytest.raises(M.BadCheckpoint) as error:
+            M.load_pretrained(str(tmp_path / name))
+        assert words in str(error.value) and "\n" not in str(error.value) and str(error.value).startswith("--init_from "), str(error.value)
+
+
+def test_a_tokenizer_goes_out_and_comes_back(tmp_path):
+    """Bytes saved for transformers, read back: same ids; what is spelled "<|endoftext|>" is text and no token."""
+    ours = D.get_tokenizer("bytes")
+    D.save_tokenizer(ours, str(tmp_path))
+    theirs = D.HuggingFaceTokenizer(str(tmp_path))
+    for text in ("plain", "é 🙂 \x00", " <|endoftext|> "):
+        assert theirs.encode_ordinary(text) == ours.encode_ordinary(text) and theirs.decode(ours.encode_ordinary(text)) == text
+    assert (theirs.eot_token, theirs.n_vocab, theirs.start) == (ours.eot_token, 257, [])
+
+
+def test_what_a_model_expects_before_any_text_stands_before_every_prompt():
+    """Llama's <s>, say: kept when prompts are cut, not scored, and in its place when the prompt is empty."""
+    tok = D.get_tokenizer("bytes")
+    starting = Namespace(encode_ordinary=tok.encode_ordinary, eot_token=tok.eot_token, start=[77])
+    data = D.encode([D.Pair("0123456789" * 4, "yes", "no"), D.Pair("", "yes", "no")], starting, 16)
+    assert data.prompt_ids(0) == [77] + tok.encode("0123456789" * 4)[-11:] and data.prompt_ids(2) == [77]
+    assert data.rows(torch.arange(2))[0].shape[1] == 16
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_a_hugging_face_model_is_trained_and_returned(tmp_path, model_type):
+    """Folder and pairs in, folder out: the exported policy is the checkpoint's, and not the reference; both can be sampled from."""
+    import transformers
+    theirs = hugging_face(tmp_path / "in", model_type)
+    path = some_pairs(tmp_path)
+    run = cli("--data", path, "--init_from", "in", "--steps", 6, "--batch_size", 4, "--lr", 1e-2, "--log_every", 3, folder=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "exported for AutoModelForCausalLM.from_pretrained: out/export/" in run.stdout and "step 0: loss 25, theory 25" in run.stdout
+    policy, reference = (M.load_checkpoint(tmp_path / f"out/{name}.pt")[0] for name in ("ckpt", "ref"))
+    assert_same_logits(reference, theirs)
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/export")
+    assert_same_logits(policy, back)
+    tokens = torch.randint(257, (1, 9))
+    assert (back(tokens).logits - theirs(tokens).logits).abs().max() > 1e-2
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out/export").encode("ab") == D.get_tokenizer("bytes").encode("ab")
+    said = [cli("--sample", "question 1?", "--max_new_tokens", 5, *more, folder=tmp_path) for more in ([], ["--init_from", "out/export"])]
+    assert said[0].returncode == said[1].returncode == 0 and said[0].stdout == said[1].stdout
+
+
+def test_a_gpt_from_scratch_is_exported(tmp_path, monkeypatch):
+    """As GPT-2, with its tokenizer. (Here the tokenizer "gpt2" is one of bytes: the real one is a download.)"""
+    import transformers
+    monkeypatch.setattr(D, "get_tokenizer", lambda name, *_: D.word_encoding("gpt2", [], []))
+    run = cli("--data", some_pairs(tmp_path), *JSONL_RUN[2:], "--export", "hf", folder=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert_same_logits(M.load_checkpoint(tmp_path / "out/ckpt.pt")[0], transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf"))
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")) == 257
+
+
 # -------------------------------------------------------------------------------------------------- README and layout
 
 README = (HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else ""
@@ -1201,14 +1348,15 @@ BANDIT = "--steps 20 --seeds 2 --log_every 10".split()
 def test_readme_commands_run(tmp_path):
     """Every command of the README's shell blocks, its steps cut down and its tokens of bytes, on a file of pairs of our own."""
     some_pairs(tmp_path)
+    hugging_face(tmp_path / "hf")  # in the hub's place
     commands = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
     runs = [shlex.split(part, comments=True) for line in commands for part in line.split("&&") if "python ipo.py" in part]
     assert len(runs) >= 5
     for words in runs:
-        words = ["pairs.jsonl" if w.endswith(".jsonl") else w for w in words[2:]]
+        words = ["pairs.jsonl" if w.endswith(".jsonl") else "hf" if w == "gpt2" else w for w in words[2:]]
         bandit = any(w in D.BANDITS for w in words)
         cut = [] if "--sample" in words else JSONL_RUN if "pairs.jsonl" in words else BANDIT if bandit else SHORT
-        if "--init_from" in words:
+        if "--init_from" in words and "--sample" not in words:
             cut = ["--steps", "6", "--batch_size", "4"]
         run = cli(*words, *cut, folder=tmp_path)
         assert run.returncode == 0, (words, run.stderr)
