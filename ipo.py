@@ -144,15 +144,20 @@ def train(model, pairs, ref_logp, tau, order, args, log):
     update, loss_of = M.descent(model, args.steps, args.lr, plain), bound(args)
     for step, index in enumerate(tqdm(order, args.loss, args.steps, disable=None, leave=False), 1):
         model.train()
-        batch = pairs.batch(index)
-        tokens, mask, p, ref, tau_b = (z.to(args.device) for z in (*batch[:3], ref_logp[batch.rows], tau[index]))
-        with M.autocast(model, args.dtype):
-            logp = M.sequence_logp(model, tokens, mask, mean=args.logp == "mean")  # (2B,)
-        h = margin(logp, ref)                                                      # (B,)
-        loss = loss_of(h, p, tau_b).mean()                                         # ()
-        update(loss)
+        seen = []  # of each part of the batch; there is one, unless memory is short (--accum)
+        for part in index.chunk(args.accum):
+            batch = pairs.batch(part)
+            tokens, mask, p, ref, tau_b = (z.to(args.device) for z in (*batch[:3], ref_logp[batch.rows], tau[part]))
+            with M.autocast(model, args.dtype):
+                logp = M.sequence_logp(model, tokens, mask, mean=args.logp == "mean")  # (2B,)
+            h = margin(logp, ref)                                                      # (B,)
+            loss = loss_of(h, p, tau_b).sum() / len(index)                             # () mean over the whole batch
+            loss.backward()
+            seen.append(torch.stack([logp.detach(), ref]).view(2, 2, -1))
+        update()
         if step % args.log_every == 0 or step == args.steps:
-            log(step, measure(logp, ref, p, tau_b, args))
+            logp, ref = torch.cat(seen, -1).flatten(1).cpu()  # (2B,), (2B,)
+            log(step, measure(logp, ref, pairs.p[index], tau[index], args))
 
 
 # ---------------------------------------------------------------------------------------------------------- measurement
@@ -440,7 +445,7 @@ def prepare(args, generator):
         data, held = D.split(D.encode(source, tokenizer, config.block_size), args.holdout, generator)
         print(f"data: {len(data.p):,} pairs to train on, {len(held.p):,} held out; no prompt is in both")
     vars(config).update({size: getattr(args, size) for size in SIZES if size != "block_size"})
-    return world, data, held, tokenizer, M.place(saved or M.GPT(config), args.device)
+    return world, data, held, tokenizer, M.place(saved or M.GPT(config), args.device, args.grad_checkpoint)
 
 
 def open_folders(runs):
@@ -465,7 +470,7 @@ def make_reference(model, world, data, tokenizer, args, generator):
         rows = world.sample(n * args.sft_steps, generator) if world else data.pair_rows()
         update = M.descent(model, args.sft_steps, args.sft_lr)
         bar = tqdm(D.batches(len(rows), n, args.sft_steps, generator), "sft", args.sft_steps, disable=None, leave=False)
-        first, last = M.finetune(model, data, rows, bar, update, args.dtype)
+        first, last = M.finetune(model, data, rows, bar, update, args.dtype, args.accum)
         print(f"sft: {args.sft_steps} steps, {first:.3f} -> {last:.3f} nats per response token")
     M.save_checkpoint(f"{args.out}/ref.pt", model, tokenizer=tokenizer.name)
     return M.score(model, data, torch.arange(len(data.prompt_len)), n, args.dtype, args.logp == "mean")
@@ -700,16 +705,18 @@ def bandit(args):
 
 
 def sample(args):
-    """Prints the prompt of --sample and a continuation by the policy that a finished run left in --out."""
+    """Prints the prompt of --sample, or each line of standard input, and a continuation by the policy that a finished
+    run left in --out, or by the model of --init_from."""
     model, extra = M.load_model(args.init_from or f"{args.out}/ckpt.pt")
     tokenizer, V = D.get_tokenizer(extra["tokenizer"], model.config.vocab_size), model.config.vocab_size
-    prompt = getattr(tokenizer, "start", []) + tokenizer.encode_ordinary(args.sample) or [tokenizer.eot_token]
-    if max(prompt) >= V:
-        known = " ".join(repr(tokenizer.decode([i])) for i in range(V) if i != tokenizer.eot_token)
-        raise D.Refused(f"--sample {args.sample!r}: holds a word outside this model's vocabulary; it knows {known}")
-    if len(prompt) >= model.config.block_size:
-        raise D.Refused(f"--sample: {len(prompt)} tokens fill the context of {model.config.block_size}; shorten it")
-    print(args.sample + M.continuation(model.to(args.device), prompt, tokenizer, args))
+    for text in (line.rstrip("\n") for line in sys.stdin) if args.sample == "-" else [args.sample]:
+        prompt = getattr(tokenizer, "start", []) + tokenizer.encode_ordinary(text) or [tokenizer.eot_token]
+        if max(prompt) >= V:
+            known = " ".join(repr(tokenizer.decode([i])) for i in range(V) if i != tokenizer.eot_token)
+            raise D.Refused(f"--sample {text!r}: holds a word outside this model's vocabulary; it knows {known}")
+        if len(prompt) >= model.config.block_size:
+            raise D.Refused(f"--sample: {len(prompt)} tokens fill the context of {model.config.block_size}; shorten it")
+        print(text + M.continuation(model.to(args.device), prompt, tokenizer, args), flush=True)
 
 
 def number(kind, low, high=math.inf, above=False):
@@ -735,7 +742,7 @@ positive_number, natural, count = number(float, 0, above=True), number(int, 1), 
 FLAGS = [  # flag; type or choices; default in a world, in a bandit, for a file, for --sample; meaning and unit
     ("data", str, "bt", "", NA, NA,
      f"a world ({', '.join(D.WORLDS)}), a bandit ({', '.join(D.BANDITS)}) or a JSONL file of preference pairs"),
-    ("sample", str, NA, NA, NA, "", "print a continuation of this prompt by the finished run in --out; trains nothing"),
+    ("sample", str, NA, NA, NA, "", "print a continuation of this prompt (-: of each line of standard input)"),
     ("out", str, "out", "out", "out", "out", "folder of the run's files; several runs: a folder in it for each"),
     ("init_from", str, "", NA, "", "",
      "model to start from and stay near: a run's ref.pt or ckpt.pt; for a file also a folder that transformers saved "
@@ -758,6 +765,8 @@ FLAGS = [  # flag; type or choices; default in a world, in a bandit, for a file,
     ("holdout", number(float, 0, 0.9), NA, NA, 0.1, NA, "share of the prompts whose pairs are held out"),
     ("steps", natural, 2000, 18_000, 200, NA, "steps of preference training"),
     ("batch_size", count, 256, 9, 16, NA, "pairs in a step; more than there are: some come twice; 0, in a bandit: all"),
+    ("accum", natural, 1, NA, 1, NA, "parts that a batch is computed in, same gradients, less memory"),
+    ("grad_checkpoint", bool, False, NA, False, NA, "compute activations twice instead of keeping them: less memory"),
     ("lr", positive_number, 1.5e-3, 1e-2, 1e-4, NA,
      "peak learning rate: reached in 50 steps or half of all, then down to 0; constant in a bandit with mini-batches"),
     ("sft_steps", count, 200, NA, 400, NA, "maximum-likelihood steps that make the reference (--init_from: 0)"),
@@ -774,6 +783,7 @@ FLAGS = [  # flag; type or choices; default in a world, in a bandit, for a file,
     ("seed", number(int, 0, 2**32 - 1), 0, 0, 0, 0, "fixes weights, data, order and samples"),
     ("temperature", number(float, 0), 1.0, NA, 1.0, 1.0, "of samples; 0 takes the likeliest token"),
     ("top_k", count, 0, NA, 0, 0, "sample from the k likeliest tokens; 0: from all"),
+    ("top_p", number(float, 0, 1, above=True), 1.0, NA, 1.0, 1.0, "sample from the fewest tokens that hold this share"),
     ("max_new_tokens", natural, 64, NA, 64, 64, "longest sample"),
 ]
 
@@ -811,8 +821,10 @@ def parse(argv=None):
         parser.error("--plot needs matplotlib; pip install matplotlib, or leave it out")
     if task in ("world", "file") and not args.batch_size:
         parser.error(f"--batch_size 0 means nothing {TASKS[task]}; give a whole number >= 1")
+    if task in ("world", "file") and args.accum > args.batch_size:
+        parser.error(f"--accum {args.accum}: a batch of {args.batch_size} pairs has not as many parts; lower it")
     if task == "bandit":  # what its flags do not offer
-        vars(args).update(device="cpu", dtype="float32", logp="sum", labels="hard", noise=0.0, mu="uniform")
+        vars(args).update(device="cpu", dtype="float32", logp="sum", labels="hard", noise=0.0, mu="uniform", accum=1)
         return args
     if args.init_from:
         args.sft_steps = given.get("sft_steps", 0)

@@ -3,6 +3,7 @@
 Nothing here knows what a preference is. Sizes: N rows, T tokens in a row, C channels, V vocabulary.
 """
 import json
+import logging
 import math
 import os
 from dataclasses import asdict, dataclass
@@ -10,6 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 
 class BadCheckpoint(ValueError):
@@ -84,7 +86,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, False
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -110,7 +112,8 @@ class GPT(nn.Module):
         x = t.wte(tokens) + t.wpe(torch.arange(T, device=tokens.device))
         x = F.dropout(x, self.config.dropout, self.training)
         for block in t.h:
-            x = block(x)
+            keep = not (self.recompute and self.training)  # the block's activations, for the backward pass
+            x = block(x) if keep else torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
         return t.ln_f(x)
 
     def head(self, x):  # (...,C) -> (...,V), V = head_size or vocab_size
@@ -162,6 +165,7 @@ def load_pretrained(name):
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would tell of each try to reach the hub
     try:
         c = transformers.AutoConfig.from_pretrained(name)
         if c.is_encoder_decoder:
@@ -249,8 +253,12 @@ def sequence_logp(model, tokens, mask, mean=False):  # (N,T), (N,T) -> (N,)
     return total / mask.sum(1) if mean else total
 
 
-def place(model, device):
-    """The model, moved to `device`; sets the number of CPU threads by its size and prints both."""
+def place(model, device, recompute=False):
+    """The model, moved to `device`; sets the number of CPU threads by its size and prints both. recompute: the backward
+    pass computes the blocks' activations again instead of keeping them (gradient checkpointing)."""
+    if isinstance(model, Pretrained) and recompute:
+        model.model.activation_checkpointing_enable({"use_reentrant": False})
+    model.recompute = recompute
     size = sum(p.numel() for p in model.parameters())
     if small := size < 1e6 and device == "cpu":
         torch.set_num_threads(1)  # matrices this small lose more to a second thread than they gain
@@ -278,21 +286,20 @@ def score(model, data, rows, batch, dtype="float32", mean=False):  # (R,) -> (R,
 
 
 def descent(model, steps, lr, plain=False):
-    """A function that takes a step on a loss: AdamW, gradient norm at most 1, lr up for 50 steps or half of
-    all, then linearly down to 0. plain: Adam as it comes, with a constant lr."""
+    """A function that takes a step on the gradients that are there, and clears them: AdamW, gradient norm at most 1, lr
+    up for 50 steps or half of all, then linearly down to 0. plain: Adam as it comes, with a constant lr."""
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.999 if plain else 0.99), weight_decay=0.0,
                                   fused=True)
     warmup = min(50, steps // 2)
     factor = lambda s: 1.0 if plain else min((s + 1) / (warmup + 1), (steps - s) / (steps - warmup))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
-    def update(loss):
-        optimizer.zero_grad()
-        loss.backward()
+    def update():
         if not plain:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        optimizer.zero_grad()
     return update
 
 
@@ -303,25 +310,31 @@ def check_finite(model, flag, *values):
         raise Stopped(f"training diverged: weights or what they compute are not finite, and not saved; lower {flag}")
 
 
-def finetune(model, data, rows, batches, update, dtype):
-    """SFT: maximum likelihood on batches (indices) of rows; the first and last loss, in nats per response token."""
+def finetune(model, data, rows, batches, update, dtype, accum=1):
+    """SFT: maximum likelihood on batches (indices) of rows, in `accum` parts each; the first and last loss, in nats per
+    response token."""
     losses = []
     for index in batches:
         model.train()
-        tokens, mask = (z.to(model.device) for z in data.rows(rows[index]))
-        with autocast(model, dtype):
-            loss = -sequence_logp(model, tokens, mask).sum() / mask.sum()
-        update(loss)
-        losses.append(loss.detach())
+        batch, losses = rows[index], losses + [0.0]
+        scored = (data.start[batch + 1] - data.start[batch] - data.prompt_len[batch]).sum().item()
+        for part in batch.chunk(accum):
+            tokens, mask = (z.to(model.device) for z in data.rows(part))
+            with autocast(model, dtype):
+                loss = -sequence_logp(model, tokens, mask).sum() / scored
+            loss.backward()
+            losses[-1] += loss.detach()
+        update()
     check_finite(model, "--sft_lr", losses[-1].item())
     return losses[0].item(), losses[-1].item()
 
 
 @torch.no_grad()
-def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=0, eot=None, generator=None):
+def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eot=None, generator=None):
     """Ids sampled after `prompt` (a list of ids), up to `eot` (left out), max_new_tokens, or a full context.
 
-    temperature 0 takes the likeliest token; top_k 0 samples from all. Drawn on the CPU: one seed, one text."""
+    temperature 0 takes the likeliest token; top_k 0 samples from all; top_p: from the fewest likeliest tokens that have
+    this probability together, after temperature and top_k. Drawn on the CPU: one seed, one text."""
     model.eval()
     ids = list(prompt)
     for _ in range(min(max_new_tokens, model.config.block_size - len(prompt))):
@@ -329,7 +342,9 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=0, eot=None, 
         if top_k:
             logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -math.inf
         logits -= logits.max()  # or a tiny temperature would overflow
-        new = torch.multinomial((logits / (temperature or 1)).softmax(0), 1, generator=generator)
+        probs, likeliest = (logits / (temperature or 1)).softmax(0).sort(descending=True)
+        probs[probs.cumsum(0) - probs >= top_p] = 0  # what stands before a token has the share already
+        new = likeliest[torch.multinomial(probs, 1, generator=generator)]
         new = int(logits.argmax() if temperature == 0 else new)
         if new == eot:
             break
@@ -341,7 +356,7 @@ def continuation(model, prompt, tokenizer, args):
     """A text sampled after `prompt` (ids), as args.temperature, top_k, max_new_tokens say. args.seed and the prompt fix
     the draws, so two models' texts differ by the models."""
     generator = torch.Generator().manual_seed(args.seed + sum(prompt))
-    return tokenizer.decode(generate(model, prompt, args.max_new_tokens, args.temperature, args.top_k,
+    return tokenizer.decode(generate(model, prompt, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
                                      tokenizer.eot_token, generator))
 
 

@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 import torch
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test goes online
+
 import data as D
 import ipo
 import model as M
@@ -65,7 +67,7 @@ def cli(*args, folder, process=False):
 def options(**flags):
     """The arguments of a run in a world, as the command line would make them, on the CPU."""
     return Namespace(**{"task": "world", "loss": "ipo", "tau": 0.2, "psi": "yours", "label_noise": 0.1, "gamma": 0.1, "logp": "sum", "labels": "hard",
-                        "noise": 0.0, "mu": "uniform", "batch_size": 256, "dtype": "float32", "device": "cpu", "log_every": 1} | flags)
+                        "noise": 0.0, "mu": "uniform", "batch_size": 256, "dtype": "float32", "device": "cpu", "log_every": 1, "accum": 1} | flags)
 
 
 SHORT = "--steps 20 --pairs 2000 --sft_steps 5 --batch_size 32 --log_every 10".split()
@@ -706,7 +708,8 @@ def test_the_learning_rate_rises_and_falls_to_zero():
     model = torch.nn.Linear(1, 1, bias=False)
     update, path = M.descent(model, 4, 0.1), [model.weight.item()]
     for _ in range(4):
-        update(model.weight.sum())
+        model.weight.sum().backward()
+        update()
         path.append(model.weight.item())
     assert -np.diff(path) == pytest.approx([0.1 / 3, 0.2 / 3, 0.1, 0.05], rel=1e-3)
 
@@ -797,7 +800,8 @@ BAD_COMMANDS = {  # arguments -> what the one line on standard error says
     "--data d1 --labels soft": "--labels means nothing in a bandit", "--data d1 --n_layer 2": "--n_layer means nothing in a bandit",
     "--data d1 --logp mean": "--logp means nothing in a bandit", "--data d1 --seeds 1": "--seeds: '1' is not a whole number >= 2",
     "--seeds 3": "--seeds means nothing in a synthetic world", "--data d1 --init_from whole.pt": "--init_from means nothing in a bandit",
-    "--sample x --plot": "--plot means nothing with --sample", "--export x": "--export means nothing in a synthetic world",
+    "--sample x --plot": "--plot means nothing with --sample", "--accum 300": "--accum 300: a batch of 256 pairs has not as many parts", "--data d1 --accum 2": "--accum means nothing in a bandit",
+    "--sample x --top_p 0": "--top_p: '0' is not a number > 0 and <= 1", "--sample x --accum 2": "--accum means nothing with --sample", "--export x": "--export means nothing in a synthetic world",
     "--data pairs.jsonl --export x --loss ipo dpo": "--export names one folder for several runs",
     "--data pairs.jsonl --export x --tokenizer bytes": "--export writes GPT-2's tokenizer", "--data pairs.jsonl --init_from folder": "--init_from folder: ", "--data d4": "d4: No such file"}
 
@@ -1321,6 +1325,62 @@ def test_a_gpt_from_scratch_is_exported(tmp_path, monkeypatch):
     assert run.returncode == 0, run.stderr
     assert_same_logits(M.load_checkpoint(tmp_path / "out/ckpt.pt")[0], transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf"))
     assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")) == 257
+
+
+# ---------------------------------------------------------------------------------------------------------- less memory
+
+
+@pytest.mark.parametrize("loss", ["ipo", "dpo"])
+def test_a_batch_in_parts_is_the_batch(tmp_path, loss):
+    """--accum 3 on batches of 32, parts of 11, 11 and 10: same weights and same log line as in one piece, to float tolerance; in SFT, too."""
+    logs, weights = [], []
+    for accum in (1, 3):
+        run = cli(*SHORT, "--loss", loss, "--accum", accum, "--out", accum, folder=tmp_path)
+        assert run.returncode == 0, run.stderr
+        logs.append([json.loads(line) for line in (tmp_path / f"{accum}/metrics.jsonl").read_text().splitlines()])
+        weights.append([M.load_checkpoint(tmp_path / f"{accum}/{name}.pt")[0].state_dict() for name in ("ref", "ckpt")])
+    for whole, parts in zip(*weights):
+        assert all(torch.allclose(whole[k], parts[k], atol=1e-4) for k in whole)
+    for whole, parts in zip(*logs):
+        assert all(whole[k] == pytest.approx(parts[k], abs=2e-3) for k in ("loss", "h", "h_std", "chosen", "rejected", "win"))
+
+
+@pytest.mark.parametrize("model_type", ["ours", "llama"])
+def test_recomputed_activations_give_the_same_gradient(tmp_path, model_type, monkeypatch):
+    """Gradient checkpointing changes memory and time only; the blocks run once more in the backward pass."""
+    if model_type == "ours":
+        model, V = tiny(), 5
+    else:
+        hugging_face(tmp_path, model_type)
+        model, V = M.load_pretrained(str(tmp_path)), 257
+    tokens, grads, calls = torch.randint(V, (2, 6)), [], []
+    inside = model.transformer.h[0].attn if model_type == "ours" else model.model.base_model.layers[0].self_attn
+    inside.register_forward_pre_hook(lambda *_: calls.append(1))
+    for recompute in (False, True):
+        M.place(model, "cpu", recompute).train()
+        model.zero_grad()
+        M.sequence_logp(model, tokens, torch.arange(6).expand(2, 6) > 2).sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads)) and len(grads[0]) == len(grads[1]) > 0 and len(calls) == 3
+
+
+def test_top_p_keeps_the_fewest_tokens_with_that_share():
+    """Tokens seen in 400 draws are exactly those; the likeliest one always stays."""
+    model, prompt = tiny(), [1, 2]
+    probs, order = model(torch.tensor([prompt]))[0, -1].softmax(-1).sort(descending=True)
+    for top_p in (1e-9, probs[0].item() + 0.01, 1 - probs[-1].item() - 1e-4, 1.0):
+        n = 1 + int((probs.cumsum(0) < top_p).sum()) if top_p < 1 else 5
+        g = torch.Generator().manual_seed(0)
+        seen = {M.generate(model, prompt, 1, top_p=top_p, generator=g)[0] for _ in range(400)}
+        assert seen == set(order[:n].tolist())
+
+
+def test_prompts_come_from_standard_input(tmp_path, monkeypatch):
+    assert cli(*SHORT, folder=tmp_path).returncode == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("review of the pizza:\nreview of the beer:\n"))
+    run = cli("--sample", "-", folder=tmp_path)
+    alone = [cli("--sample", f"review of the {s}:", folder=tmp_path).stdout for s in ("pizza", "beer")]
+    assert run.returncode == 0 and run.stdout == "".join(alone)
 
 
 # -------------------------------------------------------------------------------------------------- README and layout
