@@ -78,6 +78,8 @@ class HuggingFaceTokenizer:
         from transformers import AutoTokenizer
         try:
             self.hf = AutoTokenizer.from_pretrained(name)
+            if not self.encode_ordinary("text"):  # from a folder without its files transformers makes an empty one
+                raise ValueError("it knows no token")
         except Exception as error:  # transformers passes on whatever its HTTP library or the file system raises
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise Refused(f"--init_from {name}: its tokenizer cannot be loaded ({why}); put the model's tokenizer "

@@ -451,15 +451,16 @@ def prepare(args, generator):
 def open_folders(runs):
     """Makes the --out of each run (of a grid: the whole first), says if there is one already, and writes the flags."""
     try:
-        for one in runs:  # all of them, before anything is written
-            os.makedirs(one.out, exist_ok=True)
+        for folder in filter(None, (folder for one in runs for folder in (one.out, one.export))):
+            os.makedirs(folder, exist_ok=True)  # all of them, before anything is written
         if os.path.exists(f"{runs[0].out}/report.json"):
             print(f"{runs[0].out}/ holds an earlier run; files of the same name are replaced, others stay")
         for one in runs:
-            with open(f"{one.out}/config.json", "w") as file:
+            folder = one.out
+            with open(f"{folder}/config.json", "w") as file:
                 json.dump(vars(one) | {"torch": torch.__version__}, file, indent=1)
     except OSError as error:
-        raise D.Refused(f"--out {one.out}: {error.strerror}; name a folder that can be written") from None
+        raise D.Refused(f"{folder}: {error.strerror}; name a folder that can be written (--out, --export)") from None
 
 
 def make_reference(model, world, data, tokenizer, args, generator):

@@ -625,7 +625,7 @@ def test_a_refused_grid_leaves_an_earlier_run_alone(tmp_path):
     kept = (tmp_path / "out/ipo-0.2/config.json").read_bytes(), (tmp_path / "out/config.json").read_bytes()
     (tmp_path / "out/slic-0.2").write_text("in the way")
     run = cli(*SHORT, "--loss", "ipo", "slic", "--seed", 7, folder=tmp_path)
-    assert run.returncode == 2 and "--out out/slic-0.2: File exists" in run.stderr and run.stderr.count("\n") == 1
+    assert run.returncode == 2 and "out/slic-0.2: File exists" in run.stderr and run.stderr.count("\n") == 1
     assert ((tmp_path / "out/ipo-0.2/config.json").read_bytes(), (tmp_path / "out/config.json").read_bytes()) == kept
 
 
@@ -789,7 +789,7 @@ BAD_COMMANDS = {  # arguments -> what the one line on standard error says
     "--init_from bad.jsonl": "bad.jsonl: not a nanoIPO checkpoint", "--init_from cut.pt": "cut.pt: not a nanoIPO checkpoint",
     "--init_from whole.pt --n_layer 2": "--n_layer is fixed by the checkpoint", "--init_from whole.pt": "its model is for tokenizer 'bytes'",
     "--data pairs.jsonl --init_from whole.pt --tokenizer bytes": "--tokenizer is fixed by the checkpoint",
-    "--device cuda": "--device cuda: torch finds none", "--seed 18446744073709551616": "--seed", "--sft_steps 0 --sft_lr 1": "--sft_lr means nothing", "--out text/folder": "--out text/folder: ", "--nonsense": "unrecognized arguments",
+    "--device cuda": "--device cuda: torch finds none", "--seed 18446744073709551616": "--seed", "--sft_steps 0 --sft_lr 1": "--sft_lr means nothing", "--out text/folder": "text/folder: Not a directory; name a folder that can be written", "--nonsense": "unrecognized arguments",
     "--tokenizer bytes": "--tokenizer means nothing in a synthetic world", "--batch_size 0": "--batch_size 0 means nothing in a synthetic world",
     "--psi tanh --loss dpo": "--psi means nothing without --loss ipo", "--gamma 1": "--gamma means nothing without --loss simpo",
     "--label_noise 0.1 --loss ipo dpo": "--label_noise means nothing without --loss robust", "--loss robust --label_noise 0.5": "--label_noise: '0.5'",
@@ -1313,6 +1313,9 @@ def test_a_hugging_face_model_is_trained_and_returned(tmp_path, model_type):
     tokens = torch.randint(257, (1, 9))
     assert (back(tokens).logits - theirs(tokens).logits).abs().max() > 1e-2
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out/export").encode("ab") == D.get_tokenizer("bytes").encode("ab")
+    (tmp_path / "file").write_text("in the way")
+    wrong = cli("--data", path, "--init_from", "in", "--export", "file", "--out", "new", folder=tmp_path)
+    assert wrong.returncode == 2 and wrong.stderr == "ipo.py: file: File exists; name a folder that can be written (--out, --export)\n"
     said = [cli("--sample", "question 1?", "--max_new_tokens", 5, *more, folder=tmp_path) for more in ([], ["--init_from", "out/export"])]
     assert said[0].returncode == said[1].returncode == 0 and said[0].stdout == said[1].stdout
 
@@ -1325,6 +1328,57 @@ def test_a_gpt_from_scratch_is_exported(tmp_path, monkeypatch):
     assert run.returncode == 0, run.stderr
     assert_same_logits(M.load_checkpoint(tmp_path / "out/ckpt.pt")[0], transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf"))
     assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")) == 257
+
+
+@pytest.mark.parametrize("model_type, sizes", [("llama", {"attention_dropout": 0.5}), ("gpt_neox", {"hidden_dropout": 0.5, "attention_dropout": 0.5})])
+def test_dropout_of_other_families_is_off_in_training(tmp_path, model_type, sizes):
+    """Two passes in training mode agree: else pi would not be ref at step 0."""
+    hugging_face(tmp_path, model_type, **FAMILIES[model_type] | sizes)
+    model = M.load_pretrained(str(tmp_path)).train()
+    tokens = torch.randint(257, (2, 9))
+    assert torch.equal(model(tokens), model(tokens))
+
+
+def test_missing_weights_are_not_made_up(tmp_path):
+    """transformers would fill them with random numbers and a warning."""
+    from safetensors.torch import load_file, save_file
+    hugging_face(tmp_path, "llama")
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({k: v for k, v in state.items() if k != "model.norm.weight"}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(M.BadCheckpoint, match="weights are missing or of another shape: .*model.norm.weight"):
+        M.load_pretrained(str(tmp_path))
+
+
+def test_tokenizer_and_model_must_match(tmp_path):
+    """A tokenizer with more ids than the model reads is refused; a model without tokenizer files has GPT-2's only if it has its ids."""
+    hugging_face(tmp_path / "small", vocab_size=200)
+    run = cli("--data", some_pairs(tmp_path), "--init_from", "small", folder=tmp_path)
+    assert run.returncode == 2 and "its tokenizer has 257 ids, its model reads only 200" in run.stderr
+    hugging_face(tmp_path / "bare", tokenizer=False)
+    run = cli("--data", "pairs.jsonl", "--init_from", "bare", folder=tmp_path)
+    assert run.returncode == 2 and "--init_from bare: its tokenizer cannot be loaded" in run.stderr and run.stderr.count("\n") == 1
+
+
+def test_gpt2s_ids_have_gpt2s_tokenizer(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(D.tiktoken, "get_encoding", lambda name: name)
+    assert D.get_tokenizer(str(tmp_path), 50257) == "gpt2" and "GPT-2's tokenizer is used" in capsys.readouterr().out
+
+
+def test_samples_begin_with_what_the_model_expects(tmp_path, monkeypatch):
+    """<s> and the like stand before a sampled prompt, too; --grad_checkpoint reaches the model of a run."""
+    hugging_face(tmp_path / "in")
+    tokenizer, seen = D.HuggingFaceTokenizer(str(tmp_path / "in")), []
+    tokenizer.start = [77]
+    monkeypatch.setattr(D, "get_tokenizer", lambda *_: tokenizer)
+    generate = M.generate
+    monkeypatch.setattr(M, "generate", lambda model, prompt, *more: seen.append(prompt) or generate(model, prompt, *more))
+    assert cli("--sample", "ab", "--init_from", "in", "--max_new_tokens", 2, folder=tmp_path).returncode == 0
+    assert seen == [[77, *tokenizer.encode_ordinary("ab")]]
+    calls, checkpoint = [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *args, **kw: calls.append(1) or checkpoint(*args, **kw))
+    for more in ([], ["--grad_checkpoint"]):
+        run = cli("--data", some_pairs(tmp_path), "--init_from", "in", "--steps", 2, "--batch_size", 4, *more, folder=tmp_path)
+        assert run.returncode == 0 and len(calls) == (4 if more else 0), run.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------- less memory
