@@ -59,7 +59,7 @@ def get_tokenizer(name: str, vocab_size: int = 0):
     if name not in TOKENIZERS:
         try:
             return HuggingFaceTokenizer(name)
-        except Refused:
+        except NoTokenizer:
             if vocab_size != 50257:
                 raise
             print(f"{name}: no tokenizer there; its 50,257 ids are GPT-2's, so GPT-2's tokenizer is used")
@@ -71,6 +71,10 @@ def get_tokenizer(name: str, vocab_size: int = 0):
                       "online once, set TIKTOKEN_CACHE_DIR to a folder with it, or use --tokenizer bytes") from None
 
 
+class NoTokenizer(Refused):
+    """A model's folder without the files of a tokenizer."""
+
+
 class HuggingFaceTokenizer:
     """A tokenizer of transformers, from a model's folder or hub id, with what others use of a tiktoken encoding."""
 
@@ -78,12 +82,13 @@ class HuggingFaceTokenizer:
         from transformers import AutoTokenizer
         try:
             self.hf = AutoTokenizer.from_pretrained(name)
-            if not self.encode_ordinary("text"):  # from a folder without its files transformers makes an empty one
-                raise ValueError("it knows no token")
         except Exception as error:  # transformers passes on whatever its HTTP library or the file system raises
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise Refused(f"--init_from {name}: its tokenizer cannot be loaded ({why}); put the model's tokenizer "
                           "files into its folder") from None
+        if not self.encode_ordinary("text"):  # transformers makes an empty one, in silence, if there is none
+            raise NoTokenizer(f"--init_from {name}: its tokenizer cannot be loaded (there is none); put the model's "
+                              "tokenizer files into its folder")
         if self.hf.eos_token_id is None:
             raise Refused(f"--init_from {name}: its tokenizer has no end-of-text token to train; set eos_token in "
                           "tokenizer_config.json")

@@ -12,11 +12,12 @@ Log-probs and margins are in nats; log pi(y) is a sum over the tokens of y. More
 Sizes: B pairs in a batch, T tokens, R rows (a row is a prompt with one response), X prompts, Y responses in a world,
 K taus and S seeds that a bandit trains at once.
 
-  python ipo.py --loss ipo                        the synthetic world: train, then measure the distance to pi*
-  python ipo.py --loss ipo dpo --tau 0.2 1 --plot a grid of runs from one reference, in one table and one picture
-  python ipo.py --data d1 --loss ipo dpo --plot   the paper's bandit, figure 1
-  python ipo.py --sample "review of the pizza:"   sample from the finished run
-  python ipo.py --data FILE.jsonl                 pairs of your own
+  python ipo.py --loss ipo                          the synthetic world: train, then measure the distance to pi*
+  python ipo.py --loss ipo dpo --tau 0.2 1 --plot   a grid of runs from one reference, in one table and one picture
+  python ipo.py --data d1 --loss ipo dpo --plot     the paper's bandit, figure 1
+  python ipo.py --sample "review of the pizza:"     sample from the finished run
+  python ipo.py --data FILE.jsonl                   pairs of your own
+  python ipo.py --data FILE.jsonl --init_from gpt2  ... and weights of Hugging Face's
   python ipo.py --help
 """
 import argparse
@@ -32,7 +33,6 @@ import time
 from typing import Callable, NamedTuple
 
 import numpy as np
-import tiktoken
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -519,7 +519,7 @@ class Problem(NamedTuple):
     pairs: D.PairData          # N, to train on
     held: D.PairData | None
     ref_logp: torch.Tensor     # (R,)
-    tokenizer: tiktoken.Encoding
+    tokenizer: object          # a tiktoken encoding, or D.HuggingFaceTokenizer
 
 
 LOWER = "--lr, or take a --tau or --gamma nearer to 1"

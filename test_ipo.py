@@ -1360,8 +1360,18 @@ def test_tokenizer_and_model_must_match(tmp_path):
 
 
 def test_gpt2s_ids_have_gpt2s_tokenizer(tmp_path, monkeypatch, capsys):
+    """Only where there is none: another tokenizer with as many ids, damaged or without end of text, is never replaced in silence."""
     monkeypatch.setattr(D.tiktoken, "get_encoding", lambda name: name)
+    hugging_face(tmp_path, tokenizer=False)
     assert D.get_tokenizer(str(tmp_path), 50257) == "gpt2" and "GPT-2's tokenizer is used" in capsys.readouterr().out
+    D.save_tokenizer(D.get_tokenizer("bytes"), str(tmp_path))
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
+    with pytest.raises(D.Refused, match="no end-of-text token to train"):
+        D.get_tokenizer(str(tmp_path), 50257)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(D.Refused, match="its tokenizer cannot be loaded"):
+        D.get_tokenizer(str(tmp_path), 50257)
 
 
 def test_samples_begin_with_what_the_model_expects(tmp_path, monkeypatch):
