@@ -6,6 +6,7 @@ Nothing here touches a parameter. A *row* is a prompt with one response; a *pair
 p, the probability that an annotator prefers the first ("chosen") to the second ("rejected").
 Sizes: N pairs, B pairs in a batch, R rows, T tokens, X prompts of a synthetic world, Y responses to each.
 """
+import functools
 import itertools
 import json
 import os
@@ -25,10 +26,11 @@ class Refused(ValueError):
 
 class Pair(NamedTuple):
     """One comparison, as text; p = P(chosen is preferred)."""
-    prompt: str
+    prompt: str | list[dict[str, str]]  # or messages {"role", "content"}, which a chat template makes text
     chosen: str
     rejected: str
     p: float = 1.0
+    where: str = "--data"               # file:line, for messages of errors
 
 
 class Batch(NamedTuple):
@@ -67,6 +69,8 @@ def get_tokenizer(name: str, vocab_size: int = 0):
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # tiktoken passes on whatever its HTTP library or the file system raises
+        if vocab_size:  # weights of the hub's; its files of the same tokenizer may lie beside them
+            return HuggingFaceTokenizer(name)
         raise Refused(f"--tokenizer {name}: tiktoken can neither read nor download it ({type(error).__name__}); go "
                       "online once, set TIKTOKEN_CACHE_DIR to a folder with it, or use --tokenizer bytes") from None
 
@@ -96,11 +100,48 @@ class HuggingFaceTokenizer:
         first = self.hf("").input_ids  # what the model expects before any text: <s>, say
         self.start = first[:-1] if first[-1:] == [self.eot_token] and len(first) > 1 else first
 
-    def encode_ordinary(self, text: str) -> list[int]:
-        return self.hf.encode(text, add_special_tokens=False, split_special_tokens=True)  # a written-out "</s>" is text
+        mark = self.hf.convert_ids_to_tokens(self.encode_ordinary("a"))[0]
+        self.spaces = mark.startswith("\u2581")  # SentencePiece's space, although nobody wrote one
+
+    def encode_ordinary(self, text: str, control: bool = False) -> list[int]:
+        """Ids of a text as if nothing preceded it; a written-out "</s>" is text unless `control`."""
+        return self.hf.encode(text, add_special_tokens=False, split_special_tokens=not control)
+
+    def encode_after(self, text: str, control: bool = False) -> list[int]:
+        """Ids of a text that follows another: without the space that some tokenizers put before any text."""
+        line = self.encode_ordinary("\n") if self.spaces else []
+        ids = self.encode_ordinary("\n" * self.spaces + text, control)
+        if ids[:len(line)] != line:
+            raise Refused(f"its tokenizer joins a line break with what follows ({text[:20]!r}), so a response cannot be "
+                          "encoded without a space before it; this tokenizer is not supported")
+        return ids[len(line):]
+
+    def chat(self, messages: list[dict[str, str]], answers: list[str]) -> tuple[list[int], list[list[int]]]:
+        """Ids of a conversation up to the assistant's turn, and of each answer, as the model's chat template writes
+        them, up to the end-of-text token or to the end. Raises Refused, without saying where."""
+        if not self.hf.chat_template:
+            raise Refused("it is a list of messages, and this model's tokenizer has no chat template; write prompt, chosen "
+                          "and rejected as texts, or put a chat_template.jinja into the model's folder")
+        for text in [m["content"] for m in messages] + answers:
+            for token in self.hf.all_special_tokens:
+                if token in text:
+                    raise Refused(f"a message holds {token!r}, which the chat template would make a control token; remove it")
+        try:
+            write = functools.partial(self.hf.apply_chat_template, tokenize=False)
+            prompt = write(messages, add_generation_prompt=True)
+            whole = [write([*messages, {"role": "assistant", "content": answer}]) for answer in answers]
+        except Exception as error:  # jinja's, and what a template raises itself
+            raise Refused(f"the model's chat template refuses these messages ({str(error).splitlines()[0]}); mend "
+                          "their roles or order") from None
+        if not all(text.startswith(prompt) for text in whole):
+            raise Refused("the model's chat template does not write the prompt alike with and without an answer, so it "
+                          "is unknown where the answer begins; use texts instead of messages")
+        ids = [self.encode_after(text[len(prompt):], control=True) for text in whole]
+        return self.encode_ordinary(prompt, control=True), [
+            x[:x.index(self.eot_token)] if self.eot_token in x else x for x in ids]
 
     def decode(self, ids: list[int]) -> str:
-        return self.hf.decode(ids)
+        return self.hf.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def save_tokenizer(tokenizer, folder: str) -> None:
@@ -125,7 +166,8 @@ def read_jsonl(path: str) -> list[Pair]:
 
 
 def iter_jsonl(path: str) -> Iterator[Pair]:
-    """A Pair per line: {"prompt", "chosen", "rejected"} with optional "p", or Anthropic-HH's {"chosen", "rejected"}."""
+    """A Pair per line: {"prompt", "chosen", "rejected"} with optional "p", as texts or as lists of messages; without a
+    prompt both are whole dialogues (texts: Anthropic-HH's)."""
     try:
         return parse_lines(open(path, "rb"), path)
     except OSError as error:
@@ -171,18 +213,27 @@ def parse_pair(raw: bytes, where: str, unused: dict[str, int]) -> Pair:
     for key in ("chosen", "rejected", "prompt"):
         if key not in item and key != "prompt":
             raise Refused(f"{where}: key {key!r} is missing; add it (found: {', '.join(map(repr, item)) or 'none'})")
-        text = item.get(key, "")
-        if not isinstance(text, str):
-            raise Refused(f"{where}: {key!r} is a JSON {type(text).__name__}, not a string; write it as one text")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise Refused(f"{where}: {key!r} holds {text[error.start]!a}, half a surrogate pair; remove it") from None
+        value = item.get(key, "")
+        if not isinstance(value, (str, list)):
+            raise Refused(f"{where}: {key!r} is a JSON {type(value).__name__}; write a text, or a list of messages")
+        for message in value if isinstance(value, list) else [{"role": "", "content": value}]:
+            text, role = (message.get(k) if isinstance(message, dict) else None for k in ("content", "role"))
+            if not isinstance(text, str) or not isinstance(role, str):
+                raise Refused(f"{where}: {key!r} holds {str(message)[:40]!r}, which is no message; write "
+                              '{"role": "user", "content": "..."}')
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise Refused(f"{where}: {key!r} holds {text[error.start]!a}, half a surrogate pair; remove it") from None
+            for more in message.keys() - {"role", "content"}:
+                unused[f"{key}[].{more}"] = unused.get(f"{key}[].{more}", 0) + 1
     p = item.get("p", 1.0)
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
         raise Refused(f"{where}: 'p' is {str(p)[:40]!r}; it is the probability that chosen is preferred, from 0 to 1")
     prompt, chosen, rejected = item.get("prompt"), item["chosen"], item["rejected"]
-    if prompt is None:  # Anthropic-HH: both texts repeat the dialogue; what they share, up to the last turn, is prompt
+    if isinstance(prompt, list) or isinstance(chosen, list) or isinstance(rejected, list):
+        prompt, chosen, rejected = split_messages(prompt, chosen, rejected, where)
+    elif prompt is None:  # Anthropic-HH: both texts repeat the dialogue; what they share, up to the last turn, is prompt
         turn = "\n\nAssistant:"
         cut = os.path.commonprefix([chosen, rejected]).rfind(turn) + len(turn)
         if cut < len(turn):
@@ -193,7 +244,26 @@ def parse_pair(raw: bytes, where: str, unused: dict[str, int]) -> Pair:
             raise Refused(f"{where}: {key!r} is empty, so there is no token to score; fill it or remove the line")
     for key in item.keys() - {"prompt", "chosen", "rejected", "p"}:
         unused[key] = unused.get(key, 0) + 1
-    return Pair(prompt, chosen, rejected, float(p))
+    return Pair(prompt, chosen, rejected, float(p), where)
+
+
+def split_messages(prompt, chosen, rejected, where: str):
+    """(messages before the last, the last's text in chosen, in rejected) of two conversations. A prompt may stand apart
+    or before both, as messages, or be the text of one of them."""
+    if not isinstance(chosen, list) or not isinstance(rejected, list):
+        raise Refused(f"{where}: one of chosen and rejected is a list of messages, or prompt is, and another is a text; "
+                      "write all of them alike")
+    plain = lambda messages: [{k: m[k] for k in ("role", "content")} for m in messages]
+    before, ends = plain(prompt) if isinstance(prompt, list) else [], [plain(chosen), plain(rejected)]
+    whole = [messages if messages[:len(before)] == before else before + messages for messages in ends]
+    if not all(m and m[-1]["role"] == "assistant" for m in whole):
+        raise Refused(f"{where}: chosen and rejected must end in a message of role 'assistant', the response; mend it")
+    if whole[0][:-1] != whole[1][:-1]:
+        raise Refused(f"{where}: chosen and rejected differ before their last messages, and only these are compared; make "
+                      "the messages before them equal")
+    if isinstance(prompt, str) and all(prompt != m["content"] for m in whole[0][:-1]):
+        raise Refused(f"{where}: 'prompt' is a text that no message of both conversations has; leave it out")
+    return whole[0][:-1], whole[0][-1]["content"], whole[1][-1]["content"]
 
 
 # ----------------------------------------------------------------------------------------- text -> token ids -> tensors
@@ -246,14 +316,30 @@ def pack(rows: Iterable[tuple[list[int], list[int]]]):
             torch.frombuffer(prompt_len, dtype=torch.int32))
 
 
+def pair_ids(pair: Pair, tokenizer) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Ids of a pair: what must stand before any text, prompt, chosen and rejected response, without end-of-text.
+    Prompt and response are encoded apart, so no token spans the border."""
+    if not isinstance(pair.prompt, str):
+        try:
+            if not hasattr(tokenizer, "chat"):
+                raise Refused("it is a list of messages, which needs the chat template of a Hugging Face model; name one "
+                              "with --init_from, or write prompt, chosen and rejected as texts")
+            prompt, responses = tokenizer.chat(pair.prompt, [pair.chosen, pair.rejected])
+        except Refused as error:
+            raise Refused(f"{pair.where}: {error}") from None
+        return [], prompt, *responses  # the template writes a start if there is one
+    after = getattr(tokenizer, "encode_after", tokenizer.encode_ordinary) if pair.prompt else tokenizer.encode_ordinary
+    return (getattr(tokenizer, "start", []), tokenizer.encode_ordinary(pair.prompt),  # a written-out "<|endoftext|>"
+            after(pair.chosen), after(pair.rejected))                                # is text
+
+
 def encode(pairs: Iterable[Pair], tokenizer: tiktoken.Encoding, block_size: int) -> PairData:
     """Token ids of pairs, <|endoftext|> appended to each response; prints what is dropped or cut, and how many.
 
-    Prompt and response are encoded apart, so no token spans the border. Only prompts are cut, from the left: a response
-    that lost its <|endoftext|> would teach the model not to stop there. Raises Refused if no pair is left.
+    Only prompts are cut, from the left: a response that lost its <|endoftext|> would teach the model not to stop there.
+    Raises Refused if no pair is left.
     """
     eot, numbers, prompts, p, read = tokenizer.eot_token, {}, array("q"), array("f"), 0
-    start = getattr(tokenizer, "start", [])  # what a Hugging Face model expects before any text
     notes = {  # what may happen to a pair -> how often it did
         (same := "pairs dropped: chosen and rejected are the same tokens"): 0,
         (long := f"pairs dropped: response and <|endoftext|> leave no room for a prompt in {block_size} tokens"): 0,
@@ -265,7 +351,7 @@ def encode(pairs: Iterable[Pair], tokenizer: tiktoken.Encoding, block_size: int)
         nonlocal read
         for pair in pairs:
             read += 1
-            prompt, chosen, rejected = map(tokenizer.encode_ordinary, pair[:3])  # a written-out "<|endoftext|>" is text
+            start, prompt, chosen, rejected = pair_ids(pair, tokenizer)
             room = block_size - 1 - len(start) - max(len(chosen), len(rejected))
             if chosen == rejected or room < 1:
                 notes[same if chosen == rejected else long] += 1

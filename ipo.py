@@ -294,6 +294,23 @@ def print_report(report, args):
         print("pi* is a limit: certain pairs always ask this loss for more, so max |log pi/ref| grows with --steps")
 
 
+def show_pairs(title, model, pairs, tokenizer, args, ref=None):
+    """Prints the first args.show pairs as the model sees them: the prompt (grey on a terminal), then each token of both
+    responses, end-of-text included, with its log-prob or, against `ref`, its log-ratio, in nats; returns the log-probs
+    of each row."""
+    grey, plain = ("\033[90m", "\033[0m") if sys.stdout.isatty() else ("", "")
+    rows = torch.stack([pairs.chosen, pairs.rejected], 1)[:args.show].flatten().tolist()
+    scores = [M.token_scores(model, pairs, row) for row in rows]
+    print(f"\nfirst {len(rows) // 2} pairs, {title} of each token in nats" if rows else "", end="\n" * bool(rows))
+    for i, (row, (ids, logp)) in enumerate(zip(rows, scores)):
+        if i % 2 == 0:
+            print(f"{grey}{tokenizer.decode(pairs.prompt_ids(row))!r}{plain}  p {pairs.p[i // 2]:.2f}")
+        value = logp if ref is None else logp - ref[i]
+        print(f"  {'rejected' if i % 2 else 'chosen':8} {value.sum():+8.2f} = " + " ".join(
+            f"{repr(tokenizer.decode([token]))[1:-1]}{grey}[{v:+.2f}]{plain}" for token, v in zip(ids.tolist(), value)))
+    return [logp for _, logp in scores]
+
+
 def print_grid(results):
     """A line per run: what it ended with, and in a world what the optimum has."""
     world = "optimum" in next(iter(results.values()))[0]
@@ -548,6 +565,11 @@ def train_one(model, problem, args, generator, write):
     picked = [int(shown.chosen[(shown.prompt == x).nonzero()[0, 0]]) for x in shown.prompt.unique()[:3]]
     prompts = [pairs.prompt_ids(row) for row in picked]
     texts = [[M.continuation(model, x, tokenizer, args) for x in prompts]]
+    token_ref = show_pairs("log ref", model, pairs, tokenizer, args)
+    if not world:
+        need = M.memory(model, pairs, -(-args.batch_size // args.accum), args.dtype)
+        print(f"memory: about {sum(need.values()) / 2**30:.2f} GiB for the longest batch ("
+              + ", ".join(f"{what} {size / 2**30:.2f}" for what, size in need.items()) + "), and what torch itself takes")
     lap("evaluation")
 
     def log(step, numbers):
@@ -567,12 +589,15 @@ def train_one(model, problem, args, generator, write):
     order = D.batches(len(pairs.p), args.batch_size, args.steps, generator)
     train(model, pairs, ref_logp, torch.full((len(pairs.p),), args.tau), order, args, log)
     M.save_checkpoint(f"{args.out}/ckpt.pt", model, tokenizer=tokenizer.name)
+    if not world and (peak := M.peak_memory(args.device)):
+        print(f"memory: at most {peak / 2**30:.2f} GiB so far, " + ("of the GPU" if args.device == "cuda" else "the whole process"))
     if args.export:
-        M.export(model, args.export)
+        M.export(model, args.export, tokenizer.eot_token)
         D.save_tokenizer(tokenizer, args.export)
         print(f"exported for AutoModelForCausalLM.from_pretrained: {args.export}/")
     report["after"] = evaluate()
     texts.append([M.continuation(model, x, tokenizer, args) for x in prompts])
+    show_pairs("log pi/ref", model, pairs, tokenizer, args, token_ref)
     if world:
         report |= exact.expected
         report_world(report, exact, distribution(model, world, args), problem, args)
@@ -711,7 +736,10 @@ def sample(args):
     model, extra = M.load_model(args.init_from or f"{args.out}/ckpt.pt")
     tokenizer, V = D.get_tokenizer(extra["tokenizer"], model.config.vocab_size), model.config.vocab_size
     for text in (line.rstrip("\n") for line in sys.stdin) if args.sample == "-" else [args.sample]:
-        prompt = getattr(tokenizer, "start", []) + tokenizer.encode_ordinary(text) or [tokenizer.eot_token]
+        if args.chat and not hasattr(tokenizer, "chat"):
+            raise D.Refused("--chat needs the chat template of a Hugging Face model; leave it out")
+        prompt = (tokenizer.chat([{"role": "user", "content": text}], [])[0] if args.chat else
+                  getattr(tokenizer, "start", []) + tokenizer.encode_ordinary(text) or [tokenizer.eot_token])
         if max(prompt) >= V:
             known = " ".join(repr(tokenizer.decode([i])) for i in range(V) if i != tokenizer.eot_token)
             raise D.Refused(f"--sample {text!r}: holds a word outside this model's vocabulary; it knows {known}")
@@ -782,6 +810,8 @@ FLAGS = [  # flag; type or choices; default in a world, in a bandit, for a file,
     ("device", ["auto", "cpu", "cuda", "mps"], "auto", NA, "auto", "auto", "auto: cuda if found, else mps, else cpu"),
     ("dtype", ["float32", "bfloat16"], "float32", NA, "float32", NA, "of matrix products; weights, log-probs: float32"),
     ("seed", number(int, 0, 2**32 - 1), 0, 0, 0, 0, "fixes weights, data, order and samples"),
+    ("show", count, 0, NA, 0, NA, "print so many pairs token by token, before training and after"),
+    ("chat", bool, NA, NA, NA, False, "the text is a user's message, for the model's chat template"),
     ("temperature", number(float, 0), 1.0, NA, 1.0, 1.0, "of samples; 0 takes the likeliest token"),
     ("top_k", count, 0, NA, 0, 0, "sample from the k likeliest tokens; 0: from all"),
     ("top_p", number(float, 0, 1, above=True), 1.0, NA, 1.0, 1.0, "sample from the fewest tokens that hold this share"),
@@ -833,8 +863,6 @@ def parse(argv=None):
             parser.error(f"--{flag} is fixed by the checkpoint of --init_from; leave it out")
     if "export" in given and len(args.loss) * len(args.tau) > 1:
         parser.error("--export names one folder for several runs; leave it out, or give one --loss and one --tau")
-    if "export" in given and args.tokenizer == "bytes":
-        parser.error("--export writes GPT-2's tokenizer beside the model; use --tokenizer gpt2")
     if task not in ("sample", "bandit") and not args.init_from and args.n_embd % args.n_head:
         parser.error(f"--n_embd {args.n_embd} is not a multiple of --n_head {args.n_head}; change one of them")
     if "sft_lr" in given and not args.sft_steps:

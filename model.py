@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import sys
 from dataclasses import asdict, dataclass
 
 import torch
@@ -45,12 +46,16 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.dropout = config.n_head, config.dropout
 
-    def forward(self, x):  # (N,T,C) -> (N,T,C)
-        N, T, C = x.shape
+    def forward(self, x, shared=None):  # (N,T,C) -> (N,T,C); with a Shared: (U,C) -> (U,C)
+        qkv = self.c_attn(x)
+        qkv = shared.spread(qkv) if shared else qkv
+        N, T, _ = qkv.shape
         heads = lambda z: z.view(N, T, self.n_head, -1).transpose(1, 2)  # (N,T,C) -> (N,heads,T,C/heads)
-        q, k, v = map(heads, self.c_attn(x).split(C, dim=2))
+        q, k, v = map(heads, qkv.chunk(3, dim=2))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
-        return F.dropout(self.c_proj(y.transpose(1, 2).reshape(N, T, C)), self.dropout, self.training)
+        y = y.transpose(1, 2).reshape(N, T, -1)
+        y = shared.gather(y) if shared else y
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -76,9 +81,31 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x):  # (N,T,C) -> (N,T,C)
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, shared=None):  # (N,T,C) -> (N,T,C)
+        x = x + self.attn(self.ln_1(x), shared)
         return x + self.mlp(self.ln_2(x))
+
+
+class Shared:
+    """Rows of tokens as U distinct prefixes: under causal attention what a position holds depends on the tokens up to it
+    alone. So the prompt of a pair, and whatever else its responses share at the start, is computed once, and padding
+    never; attention alone sees rows. Nothing is approximated: equal prefixes are found by sorting the rows."""
+
+    def __init__(self, tokens, real):  # (N,T), (N,T) True where the row is not padding
+        rows, self.back = tokens.masked_fill(~real, -1).unique(dim=0, return_inverse=True)  # (M,T) sorted, (N,)
+        new = torch.ones_like(rows, dtype=torch.bool)
+        new[1:] = (rows[1:] != rows[:-1]).cumsum(1) > 0       # neighbours share a prefix up to where they first differ
+        new &= rows >= 0
+        self.first = new.flatten().nonzero()[:, 0]            # (U,) in the flat rows
+        self.tokens, self.position = rows.flatten()[self.first], self.first % tokens.shape[1]  # (U,)
+        number = new.flatten().cumsum(0).view_as(new) - 1
+        self.where = number.masked_fill(~new, 0).cummax(0).values  # (M,T) which prefix stands there; padding: any
+
+    def spread(self, x):  # (U,C) -> (M,T,C)
+        return F.embedding(self.where, x)
+
+    def gather(self, x):  # (M,T,C) -> (U,C)
+        return F.embedding(self.first, x.flatten(0, 1))
 
 
 class GPT(nn.Module):
@@ -104,22 +131,26 @@ class GPT(nn.Module):
     def device(self):
         return self.transformer.wte.weight.device
 
-    def hidden(self, tokens):  # (N,T) -> (N,T,C)
-        """The normalised stream after the last block. Raises ValueError if T exceeds the context."""
+    def hidden(self, tokens, real=None):  # (N,T), (N,T) -> (N,T,C)
+        """The normalised stream after the last block; with `real`, which is False on padding, the same from less work
+        (see Shared), and anything on padding. Raises ValueError if T exceeds the context."""
         T, t = tokens.shape[1], self.transformer
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens exceed block_size {self.config.block_size}")
-        x = t.wte(tokens) + t.wpe(torch.arange(T, device=tokens.device))
+        shared = None if real is None else Shared(tokens, real)
+        ids, at = (shared.tokens, shared.position) if shared else (tokens, torch.arange(T, device=tokens.device))
+        x = t.wte(ids) + t.wpe(at)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in t.h:
             keep = not (self.recompute and self.training)  # the block's activations, for the backward pass
-            x = block(x) if keep else torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
-        return t.ln_f(x)
+            x = block(x, shared) if keep else torch.utils.checkpoint.checkpoint(block, x, shared, use_reentrant=False)
+        x = t.ln_f(x)
+        return shared.spread(x)[shared.back] if shared else x
 
     def head(self, x):  # (...,C) -> (...,V), V = head_size or vocab_size
         """Logits over the ids that can be emitted."""
         weight = self.transformer.wte.weight if self.config.tied else self.lm_head.weight
-        return F.linear(x, weight[:self.config.head_size or None])
+        return F.linear(x, weight[:self.config.head_size] if self.config.head_size else weight)
 
     def forward(self, tokens):  # (N,T) -> (N,T,V)
         return self.head(self.hidden(tokens))
@@ -143,7 +174,7 @@ class Pretrained(nn.Module):
     def device(self):
         return self.model.device
 
-    def hidden(self, tokens):  # (N,T) -> (N,T,C); rows are padded on the right, which causal attention does not see
+    def hidden(self, tokens, real=None):  # (N,T) -> (N,T,C); rows are padded on the right: causal attention is blind to it
         return self.model.base_model(tokens, use_cache=False).last_hidden_state
 
     def head(self, x):  # (...,C) -> (...,V)
@@ -160,12 +191,18 @@ def transposed(state):
     return {name: value.T.contiguous() if name.endswith(flip) else value for name, value in state.items()}
 
 
-def load_pretrained(name):
-    """A GPT with GPT-2's weights, or a Pretrained, from a folder or a hub id. Raises BadCheckpoint, one line."""
+def quiet_transformers():
+    """The package, without progress bars and warnings (its errors are raised, and named by us)."""
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would tell of each try to reach the hub
+    return transformers
+
+
+def load_pretrained(name):
+    """A GPT with GPT-2's weights, or a Pretrained, from a folder or a hub id. Raises BadCheckpoint, one line."""
+    transformers = quiet_transformers()
     try:
         c = transformers.AutoConfig.from_pretrained(name)
         if c.is_encoder_decoder:
@@ -203,15 +240,17 @@ def load_model(name):
     return load_pretrained(name), {"tokenizer": name}
 
 
-def export(model, folder):
-    """Writes config and weights that AutoModelForCausalLM.from_pretrained(folder) loads; a GPT becomes a GPT-2."""
-    import transformers
+def export(model, folder, eot):
+    """Writes config and weights that AutoModelForCausalLM.from_pretrained(folder) loads; a GPT becomes a GPT-2, whose
+    texts end with the id eot."""
+    transformers = quiet_transformers()
     hf = model.model if isinstance(model, Pretrained) else None
     if hf is None:
         c = model.config
         hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
             vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-            resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout, tie_word_embeddings=c.tied))
+            resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout, tie_word_embeddings=c.tied,
+            bos_token_id=eot, eos_token_id=eot))
         hf.load_state_dict(transposed(model.state_dict()), strict=False)
     hf.save_pretrained(folder)
 
@@ -229,11 +268,27 @@ class Table(nn.Module):
     def device(self):
         return self.theta.device
 
-    def hidden(self, tokens):  # (N,T) -> (N,T): what follows depends on the last token alone
+    def hidden(self, tokens, real=None):  # (N,T) -> (N,T): what follows depends on the last token alone
         return tokens
 
     def head(self, x):  # (...) -> (...,Y)
         return self.theta[x]
+
+
+CHUNK = 512  # hidden states that meet the vocabulary at once: 512 x 50,257 logits are 98 MiB
+
+
+def token_logp(model, x, ids):  # (S,C), (S,) -> (S,)
+    """log-softmax of head(x) at these ids, in CHUNKs whose logits are computed again in the backward pass, so that
+    (S,V) logits never exist; float32 for models of fewer bits."""
+    def picked(x, ids):
+        logits = model.head(x)                                # (CHUNK,V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    if len(ids) <= CHUNK:
+        return picked(x, ids)
+    return torch.cat([torch.utils.checkpoint.checkpoint(picked, *part, use_reentrant=False)
+                      for part in zip(x.split(CHUNK), ids.split(CHUNK))])
 
 
 def sequence_logp(model, tokens, mask, mean=False):  # (N,T), (N,T) -> (N,)
@@ -245,12 +300,51 @@ def sequence_logp(model, tokens, mask, mean=False):  # (N,T), (N,T) -> (N,)
     assert mask.shape == tokens.shape, f"mask {tuple(mask.shape)} and tokens {tuple(tokens.shape)} differ in shape"
     assert not mask[:, 0].any(), "mask[:,0] must be 0: nothing precedes the first token, so nothing predicts it"
     assert mask[:, 1:].any(1).all(), "a row has no response token to score"
-    row, t = mask[:, 1:].nonzero(as_tuple=True)              # (S,) S scored tokens, at t + 1 in `tokens` ...
-    logits = model.head(model.hidden(tokens[:, :-1])[row, t])  # (S,V) ... each predicted at t: the shift by one
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logp = logits.log_softmax(-1).gather(1, tokens[row, t + 1][:, None])[:, 0]      # (S,)
-    total = logp.new_zeros(len(tokens)).index_add(0, row, logp)                      # (N,)
+    row, t = mask[:, 1:].nonzero(as_tuple=True)               # (S,) S scored tokens, at t + 1 in `tokens` ...
+    real = mask[:, 1:].flip(1).cumsum(1).flip(1) > 0          # (N,T-1) up to the last of its row
+    x = model.hidden(tokens[:, :-1], real)[row, t]            # (S,C) ... each predicted at t: the shift by one
+    logp = token_logp(model, x, tokens[row, t + 1])           # (S,)
+    total = logp.new_zeros(len(tokens)).index_add(0, row, logp)  # (N,)
     return total / mask.sum(1) if mean else total
+
+
+@torch.no_grad()
+def token_scores(model, data, row):  # -> (L,) ids of the response, (L,) their log-probs, both on the CPU
+    """What `sequence_logp` sums, for one row of data (a data.PairData)."""
+    model.eval()
+    tokens, mask = (z.to(model.device) for z in data.rows(torch.tensor([row])))
+    ids = tokens[mask]
+    return ids.cpu(), token_logp(model, model.hidden(tokens[:, :-1])[mask[:, 1:]], ids).cpu()
+
+
+def memory(model, data, pairs, dtype):
+    """About how many bytes a training step takes with the `pairs` longest pairs of data, as {what for: bytes}. Weights,
+    gradients and Adam's two moments, float32, are 16 bytes a parameter (18 with a bfloat16 copy). For its backward pass a block keeps 13 C numbers
+    for each distinct token and 4 C for each place in the padded rows (or, recomputed, its input alone); CHUNK logits
+    stand as themselves, as their log-softmax and as its gradient."""
+    length = data.start.diff()
+    prompt, chosen, rejected = data.prompt_len[data.chosen], length[data.chosen], length[data.rejected]
+    longest = (chosen + rejected).argsort(descending=True)[:pairs]
+    prompt, chosen, rejected = prompt[longest], chosen[longest], rejected[longest]
+    places = 2 * len(longest) * max(chosen.max(), rejected.max())
+    distinct = (chosen + rejected - prompt).sum() if isinstance(model, GPT) else places
+    c, scored, width = model.config, (chosen + rejected - 2 * prompt).sum(), 4 if dtype == "float32" else 2
+    block = c.n_embd * (13 * distinct + 4 * places) * width
+    blocks = c.n_layer * c.n_embd * distinct * 4 + block if model.recompute else c.n_layer * block
+    sizes = {"weights, gradients, Adam": (16 if width == 4 else 18) * sum(p.numel() for p in model.parameters()), "activations": blocks,
+             "logits": min(scored, CHUNK) * (c.head_size or c.vocab_size) * 12}
+    return {name: int(size) for name, size in sizes.items()}
+
+
+def peak_memory(device):
+    """The most bytes that this process has held so far: of the GPU, else as the operating system counts them; 0 where
+    none counts."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return 0
+    import resource  # Unix only
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def place(model, device, recompute=False):
@@ -356,8 +450,9 @@ def continuation(model, prompt, tokenizer, args):
     """A text sampled after `prompt` (ids), as args.temperature, top_k, max_new_tokens say. args.seed and the prompt fix
     the draws, so two models' texts differ by the models."""
     generator = torch.Generator().manual_seed(args.seed + sum(prompt))
-    return tokenizer.decode(generate(model, prompt, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
-                                     tokenizer.eot_token, generator))
+    ids = generate(model, prompt, args.max_new_tokens, args.temperature, args.top_k, args.top_p, tokenizer.eot_token,
+                   generator)
+    return tokenizer.decode(prompt + ids)[len(tokenizer.decode(prompt)):]  # alone, some would lose a space at the start
 
 
 def save_checkpoint(path, model, **extra):

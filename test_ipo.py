@@ -473,7 +473,8 @@ def test_jsonl_is_read_as_written(tmp_path, capsys):
     """TRL's form, with and without p; Unicode of all kinds; keys that nothing reads are named."""
     text = "é 🙂 \u05d0 \x00"
     path = write(tmp_path / "a.jsonl", pair(), "", pair(text, p=0.25, score=1), "\ufeff" + json.dumps(pair(p=1)))
-    assert D.read_jsonl(path) == [D.Pair("q: ", "good", "bad", 1.0), D.Pair("q: ", text, "bad", 0.25), D.Pair("q: ", "good", "bad", 1.0)]
+    assert D.read_jsonl(path) == [D.Pair("q: ", "good", "bad", 1.0, f"{path}:1"), D.Pair("q: ", text, "bad", 0.25, f"{path}:3"),
+                                  D.Pair("q: ", "good", "bad", 1.0, f"{path}:4")]
     out = capsys.readouterr().out
     assert "1 blank lines" in out and "'score' (1 lines)" in out
 
@@ -481,13 +482,13 @@ def test_jsonl_is_read_as_written(tmp_path, capsys):
 def test_anthropic_hh_is_cut_after_the_last_shared_turn(tmp_path):
     shared = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant:"
     path = write(tmp_path / "hh.jsonl", {"chosen": shared + " so long", "rejected": shared + " so what\n\nHuman: ?\n\nAssistant: !"})
-    assert D.read_jsonl(path) == [D.Pair(shared, " so long", " so what\n\nHuman: ?\n\nAssistant: !", 1.0)]
+    assert [p[:4] for p in D.read_jsonl(path)] == [(shared, " so long", " so what\n\nHuman: ?\n\nAssistant: !", 1.0)]
 
 
 BAD_LINES = {  # a line of a file -> what the message says after "file:line: "
     "{": "not JSON", "[1]": "a JSON list, not an object", "null": "a JSON NoneType", '{"a": 1}': "key 'chosen' is missing; add it (found: 'a')",
-    '{"prompt": "q", "chosen": "a"}': "key 'rejected' is missing", json.dumps(pair(chosen=3)): "'chosen' is a JSON int, not a string",
-    json.dumps(pair(prompt=None)): "'prompt' is a JSON NoneType", json.dumps(pair(chosen=[{"role": "user"}])): "'chosen' is a JSON list",
+    '{"prompt": "q", "chosen": "a"}': "key 'rejected' is missing", json.dumps(pair(chosen=3)): "'chosen' is a JSON int; write a text, or a list of messages",
+    json.dumps(pair(prompt=None)): "'prompt' is a JSON NoneType", json.dumps(pair(chosen=[{"role": "user"}])): "'chosen' holds \"{'role': 'user'}\", which is no message",
     json.dumps(pair(rejected="")): "'rejected' is empty", json.dumps(pair(p=1.5)): "'p' is '1.5'", json.dumps(pair(p="1")): "'p' is '1'",
     json.dumps(pair(p=True)): "'p' is 'True'", json.dumps(pair(p=math.nan)): "'p' is 'nan'", json.dumps(pair(p=-0.1)): "'p' is '-0.1'",
     json.dumps(pair(p=None)): "'p' is 'None'", '{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}': "half a surrogate pair",
@@ -803,7 +804,7 @@ BAD_COMMANDS = {  # arguments -> what the one line on standard error says
     "--sample x --plot": "--plot means nothing with --sample", "--accum 300": "--accum 300: a batch of 256 pairs has not as many parts", "--data d1 --accum 2": "--accum means nothing in a bandit",
     "--sample x --top_p 0": "--top_p: '0' is not a number > 0 and <= 1", "--sample x --accum 2": "--accum means nothing with --sample", "--export x": "--export means nothing in a synthetic world",
     "--data pairs.jsonl --export x --loss ipo dpo": "--export names one folder for several runs",
-    "--data pairs.jsonl --export x --tokenizer bytes": "--export writes GPT-2's tokenizer", "--data pairs.jsonl --init_from folder": "--init_from folder: ", "--data d4": "d4: No such file"}
+    "--data pairs.jsonl --init_from folder": "--init_from folder: ", "--data d4": "d4: No such file"}
 
 
 def test_bad_input_is_one_line_and_status_two(tmp_path, monkeypatch, capsys):
@@ -1226,7 +1227,7 @@ def test_gpt2_comes_in_and_goes_out(tmp_path, sizes):
     ours = M.load_pretrained(str(tmp_path / "in"))
     assert isinstance(ours, M.GPT) and ours.config.tied == sizes.get("tie_word_embeddings", True)
     assert_same_logits(ours, theirs)
-    M.export(ours, tmp_path / "out")
+    M.export(ours, tmp_path / "out", 0)
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(back).__name__ == "GPT2LMHeadModel" and (tmp_path / "out/model.safetensors").exists()
     assert_same_logits(ours, back)
@@ -1249,7 +1250,7 @@ def test_other_families_stand_behind_the_same_two_calls(tmp_path, model_type):
     again, extra = M.load_checkpoint(tmp_path / "a.pt")
     assert extra == {"tokenizer": "x"}
     assert_same_logits(again, theirs)
-    M.export(again, tmp_path / "out")
+    M.export(again, tmp_path / "out", 0)
     assert_same_logits(again, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
 
 
@@ -1495,3 +1496,261 @@ def test_the_house_has_six_rooms():
     assert tops in (files, set()) and all((HERE / name).exists() for name in files)  # set(): no git here
     for leaf in ("model.py", "data.py"):
         assert not re.search(r"^\s*(import|from) (ipo|model|data)\b", (HERE / leaf).read_text(), re.M)
+
+
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+USER, TALK = {"role": "user", "content": "Hi"}, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
+
+
+def chat_folder(folder, template=CHATML, eos="<|im_end|>"):
+    """A random GPT-2 of bytes whose tokenizer has ChatML's control tokens and a chat template."""
+    from transformers import AutoTokenizer
+    hugging_face(folder, vocab_size=259)
+    hf = AutoTokenizer.from_pretrained(folder)
+    hf.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "eos_token": eos})
+    hf.chat_template = template
+    hf.save_pretrained(folder)
+    return folder
+
+
+CHAT_PAIRS = [  # the same pair, written in five ways
+    {"prompt": [USER], "chosen": [TALK[1]], "rejected": [{"role": "assistant", "content": "No"}]},
+    {"chosen": TALK, "rejected": [USER, {"role": "assistant", "content": "No"}]},
+    {"prompt": [USER], "chosen": TALK, "rejected": [USER, {"role": "assistant", "content": "No"}]},
+    {"prompt": "Hi", "chosen": TALK, "rejected": [USER, {"role": "assistant", "content": "No"}]},
+    {"prompt": [], "chosen": [USER | {"name": "Ann"}, TALK[1]], "rejected": [USER, {"role": "assistant", "content": "No"}]}]
+
+
+@pytest.mark.parametrize("pair", CHAT_PAIRS)
+def test_conversations_go_through_the_chat_template(tmp_path, pair, capsys):
+    """The prompt ends where the assistant's turn begins; the response is trained up to its end-of-turn token, once; the line
+    break that the template puts behind that is not trained."""
+    tokenizer = D.get_tokenizer(str(chat_folder(tmp_path / "m")))
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
+    data = D.encode(D.iter_jsonl(str(tmp_path / "pairs.jsonl")), tokenizer, 64)
+    end = data.start[1:] - 1
+    assert tokenizer.decode(data.prompt_ids(0)) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert [tokenizer.decode(data.tokens[data.start[r] + data.prompt_len[r]:data.start[r + 1]].tolist()) for r in (0, 1)] == [
+        "Yes.<|im_end|>", "No<|im_end|>"]
+    assert data.tokens[end].tolist() == [tokenizer.eot_token] * 2
+    assert "<|im_start|>" not in map(chr, range(128)) and (data.tokens == tokenizer.hf.convert_tokens_to_ids("<|im_start|>")).sum() == 4
+    assert ("'chosen[].name' (1 lines)" in capsys.readouterr().out) == ("name" in pair["chosen"][0])
+
+
+def test_a_template_without_end_of_text_gets_one(tmp_path):
+    """Where the model's end of text is another token than the template's end of turn, both are trained."""
+    tokenizer = D.get_tokenizer(str(chat_folder(tmp_path / "m", eos="<|endoftext|>")))
+    _, prompt, chosen, _ = D.pair_ids(D.Pair([USER], "Yes.", "No"), tokenizer)
+    data = D.encode([D.Pair([USER], "Yes.", "No")], tokenizer, 64)
+    assert tokenizer.decode(data.tokens[len(prompt):data.start[1]].tolist()) == "Yes.<|im_end|>\n<|endoftext|>"
+
+
+@pytest.mark.parametrize("template, pair, message", [
+    (None, CHAT_PAIRS[0], "pairs.jsonl:1: it is a list of messages, and this model's tokenizer has no chat template"),
+    (CHATML, {"prompt": [USER], "chosen": [{"role": "assistant", "content": "a<|im_end|>"}], "rejected": [TALK[1]]},
+     "pairs.jsonl:1: a message holds '<|im_end|>', which the chat template would make a control token; remove it"),
+    ("{{ raise_exception('no system here') }}", CHAT_PAIRS[0], "pairs.jsonl:1: the model's chat template refuses these messages (no system here); mend their roles or order"),
+    ("{{ messages|length }}" + CHATML, CHAT_PAIRS[0], "pairs.jsonl:1: the model's chat template does not write the prompt alike with and without an answer"),
+    (CHATML, {"chosen": TALK, "rejected": "No"}, "pairs.jsonl:1: one of chosen and rejected is a list of messages"),
+    (CHATML, {"prompt": [USER], "chosen": "Yes", "rejected": "No"}, "pairs.jsonl:1: one of chosen and rejected is a list of messages, or prompt is, and another is a text; write all of them alike"),
+    (CHATML, {"chosen": TALK, "rejected": [USER | {"content": "Ho"}, TALK[1]]}, "pairs.jsonl:1: chosen and rejected differ before their last messages"),
+    (CHATML, {"chosen": TALK, "rejected": [USER]}, "pairs.jsonl:1: chosen and rejected must end in a message of role 'assistant'"),
+    (CHATML, {"prompt": "Ho", "chosen": TALK, "rejected": [USER, USER | {"role": "assistant"}]}, "pairs.jsonl:1: 'prompt' is a text that no message of both conversations has; leave it out"),
+    (CHATML, {"chosen": TALK, "rejected": ["No"]}, "pairs.jsonl:1: 'rejected' holds 'No', which is no message; write "),
+    (CHATML, {"chosen": TALK, "rejected": [USER | {"content": ["No"]}]}, "pairs.jsonl:1: 'rejected' holds "),
+    (CHATML, {"chosen": TALK, "rejected": [USER, {"role": "assistant", "content": ""}]}, "pairs.jsonl:1: 'rejected' is empty"),
+    (CHATML, {"chosen": TALK, "rejected": []}, "pairs.jsonl:1: chosen and rejected must end in a message of role 'assistant'"),
+])
+def test_conversations_that_cannot_be_used_are_named(tmp_path, template, pair, message):
+    chat_folder(tmp_path / "m", template)
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
+    run = cli("--data", "pairs.jsonl", "--init_from", "m", "--holdout", 0, folder=tmp_path)
+    assert run.returncode == 2 and run.stderr.startswith(f"ipo.py: {message}") and run.stderr.count("\n") == 1, run.stderr
+
+
+def test_messages_need_a_model_with_a_template(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(CHAT_PAIRS[0]))
+    run = cli("--data", "pairs.jsonl", "--tokenizer", "bytes", folder=tmp_path)
+    assert run.returncode == 2 and "pairs.jsonl:1: it is a list of messages, which needs the chat template of a" in run.stderr
+    run = cli("--data", "bt", *SHORT, folder=tmp_path)
+    assert "--chat needs the chat template" in cli("--sample", "Hi", "--chat", folder=tmp_path).stderr
+
+
+def test_a_chat_model_is_trained_and_asked_in_its_template(tmp_path):
+    """One command each way, on messages; --chat puts the text where a user's message stands."""
+    chat_folder(tmp_path / "m")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(CHAT_PAIRS[0] | {"prompt": [USER | {"content": c}]}) + "\n" for c in "abcdef"))
+    run = cli("--data", "pairs.jsonl", "--init_from", "m", "--steps", 30, "--lr", 3e-3, "--batch_size", 4, "--show", 1, folder=tmp_path)
+    assert run.returncode == 0 and "chosen" in run.stdout and "Yes" not in run.stderr, run.stderr
+    args = Namespace(max_new_tokens=5, temperature=1.0, top_k=0, top_p=1.0, seed=0)
+    for name in "out/export", "m":
+        model, tokenizer = M.load_model(str(tmp_path / name))[0], D.get_tokenizer(str(tmp_path / name))
+        run = cli("--sample", "Hi", "--chat", "--init_from", name, "--max_new_tokens", 5, folder=tmp_path)
+        assert run.returncode == 0 and run.stdout == "Hi" + M.continuation(model, tokenizer.chat([USER], [])[0], tokenizer, args) + "\n"
+    plain = cli("--sample", "Hi", "--init_from", "m", "--max_new_tokens", 5, folder=tmp_path)
+    assert plain.stdout != run.stdout
+
+
+def test_no_space_appears_before_a_response(tmp_path):
+    """SentencePiece's tokenizers put a space before any text; between prompt and response nobody wrote one. The tokens of one
+    pair: chosen begins with "Bl", not with "_Bl", unless it begins the text."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+    letters = ["</s>", "\u2581", "\n", *"Blue?rdCo", "Bl", "\u2581Bl", "ue"]
+    hf = tokenizers.Tokenizer(tokenizers.models.BPE({t: i for i, t in enumerate(letters)}, [("B", "l"), ("\u2581", "Bl"), ("u", "e")]))
+    hf.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    hf.decoder = tokenizers.decoders.Metaspace(prepend_scheme="always", split=False)
+    PreTrainedTokenizerFast(tokenizer_object=hf, eos_token="</s>").save_pretrained(tmp_path)
+    tokenizer = D.get_tokenizer(str(tmp_path))
+    show = lambda ids: tokenizer.hf.convert_ids_to_tokens(ids)
+    assert show(tokenizer.encode_ordinary("Blue")) == ["\u2581Bl", "ue"]
+    _, prompt, chosen, rejected = D.pair_ids(D.Pair("Color?\n", "Blue", "red Blue"), tokenizer)
+    assert show(prompt)[0] == "\u2581" and show(chosen) == ["Bl", "ue"] and show(rejected) == ["r", "e", "d", "\u2581Bl", "ue"]
+    assert show(D.pair_ids(D.Pair("", "Blue", "red"), tokenizer)[2]) == ["\u2581Bl", "ue"]
+    model = M.GPT(M.GPTConfig(16, len(letters), 1, 1, 8))
+    args = Namespace(max_new_tokens=2, temperature=0.0, top_k=0, top_p=1.0, seed=0)
+    with torch.no_grad():  # a model that always says "_Bl": its space must be printed
+        model.transformer.ln_f.bias.copy_(model.transformer.wte.weight[letters.index("\u2581Bl")] * 1e4)
+    assert M.continuation(model, prompt, tokenizer, args) == " Bl Bl"
+
+
+def test_gpt2_tokens_from_vocabulary_and_merges(tmp_path):
+    """A folder as old as GPT-2 has only vocab.json and merges.txt: same ids as tiktoken's algorithm on the same merges."""
+    import tiktoken
+    from transformers.models.gpt2.tokenization_gpt2 import GPT2Tokenizer  # noqa: F401  its files' names
+    hugging_face(tmp_path, vocab_size=260, tokenizer=False)
+    table = {}  # GPT-2 writes a byte as a letter: printable ones as they are, others from U+0100 on
+    for b in range(256):
+        table[b] = chr(b) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255 else chr(256 + sum(v >= "\u0100" for v in table.values()))
+    merges = [("h", "e"), ("he", "y"), (table[32], "hey")]
+    vocab = {c: b for b, c in table.items()} | {a + b: 256 + i for i, (a, b) in enumerate(merges)} | {"<|endoftext|>": 259}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n", encoding="utf-8")
+    ours = D.get_tokenizer(str(tmp_path), 260)
+    ranks = {bytes([b]): b for b in range(256)} | {b"he": 256, b"hey": 257, b" hey": 258}
+    oracle = tiktoken.Encoding("g", pat_str=r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""", mergeable_ranks=ranks,
+                               special_tokens={"<|endoftext|>": 259})
+    for text in "hey hey", "they  hey\n hey!", "caf\u00e9 \U0001f600 <|endoftext|>":
+        assert ours.encode_ordinary(text) == oracle.encode_ordinary(text) and ours.decode(ours.encode_ordinary(text)) == text
+    assert ours.eot_token == 259
+
+
+@pytest.mark.parametrize("dropped", ["nothing", "a row twice", "one row"])
+def test_shared_prefixes_change_nothing(dropped):
+    """Distinct prefixes computed once give the log-probs and gradients of the plain pass over every position, padding included;
+    how many there are is counted by brute force."""
+    torch.manual_seed(0)
+    model = M.GPT(M.GPTConfig(16, 11, 2, 2, 16)).double()
+    tokens, length, prompt = torch.randint(3, (6, 9)), torch.tensor([9, 7, 8, 9, 4, 8]), torch.tensor([3, 3, 2, 3, 3, 1])
+    tokens[3:, :3] = tokens[:3, :3]
+    if dropped != "nothing":
+        tokens, length, prompt = (z[[0] if dropped == "one row" else [0, 0, 3, 4]] for z in (tokens, length, prompt))
+    t = torch.arange(9)
+    mask = (t < length[:, None]) & (t >= prompt[:, None])
+    ours = M.sequence_logp(model, tokens, mask)
+    (ours * torch.arange(1.0, 1 + len(tokens))).sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    logp = model(tokens).log_softmax(-1)[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
+    plain = (logp * mask[:, 1:]).sum(1)
+    (plain * torch.arange(1.0, 1 + len(tokens))).sum().backward()
+    assert torch.allclose(ours, plain, atol=1e-12)
+    assert all(torch.allclose(g, p.grad, atol=1e-12) for g, p in zip(gradients, model.parameters()))
+    real = t < length[:, None]
+    shared = M.Shared(tokens, real)
+    assert len(shared.first) == len({tuple(row[:k + 1].tolist()) for row, n in zip(tokens, length) for k in range(n)})
+
+
+def test_logits_in_chunks_change_nothing(monkeypatch):
+    """More scored positions than CHUNK: same log-probs and gradients, and no tensor of (S,V) is kept for the backward pass."""
+    torch.manual_seed(0)
+    model = M.GPT(M.GPTConfig(16, 301, 1, 2, 16)).double()
+    tokens, mask = torch.randint(301, (4, 12)), torch.arange(12).expand(4, 12) >= 2
+    results = []
+    for chunk in 512, 7:
+        monkeypatch.setattr(M, "CHUNK", chunk)
+        model.zero_grad()
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda z: kept.append(z.numel()) or z, lambda z: z):
+            logp = M.sequence_logp(model, tokens, mask)
+        logp.square().sum().backward()
+        results.append([logp.detach(), *(p.grad.clone() for p in model.parameters())])
+        assert (max(kept) >= 40 * 301) == (chunk == 512)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("dtype, recompute", [("float32", False), ("bfloat16", False), ("float32", True)])
+def test_estimated_activations_are_those_that_are_kept(dtype, recompute):
+    """Bytes that autograd keeps for the backward pass, each storage counted once, weights and logits left out: within a fifth of
+    the estimate, whatever shares prompts, pads or recomputes."""
+    torch.manual_seed(0)
+    model = M.place(M.GPT(M.GPTConfig(64, 11, 6, 2, 48)), "cpu", recompute).train()
+    rows = [([i // 2] * 20, [i + 2] * n) for i, n in enumerate((20, 31, 9, 40))]
+    pairs = D.PairData(*D.pack(rows), torch.tensor([0, 2]), torch.tensor([1, 3]), torch.ones(2), torch.arange(2))
+    pairs = pairs._replace(tokens=pairs.tokens.clone())
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(z):
+        if z.is_floating_point() and z.untyped_storage().data_ptr() not in weights:
+            kept[z.untyped_storage().data_ptr()] = z, z.untyped_storage().nbytes()
+        return z
+    batch = pairs.batch(torch.arange(2))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda z: z), M.autocast(model, dtype):
+        logp = M.sequence_logp(model, batch.tokens, batch.mask)
+    estimate, measured = M.memory(model, pairs, 2, dtype), sum(size for _, size in kept.values())
+    size = 16 * sum(p.numel() for p in model.parameters())
+    copies = estimate["weights, gradients, Adam"] - size  # of the weights in bfloat16, kept, too
+    if recompute:  # plus one block's, which its backward pass makes again
+        assert estimate["activations"] < M.memory(M.place(model, "cpu"), pairs, 2, dtype)["activations"] / 2
+    else:
+        assert 0.8 < measured / (estimate["activations"] + copies) < 1.2, (measured, estimate)
+    assert copies == (size // 8 if dtype == "bfloat16" else 0) and logp.requires_grad
+
+
+def test_show_prints_the_tokens_of_a_pair(tmp_path):
+    """Before training each token's log ref, afterwards its log-ratio: they sum to the log-prob that the loss saw, end-of-text
+    is there, and what both responses share at the start moves alike."""
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "Q?\\n", "chosen": "abc", "rejected": "abd\\t"}\n' * 3)
+    run = cli("--data", "pairs.jsonl", "--tokenizer", "bytes", "--holdout", 0, "--sft_steps", 5, "--steps", 10, "--show", 1, "--batch_size", 2, folder=tmp_path)
+    assert run.returncode == 0, run.stderr
+    first, last = [part.split("\n\n")[0] for part in run.stdout.split("first 1 pairs, ")[1:]]
+    assert first.startswith("log ref of each token in nats\n'Q?\\n'  p 1.00\n") and last.startswith("log pi/ref of each token")
+    for part in first, last:
+        rows = [line.split("= ") for line in part.splitlines()[2:4]]
+        assert [re.sub(r"\[[^\]]*\]", "", row[1]) for row in rows] == ["a b c <|endoftext|>", "a b d \\t <|endoftext|>"]
+        values = [[float(v) for v in re.findall(r"\[([-+.\d]+)\]", row[1])] for row in rows]
+        assert [float(row[0].split()[1]) for row in rows] == pytest.approx([sum(v) for v in values], abs=0.04)
+        assert values[0][:2] == values[1][:2] and values[0] != values[1][:4]
+    report = json.loads((tmp_path / "out/report.json").read_text())["after"]
+    assert [sum(v) for v in values] == pytest.approx([report["chosen"], report["rejected"]], abs=0.04)
+    model, _ = M.load_checkpoint(str(tmp_path / "out/ref.pt"))
+    tokens = torch.tensor([list(b"Q?\nabc")]) + 1
+    tokens = torch.tensor([D.get_tokenizer("bytes").encode_ordinary("Q?\nabc") + [D.get_tokenizer("bytes").eot_token]])
+    assert float(first.splitlines()[2].split()[1]) == pytest.approx(M.sequence_logp(model, tokens, torch.arange(7)[None] >= 3).item(), abs=0.01)
+
+
+def test_memory_is_foretold_and_measured(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "Q", "chosen": "a", "rejected": "b"}\n' * 3)
+    run = cli("--data", "pairs.jsonl", "--tokenizer", "bytes", "--steps", 2, "--sft_steps", 1, "--n_embd", 256, "--n_layer", 8, folder=tmp_path)
+    about = re.search(r"memory: about ([\d.]+) GiB for the longest batch \(weights, gradients, Adam ([\d.]+), activations", run.stdout)
+    peak = re.search(r"memory: at most ([\d.]+) GiB so far, the whole process", run.stdout)
+    assert 0 < float(about[2]) <= float(about[1]) < float(peak[1]) < 64
+
+
+def test_a_model_that_looks_ahead_is_refused(tmp_path, monkeypatch):
+    """A language model whose tokens see later ones has no log-probs of responses."""
+    hugging_face(tmp_path, "llama")
+    monkeypatch.setattr(M.Pretrained, "hidden", lambda self, tokens, real=None: self.model.base_model(tokens).last_hidden_state + tokens.flip(1)[..., None])
+    monkeypatch.setattr("transformers.LlamaForCausalLM.forward", lambda self, tokens: Namespace(logits=self.lm_head(self.model(tokens).last_hidden_state + tokens.flip(1)[..., None])))
+    with pytest.raises(M.BadCheckpoint, match="not a head of causal hidden states"):
+        M.load_pretrained(str(tmp_path))
+
+
+def test_bytes_export_as_gpt2_with_its_own_end_of_text(tmp_path):
+    import transformers
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "Q", "chosen": "a", "rejected": "b"}\n' * 3)
+    run = cli("--data", "pairs.jsonl", "--tokenizer", "bytes", "--steps", 2, "--sft_steps", 1, "--export", "hf", folder=tmp_path)
+    assert run.returncode == 0
+    config, hf = transformers.AutoConfig.from_pretrained(tmp_path / "hf"), transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert config.eos_token_id == hf.eos_token_id == D.get_tokenizer("bytes").eot_token and hf.decode(hf.encode("h\u00e9")) == "h\u00e9"
