@@ -112,20 +112,21 @@ class HuggingFaceTokenizer:
         line = self.encode_ordinary("\n") if self.spaces else []
         ids = self.encode_ordinary("\n" * self.spaces + text, control)
         if ids[:len(line)] != line:
-            raise Refused(f"its tokenizer joins a line break with what follows ({text[:20]!r}), so a response cannot be "
-                          "encoded without a space before it; this tokenizer is not supported")
+            raise Refused(f"its tokenizer joins a line break with what follows ({text[:20]!r}), so a response cannot "
+                          "be encoded without a space before it; this tokenizer is not supported")
         return ids[len(line):]
 
     def chat(self, messages: list[dict[str, str]], answers: list[str]) -> tuple[list[int], list[list[int]]]:
         """Ids of a conversation up to the assistant's turn, and of each answer, as the model's chat template writes
         them, up to the end-of-text token or to the end. Raises Refused, without saying where."""
         if not self.hf.chat_template:
-            raise Refused("it is a list of messages, and this model's tokenizer has no chat template; write prompt, chosen "
-                          "and rejected as texts, or put a chat_template.jinja into the model's folder")
+            raise Refused("it is a list of messages, and this model's tokenizer has no chat template; write prompt, "
+                          "chosen and rejected as texts, or put a chat_template.jinja into the model's folder")
         for text in [m["content"] for m in messages] + answers:
             for token in self.hf.all_special_tokens:
                 if token in text:
-                    raise Refused(f"a message holds {token!r}, which the chat template would make a control token; remove it")
+                    raise Refused(f"a message holds {token!r}, which the chat template would make a control token; "
+                                  "remove it")
         try:
             write = functools.partial(self.hf.apply_chat_template, tokenize=False)
             prompt = write(messages, add_generation_prompt=True)
@@ -224,7 +225,8 @@ def parse_pair(raw: bytes, where: str, unused: dict[str, int]) -> Pair:
             try:
                 text.encode()
             except UnicodeEncodeError as error:
-                raise Refused(f"{where}: {key!r} holds {text[error.start]!a}, half a surrogate pair; remove it") from None
+                half = text[error.start]
+                raise Refused(f"{where}: {key!r} holds {half!a}, half a surrogate pair; remove it") from None
             for more in message.keys() - {"role", "content"}:
                 unused[f"{key}[].{more}"] = unused.get(f"{key}[].{more}", 0) + 1
     p = item.get("p", 1.0)
@@ -233,7 +235,7 @@ def parse_pair(raw: bytes, where: str, unused: dict[str, int]) -> Pair:
     prompt, chosen, rejected = item.get("prompt"), item["chosen"], item["rejected"]
     if isinstance(prompt, list) or isinstance(chosen, list) or isinstance(rejected, list):
         prompt, chosen, rejected = split_messages(prompt, chosen, rejected, where)
-    elif prompt is None:  # Anthropic-HH: both texts repeat the dialogue; what they share, up to the last turn, is prompt
+    elif prompt is None:  # Anthropic-HH: both texts are the dialogue; what they share, up to the last turn, is prompt
         turn = "\n\nAssistant:"
         cut = os.path.commonprefix([chosen, rejected]).rfind(turn) + len(turn)
         if cut < len(turn):
@@ -251,16 +253,16 @@ def split_messages(prompt, chosen, rejected, where: str):
     """(messages before the last, the last's text in chosen, in rejected) of two conversations. A prompt may stand apart
     or before both, as messages, or be the text of one of them."""
     if not isinstance(chosen, list) or not isinstance(rejected, list):
-        raise Refused(f"{where}: one of chosen and rejected is a list of messages, or prompt is, and another is a text; "
-                      "write all of them alike")
+        raise Refused(f"{where}: one of chosen and rejected is a list of messages, or prompt is, and another is a "
+                      "text; write all of them alike")
     plain = lambda messages: [{k: m[k] for k in ("role", "content")} for m in messages]
     before, ends = plain(prompt) if isinstance(prompt, list) else [], [plain(chosen), plain(rejected)]
     whole = [messages if messages[:len(before)] == before else before + messages for messages in ends]
     if not all(m and m[-1]["role"] == "assistant" for m in whole):
         raise Refused(f"{where}: chosen and rejected must end in a message of role 'assistant', the response; mend it")
     if whole[0][:-1] != whole[1][:-1]:
-        raise Refused(f"{where}: chosen and rejected differ before their last messages, and only these are compared; make "
-                      "the messages before them equal")
+        raise Refused(f"{where}: chosen and rejected differ before their last messages, and only these are compared; "
+                      "make the messages before them equal")
     if isinstance(prompt, str) and all(prompt != m["content"] for m in whole[0][:-1]):
         raise Refused(f"{where}: 'prompt' is a text that no message of both conversations has; leave it out")
     return whole[0][:-1], whole[0][-1]["content"], whole[1][-1]["content"]
@@ -322,8 +324,8 @@ def pair_ids(pair: Pair, tokenizer) -> tuple[list[int], list[int], list[int], li
     if not isinstance(pair.prompt, str):
         try:
             if not hasattr(tokenizer, "chat"):
-                raise Refused("it is a list of messages, which needs the chat template of a Hugging Face model; name one "
-                              "with --init_from, or write prompt, chosen and rejected as texts")
+                raise Refused("it is a list of messages, which needs the chat template of a Hugging Face model; name "
+                              "one with --init_from, or write prompt, chosen and rejected as texts")
             prompt, responses = tokenizer.chat(pair.prompt, [pair.chosen, pair.rejected])
         except Refused as error:
             raise Refused(f"{pair.where}: {error}") from None

@@ -21,6 +21,7 @@ K taus and S seeds that a bandit trains at once.
   python ipo.py --help
 """
 import argparse
+import contextlib
 import copy
 import functools
 import importlib.util
@@ -140,8 +141,9 @@ def train(model, pairs, ref_logp, tau, order, args, log):
     """Preference training on `pairs` (N), which `order` yields as batches of indices, at tau (N,), against ref_logp
     (R,), the reference's log-probs of all rows, computed beforehand: no second model exists. Calls log(step, numbers)
     every --log_every steps and after the last."""
-    plain = args.task == "bandit" and args.batch_size > 0  # at a constant rate Adam circles an exact optimum
-    update, loss_of = M.descent(model, args.steps, args.lr, plain), bound(args)
+    constant = args.bench or args.task == "bandit" and args.batch_size > 0  # Adam circles exact optima at such a rate
+    clip = math.inf if args.task == "bandit" and constant else 1.0  # as the paper's protocol has it
+    update, loss_of = M.descent(model, args.steps, args.lr, constant, clip), bound(args)
     for step, index in enumerate(tqdm(order, args.loss, args.steps, disable=None, leave=False), 1):
         model.train()
         seen = []  # of each part of the batch; there is one, unless memory is short (--accum)
@@ -480,18 +482,21 @@ def open_folders(runs):
         raise D.Refused(f"{folder}: {error.strerror}; name a folder that can be written (--out, --export)") from None
 
 
-def make_reference(model, world, data, tokenizer, args, generator):
-    """SFT on a world's base distribution, or on all responses of a file, rejected ones too; then the log-probs (R,) of
-    all rows, which are the reference from now on."""
-    n = 2 * args.batch_size
+def fit_reference(model, world, data, args, generator):
+    """SFT on a world's base distribution, or on all responses of a file, rejected ones too."""
     if args.sft_steps:
+        n = 2 * args.batch_size
         rows = world.sample(n * args.sft_steps, generator) if world else data.pair_rows()
         update = M.descent(model, args.sft_steps, args.sft_lr)
         bar = tqdm(D.batches(len(rows), n, args.sft_steps, generator), "sft", args.sft_steps, disable=None, leave=False)
         first, last = M.finetune(model, data, rows, bar, update, args.dtype, args.accum)
         print(f"sft: {args.sft_steps} steps, {first:.3f} -> {last:.3f} nats per response token")
-    M.save_checkpoint(f"{args.out}/ref.pt", model, tokenizer=tokenizer.name)
-    return M.score(model, data, torch.arange(len(data.prompt_len)), n, args.dtype, args.logp == "mean")
+
+
+def reference(model, data, rows, args):  # -> (R,)
+    """The log-probs of these rows, the reference from now on; 0 for the others."""
+    logp = M.score(model, data, rows, 2 * args.batch_size, args.dtype, args.logp == "mean")
+    return logp.new_zeros(len(data.prompt_len)).index_copy(0, rows, logp)
 
 
 def pose(model, world, args, generator):
@@ -569,7 +574,7 @@ def train_one(model, problem, args, generator, write):
     if not world:
         need = M.memory(model, pairs, -(-args.batch_size // args.accum), args.dtype)
         print(f"memory: about {sum(need.values()) / 2**30:.2f} GiB for the longest batch ("
-              + ", ".join(f"{what} {size / 2**30:.2f}" for what, size in need.items()) + "), and what torch itself takes")
+              + ", ".join(f"{what} {size / 2**30:.2f}" for what, size in need.items()) + ") and what torch takes")
     lap("evaluation")
 
     def log(step, numbers):
@@ -590,7 +595,8 @@ def train_one(model, problem, args, generator, write):
     train(model, pairs, ref_logp, torch.full((len(pairs.p),), args.tau), order, args, log)
     M.save_checkpoint(f"{args.out}/ckpt.pt", model, tokenizer=tokenizer.name)
     if not world and (peak := M.peak_memory(args.device)):
-        print(f"memory: at most {peak / 2**30:.2f} GiB so far, " + ("of the GPU" if args.device == "cuda" else "the whole process"))
+        whose = "of the GPU" if args.device == "cuda" else "the whole process"
+        print(f"memory: at most {peak / 2**30:.2f} GiB so far, {whose}")
     if args.export:
         M.export(model, args.export, tokenizer.eot_token)
         D.save_tokenizer(tokenizer, args.export)
@@ -639,7 +645,9 @@ def run(args):
         check_targets(labels, one)
     open_folders([args] * several + grid)
     lap("setup")
-    ref, ref_logp = None, make_reference(model, world, pairs, tokenizer, args, generator)  # (R,)
+    fit_reference(model, world, pairs, args, generator)
+    ref, ref_logp = None, reference(model, pairs, torch.arange(len(pairs.prompt_len)), args)  # (R,)
+    M.save_checkpoint(f"{args.out}/ref.pt", model, tokenizer=tokenizer.name)
     if world:
         ref, pairs = pose(model, world, args, generator)
     lap("reference")
@@ -730,6 +738,48 @@ def bandit(args):
     finish(results, one, ref, seconds, args)
 
 
+def bench(args):
+    """Times args.steps steps on pairs in file order, at a constant rate, and writes nothing; prints one line of JSON.
+    Seconds per step are a median without the first two; total_s is everything but imports. floor_s: what the operations
+    that the pairs need take at the rate of large matrix products in this process; padding: its share of padded rows."""
+    begin = time.perf_counter()
+    args.loss, args.tau, args.log_every = args.loss[0], args.tau[0], 1
+    torch.manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    with contextlib.redirect_stdout(sys.stderr):
+        world, pairs, _, _, model = prepare(args, generator)
+        fit_reference(model, world, pairs, args, generator)
+        pairs = pose(model, world, args, generator)[1] if world else pairs
+    n = args.steps * args.batch_size
+    if n > len(pairs.p):
+        raise D.Refused(f"--bench: {args.steps} steps of {args.batch_size} pairs need {n:,} pairs and there are "
+                        f"{len(pairs.p):,}; lower --steps or --batch_size")
+    pairs = pairs.select(torch.arange(n))
+    ref_logp = reference(model, pairs, pairs.pair_rows().unique(), args)
+    losses, marks, order = [], [], torch.arange(n).split(args.batch_size)
+
+    def log(step, numbers):
+        losses.append(numbers["loss"])
+        M.synchronize(args.device)
+        marks.append(time.perf_counter())
+
+    prepared = time.perf_counter()
+    train(model, pairs, ref_logp, torch.full((len(pairs.p),), args.tau), order, args, log)
+    total = time.perf_counter() - begin
+    times = np.diff([prepared, *marks])[2 * (args.steps > 2):]
+    length = pairs.start.diff()[pairs.pair_rows()].view(2, -1)
+    padded = sum(2 * len(part) * length[:, part].max().item() for part in order)
+    step = float(np.median(times))
+    floor = M.flops(model, pairs, torch.arange(n)) / args.steps / (rate := M.matmul_rate(args.device, args.dtype))
+    print(json.dumps({
+        "loss": args.loss, "logp": args.logp, "dtype": args.dtype, "batch": args.batch_size, "device": args.device,
+        "threads": torch.get_num_threads(), "parameters": sum(p.numel() for p in model.parameters()), "step_s": step,
+        "pairs_per_s": args.batch_size / step, "tokens_per_s": length.sum().item() / args.steps / step,
+        "padding": 1 - length.sum().item() / padded, "before_training_s": prepared - begin, "total_s": total,
+        "peak_gib": M.peak_memory(args.device) / 2**30, "matmul_gflops": rate / 1e9, "floor_s": floor,
+        "times_floor": step / floor, "losses": losses}))
+
+
 def sample(args):
     """Prints the prompt of --sample, or each line of standard input, and a continuation by the policy that a finished
     run left in --out, or by the model of --init_from."""
@@ -763,6 +813,7 @@ def number(kind, low, high=math.inf, above=False):
 
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "dropout")  # flags that a checkpoint fixes
+SAMPLING = ("temperature", "top_k", "top_p", "max_new_tokens")
 OWN = {"psi": "ipo", "label_noise": "robust", "gamma": "simpo"}    # flags that one loss alone reads
 NA = None  # the flag means nothing for that task, and is refused
 TASKS = {"world": "in a synthetic world", "bandit": "in a bandit", "file": "for a JSONL file",
@@ -802,6 +853,7 @@ FLAGS = [  # flag; type or choices; default in a world, in a bandit, for a file,
     ("sft_lr", positive_number, 3e-3, NA, 1e-3, NA, "peak learning rate of those"),
     ("log_every", natural, 200, 50, 50, NA, "steps from one log line to the next"),
     ("plot", bool, False, False, False, NA, "draw the runs, and what they must reach, as PNG files in --out"),
+    ("bench", bool, False, NA, False, NA, "time the steps, in file order at a constant rate; a line of JSON, no files"),
     ("n_layer", natural, 1, NA, 4, NA, "blocks"),
     ("n_head", natural, 4, NA, 4, NA, "attention heads"),
     ("n_embd", natural, 32, NA, 128, NA, "channels, a multiple of n_head"),
@@ -854,6 +906,13 @@ def parse(argv=None):
         parser.error(f"--batch_size 0 means nothing {TASKS[task]}; give a whole number >= 1")
     if task in ("world", "file") and args.accum > args.batch_size:
         parser.error(f"--accum {args.accum}: a batch of {args.batch_size} pairs has not as many parts; lower it")
+    if args.bench:
+        if len(args.loss) * len(args.tau) > 1:
+            parser.error("--bench times one run; give one --loss and one --tau")
+        for flag in given.keys() & {"holdout", "out", "export", "log_every", "plot", "show", *SAMPLING}:
+            parser.error(f"--{flag} means nothing with --bench; leave it out")
+        args.holdout = 0.0
+        args.pairs = given.get("pairs", args.pairs and args.steps * args.batch_size)
     if task == "bandit":  # what its flags do not offer
         vars(args).update(device="cpu", dtype="float32", logp="sum", labels="hard", noise=0.0, mu="uniform", accum=1)
         return args
@@ -881,7 +940,7 @@ def main(argv=None):
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal or pipe may lack a sample's characters
     args = parse(argv)
     try:
-        {"sample": sample, "bandit": bandit}.get(args.task, run)(args)
+        (bench if args.bench else {"sample": sample, "bandit": bandit}.get(args.task, run))(args)
     except (D.Refused, M.BadCheckpoint, M.Stopped) as error:
         print(f"ipo.py: {error}", file=sys.stderr)
         return 1 if isinstance(error, M.Stopped) else 2

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import sys
+import time
 from dataclasses import asdict, dataclass
 
 import torch
@@ -87,9 +88,9 @@ class Block(nn.Module):
 
 
 class Shared:
-    """Rows of tokens as U distinct prefixes: under causal attention what a position holds depends on the tokens up to it
-    alone. So the prompt of a pair, and whatever else its responses share at the start, is computed once, and padding
-    never; attention alone sees rows. Nothing is approximated: equal prefixes are found by sorting the rows."""
+    """Rows of tokens as U distinct prefixes: under causal attention a position depends on the tokens up to it alone. So
+    the prompt of a pair, and whatever else its responses share at the start, is computed once, and padding never;
+    attention alone sees rows. Nothing is approximated: sorted rows show which prefixes are equal."""
 
     def __init__(self, tokens, real):  # (N,T), (N,T) True where the row is not padding
         rows, self.back = tokens.masked_fill(~real, -1).unique(dim=0, return_inverse=True)  # (M,T) sorted, (N,)
@@ -174,7 +175,7 @@ class Pretrained(nn.Module):
     def device(self):
         return self.model.device
 
-    def hidden(self, tokens, real=None):  # (N,T) -> (N,T,C); rows are padded on the right: causal attention is blind to it
+    def hidden(self, tokens, real=None):  # (N,T) -> (N,T,C); padding on the right: causal attention is blind to it
         return self.model.base_model(tokens, use_cache=False).last_hidden_state
 
     def head(self, x):  # (...,C) -> (...,V)
@@ -318,10 +319,11 @@ def token_scores(model, data, row):  # -> (L,) ids of the response, (L,) their l
 
 
 def memory(model, data, pairs, dtype):
-    """About how many bytes a training step takes with the `pairs` longest pairs of data, as {what for: bytes}. Weights,
-    gradients and Adam's two moments, float32, are 16 bytes a parameter (18 with a bfloat16 copy). For its backward pass a block keeps 13 C numbers
-    for each distinct token and 4 C for each place in the padded rows (or, recomputed, its input alone); CHUNK logits
-    stand as themselves, as their log-softmax and as its gradient."""
+    """About how many bytes a training step takes with the `pairs` longest pairs of data, as {what for: bytes}.
+
+    Weights, gradients and Adam's two moments, float32, are 16 bytes a parameter, 18 with a bfloat16 copy. For its
+    backward pass a block keeps 13 C numbers for each distinct token and 4 C for each place in the padded rows (or,
+    recomputed, its input alone). CHUNK rows of logits stand as themselves, their log-softmax and its gradient."""
     length = data.start.diff()
     prompt, chosen, rejected = data.prompt_len[data.chosen], length[data.chosen], length[data.rejected]
     longest = (chosen + rejected).argsort(descending=True)[:pairs]
@@ -331,9 +333,43 @@ def memory(model, data, pairs, dtype):
     c, scored, width = model.config, (chosen + rejected - 2 * prompt).sum(), 4 if dtype == "float32" else 2
     block = c.n_embd * (13 * distinct + 4 * places) * width
     blocks = c.n_layer * c.n_embd * distinct * 4 + block if model.recompute else c.n_layer * block
-    sizes = {"weights, gradients, Adam": (16 if width == 4 else 18) * sum(p.numel() for p in model.parameters()), "activations": blocks,
+    parameters = sum(p.numel() for p in model.parameters())
+    sizes = {"weights, gradients, Adam": (16 if width == 4 else 18) * parameters, "activations": blocks,
              "logits": min(scored, CHUNK) * (c.head_size or c.vocab_size) * 12}
     return {name: int(size) for name, size in sizes.items()}
+
+
+def flops(model, data, pairs):
+    """Floating-point operations that a step on these pairs (indices) needs, forward and backward: 6 per matrix
+    parameter and token, causal attention, and the head on response tokens; each pair's prompt counted once."""
+    length = data.start.diff()
+    prompt, chosen, rejected = (z[pairs].double() for z in (
+        data.prompt_len[data.chosen], length[data.chosen], length[data.rejected]))
+    head = model.model.get_output_embeddings() if isinstance(model, Pretrained) else getattr(model, "lm_head", None)
+    matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+    c = model.config
+    linear = 6 * matrices * (chosen + rejected - prompt).sum()
+    attention = 6 * c.n_layer * c.n_embd * (chosen ** 2 + rejected ** 2 - prompt ** 2).sum()
+    logits = 6 * c.n_embd * (c.head_size or c.vocab_size) * (chosen + rejected - 2 * prompt).sum()
+    return (linear + attention + logits).item()
+
+
+def matmul_rate(device, dtype, n=2048):
+    """Operations a second of square matrix products on this machine, now: the best of five."""
+    a, best = torch.randn(n, n, device=device, dtype=getattr(torch, dtype)), math.inf
+    for _ in range(6):  # the first warms up
+        synchronize(device)
+        begin = time.perf_counter()
+        a @ a
+        synchronize(device)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * n ** 3 / best
+
+
+def synchronize(device):
+    """Waits for the GPU, so that clocks tell the truth."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def peak_memory(device):
@@ -379,18 +415,19 @@ def score(model, data, rows, batch, dtype="float32", mean=False):  # (R,) -> (R,
     return logp
 
 
-def descent(model, steps, lr, plain=False):
-    """A function that takes a step on the gradients that are there, and clears them: AdamW, gradient norm at most 1, lr
-    up for 50 steps or half of all, then linearly down to 0. plain: Adam as it comes, with a constant lr."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.999 if plain else 0.99), weight_decay=0.0,
+def descent(model, steps, lr, constant=False, clip=1.0):
+    """A function that takes a step on the gradients that are there, and clears them: AdamW, gradient norm at most
+    `clip`, lr up for 50 steps or half of all, then linearly down to 0. constant: that lr throughout, and Adam's usual
+    beta_2."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.999 if constant else 0.99), weight_decay=0.0,
                                   fused=True)
     warmup = min(50, steps // 2)
-    factor = lambda s: 1.0 if plain else min((s + 1) / (warmup + 1), (steps - s) / (steps - warmup))
+    factor = lambda s: 1.0 if constant else min((s + 1) / (warmup + 1), (steps - s) / (steps - warmup))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
     def update():
-        if not plain:
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if clip < math.inf:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

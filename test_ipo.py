@@ -67,7 +67,7 @@ def cli(*args, folder, process=False):
 def options(**flags):
     """The arguments of a run in a world, as the command line would make them, on the CPU."""
     return Namespace(**{"task": "world", "loss": "ipo", "tau": 0.2, "psi": "yours", "label_noise": 0.1, "gamma": 0.1, "logp": "sum", "labels": "hard",
-                        "noise": 0.0, "mu": "uniform", "batch_size": 256, "dtype": "float32", "device": "cpu", "log_every": 1, "accum": 1} | flags)
+                        "noise": 0.0, "mu": "uniform", "batch_size": 256, "dtype": "float32", "device": "cpu", "log_every": 1, "accum": 1, "bench": False} | flags)
 
 
 SHORT = "--steps 20 --pairs 2000 --sft_steps 5 --batch_size 32 --log_every 10".split()
@@ -693,7 +693,8 @@ def test_the_reference_has_seen_chosen_and_rejected_alike(tmp_path):
     """SFT on both sides: neither is likelier at the start, so mu is what the reference says."""
     data = encoded(*(pair("aaaa", "bbbb", f"{i}") for i in range(20)))
     args = options(sft_steps=80, sft_lr=1e-2, batch_size=8, out=str(tmp_path))
-    logp = ipo.make_reference(tiny(V=257, T=32), None, data, D.get_tokenizer("bytes"), args, torch.Generator().manual_seed(0))
+    ipo.fit_reference(model := tiny(V=257, T=32), None, data, args, torch.Generator().manual_seed(0))
+    logp = ipo.reference(model, data, torch.arange(40), args)
     assert (logp[data.chosen] - logp[data.rejected]).mean().abs() < 2 and logp.mean() > -8
 
 
