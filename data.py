@@ -88,42 +88,44 @@ class HuggingFaceTokenizer:
             self.hf = AutoTokenizer.from_pretrained(name)
         except Exception as error:  # transformers passes on whatever its HTTP library or the file system raises
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise Refused(f"--init_from {name}: its tokenizer cannot be loaded ({why}); put the model's tokenizer "
-                          "files into its folder") from None
+            raise Refused(f"{name}: its tokenizer cannot be loaded ({why}); put the model's tokenizer files into that "
+                          "folder, or name the folder of an export with --init_from") from None
         if not self.encode_ordinary("text"):  # transformers makes an empty one, in silence, if there is none
-            raise NoTokenizer(f"--init_from {name}: its tokenizer cannot be loaded (there is none); put the model's "
-                              "tokenizer files into its folder")
+            raise NoTokenizer(f"{name}: its tokenizer cannot be loaded (there is none); put the model's tokenizer "
+                              "files into that folder")
         if self.hf.eos_token_id is None:
-            raise Refused(f"--init_from {name}: its tokenizer has no end-of-text token to train; set eos_token in "
+            raise Refused(f"{name}: its tokenizer has no end-of-text token to train; set eos_token in "
                           "tokenizer_config.json")
         self.name, self.eot_token, self.n_vocab = name, self.hf.eos_token_id, len(self.hf)
         first = self.hf("").input_ids  # what the model expects before any text: <s>, say
         self.start = first[:-1] if first[-1:] == [self.eot_token] and len(first) > 1 else first
 
-        mark = self.hf.convert_ids_to_tokens(self.encode_ordinary("a"))[0]
-        self.spaces = mark.startswith("\u2581")  # SentencePiece's space, although nobody wrote one
+        mark = "".join(self.hf.convert_ids_to_tokens(self.encode_ordinary("a")))
+        self.spaces = mark.startswith(("\u2581", "\u0120"))  # tokenizers' marks of a space, although nobody wrote one
 
     def encode_ordinary(self, text: str, control: bool = False) -> list[int]:
         """Ids of a text as if nothing preceded it; a written-out "</s>" is text unless `control`."""
         return self.hf.encode(text, add_special_tokens=False, split_special_tokens=not control)
 
     def encode_after(self, text: str, control: bool = False) -> list[int]:
-        """Ids of a text that follows another: without the space that some tokenizers put before any text."""
-        line = self.encode_ordinary("\n") if self.spaces else []
-        ids = self.encode_ordinary("\n" * self.spaces + text, control)
-        if ids[:len(line)] != line:
-            raise Refused(f"its tokenizer joins a line break with what follows ({text[:20]!r}), so a response cannot "
-                          "be encoded without a space before it; this tokenizer is not supported")
-        return ids[len(line):]
+        """Ids of a text that follows another: without the space that some tokenizers put before any text. (A character
+        before it takes that space, and is dropped.)"""
+        for before in ("\n", ".", ":") if self.spaces else ("",):
+            first, ids = self.encode_ordinary(before), self.encode_ordinary(before + text, control)
+            if ids[:len(first)] == first:
+                return ids[len(first):]
+        raise Refused(f"the model's tokenizer joins what precedes the response {text[:20]!r} with it, so it cannot be "
+                      "encoded apart without a space before it; rewrite its start, or take another model")
 
     def chat(self, messages: list[dict[str, str]], answers: list[str]) -> tuple[list[int], list[list[int]]]:
         """Ids of a conversation up to the assistant's turn, and of each answer, as the model's chat template writes
         them, up to the end-of-text token or to the end. Raises Refused, without saying where."""
         if not self.hf.chat_template:
-            raise Refused("it is a list of messages, and this model's tokenizer has no chat template; write prompt, "
-                          "chosen and rejected as texts, or put a chat_template.jinja into the model's folder")
-        for text in [m["content"] for m in messages] + answers:
-            for token in self.hf.all_special_tokens:
+            raise Refused("the model's tokenizer has no chat template for messages; write texts instead, or put a "
+                          "chat_template.jinja into the model's folder")
+        control = {t.content for t in self.hf.added_tokens_decoder.values() if t.special}
+        for text in [m[key] for m in messages for key in ("role", "content")] + answers:
+            for token in sorted(control | {*self.hf.all_special_tokens}):
                 if token in text:
                     raise Refused(f"a message holds {token!r}, which the chat template would make a control token; "
                                   "remove it")
@@ -132,8 +134,9 @@ class HuggingFaceTokenizer:
             prompt = write(messages, add_generation_prompt=True)
             whole = [write([*messages, {"role": "assistant", "content": answer}]) for answer in answers]
         except Exception as error:  # jinja's, and what a template raises itself
-            raise Refused(f"the model's chat template refuses these messages ({str(error).splitlines()[0]}); mend "
-                          "their roles or order") from None
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise Refused(f"the model's chat template refuses these messages ({why}); mend their roles or "
+                          "order") from None
         if not all(text.startswith(prompt) for text in whole):
             raise Refused("the model's chat template does not write the prompt alike with and without an answer, so it "
                           "is unknown where the answer begins; use texts instead of messages")
@@ -223,9 +226,10 @@ def parse_pair(raw: bytes, where: str, unused: dict[str, int]) -> Pair:
                 raise Refused(f"{where}: {key!r} holds {str(message)[:40]!r}, which is no message; write "
                               '{"role": "user", "content": "..."}')
             try:
+                role.encode()
                 text.encode()
             except UnicodeEncodeError as error:
-                half = text[error.start]
+                half = error.object[error.start]
                 raise Refused(f"{where}: {key!r} holds {half!a}, half a surrogate pair; remove it") from None
             for more in message.keys() - {"role", "content"}:
                 unused[f"{key}[].{more}"] = unused.get(f"{key}[].{more}", 0) + 1
@@ -279,6 +283,7 @@ class PairData(NamedTuple):
     rejected: torch.Tensor    # (N,) int64
     p: torch.Tensor           # (N,) float32
     prompt: torch.Tensor      # (N,) int64, equal for pairs with the same prompt
+    line: torch.Tensor        # (N,) int32, where in the file the pair stands; drawn pairs: their number
 
     def select(self, pairs: torch.Tensor) -> "PairData":
         """The same rows with only these pairs (indices)."""
@@ -321,29 +326,33 @@ def pack(rows: Iterable[tuple[list[int], list[int]]]):
 def pair_ids(pair: Pair, tokenizer) -> tuple[list[int], list[int], list[int], list[int]]:
     """Ids of a pair: what must stand before any text, prompt, chosen and rejected response, without end-of-text.
     Prompt and response are encoded apart, so no token spans the border."""
-    if not isinstance(pair.prompt, str):
-        try:
-            if not hasattr(tokenizer, "chat"):
-                raise Refused("it is a list of messages, which needs the chat template of a Hugging Face model; name "
-                              "one with --init_from, or write prompt, chosen and rejected as texts")
-            prompt, responses = tokenizer.chat(pair.prompt, [pair.chosen, pair.rejected])
-        except Refused as error:
-            raise Refused(f"{pair.where}: {error}") from None
-        return [], prompt, *responses  # the template writes a start if there is one
-    after = getattr(tokenizer, "encode_after", tokenizer.encode_ordinary) if pair.prompt else tokenizer.encode_ordinary
-    return (getattr(tokenizer, "start", []), tokenizer.encode_ordinary(pair.prompt),  # a written-out "<|endoftext|>"
-            after(pair.chosen), after(pair.rejected))                                # is text
+    ordinary = tokenizer.encode_ordinary  # to which a written-out "<|endoftext|>" is text
+    try:
+        if isinstance(pair.prompt, str):
+            after = getattr(tokenizer, "encode_after", ordinary) if pair.prompt else ordinary
+            start, prompt = getattr(tokenizer, "start", []), ordinary(pair.prompt)
+            return start, prompt, after(pair.chosen), after(pair.rejected)
+        if not hasattr(tokenizer, "chat"):
+            raise Refused("it holds messages, which need the chat template of a Hugging Face model; name one with "
+                          "--init_from, or write prompt, chosen and rejected as texts")
+        prompt, responses = tokenizer.chat(pair.prompt, [pair.chosen, pair.rejected])
+        begins = prompt[:1] == [tokenizer.hf.bos_token_id]  # the template has written it; it stays if prompts are cut
+        return prompt[:begins], prompt[begins:], *responses
+    except Refused as error:
+        raise Refused(f"{pair.where}: {error}") from None
 
 
-def encode(pairs: Iterable[Pair], tokenizer: tiktoken.Encoding, block_size: int) -> PairData:
-    """Token ids of pairs, <|endoftext|> appended to each response; prints what is dropped or cut, and how many.
+def encode(pairs: Iterable[Pair], tokenizer, block_size: int) -> PairData:
+    """Token ids of pairs, the tokenizer's end of text appended to each response; prints what is dropped or cut, and how
+    many.
 
     Only prompts are cut, from the left: a response that lost its <|endoftext|> would teach the model not to stop there.
     Raises Refused if no pair is left.
     """
-    eot, numbers, prompts, p, read = tokenizer.eot_token, {}, array("q"), array("f"), 0
+    eot, numbers, prompts, p, lines, read = tokenizer.eot_token, {}, array("q"), array("f"), array("i"), 0
     notes = {  # what may happen to a pair -> how often it did
         (same := "pairs dropped: chosen and rejected are the same tokens"): 0,
+        (mute := "pairs dropped: a response has no token, for this tokenizer"): 0,
         (long := f"pairs dropped: response and <|endoftext|> leave no room for a prompt in {block_size} tokens"): 0,
         (cut := f"prompts cut from the left to fit {block_size} tokens"): 0,
         (bare := "empty prompts: the response starts from <|endoftext|>"): 0,
@@ -355,15 +364,17 @@ def encode(pairs: Iterable[Pair], tokenizer: tiktoken.Encoding, block_size: int)
             read += 1
             start, prompt, chosen, rejected = pair_ids(pair, tokenizer)
             room = block_size - 1 - len(start) - max(len(chosen), len(rejected))
-            if chosen == rejected or room < 1:
-                notes[same if chosen == rejected else long] += 1
+            if chosen == rejected or not chosen or not rejected or room < 1:
+                notes[same if chosen == rejected else long if room < 1 else mute] += 1
                 continue
             notes[bare] += not prompt
             notes[cut] += len(prompt) > room
             notes[against] += pair.p < 0.5
             prompt = start + prompt[-room:] or [eot]  # what GPT-2 reads at the start of a text
-            prompts.append(numbers.setdefault(array("i", prompt).tobytes(), len(numbers)))  # as cut: no other is seen
+            key = array("i", prompt).tobytes()  # as cut: no other prompt is seen
+            prompts.append(numbers.setdefault(key, len(numbers)))  # distinct prompts are numbered as they come
             p.append(pair.p)
+            lines.append(int(pair.where.rpartition(":")[2]) if ":" in pair.where else read)
             yield prompt, chosen + [eot]
             yield prompt, rejected + [eot]
         for note, n in notes.items():
@@ -375,7 +386,7 @@ def encode(pairs: Iterable[Pair], tokenizer: tiktoken.Encoding, block_size: int)
     rows = pack(usable_rows())
     n = torch.arange(len(p))
     return PairData(*rows, 2 * n, 2 * n + 1, torch.frombuffer(p, dtype=torch.float32),
-                    torch.frombuffer(prompts, dtype=torch.int64))
+                    torch.frombuffer(prompts, dtype=torch.int64), torch.frombuffer(lines, dtype=torch.int32))
 
 
 def split(data: PairData, holdout: float, generator: torch.Generator) -> tuple[PairData, PairData]:
@@ -469,7 +480,8 @@ class World(NamedTuple):
         if labels == "hard":
             a_wins = (torch.rand(n, generator=generator) < p) ^ (torch.rand(n, generator=generator) < noise)
             a, b, p = torch.where(a_wins, a, b), torch.where(a_wins, b, a), torch.ones(n)
-        return self.data._replace(chosen=x * Y + a, rejected=x * Y + b, p=p.float(), prompt=x)
+        return self.data._replace(chosen=x * Y + a, rejected=x * Y + b, p=p.float(), prompt=x,
+                                  line=torch.arange(1, n + 1, dtype=torch.int32))
 
 
 def build_world(name: str) -> World:
@@ -492,7 +504,7 @@ def build_world(name: str) -> World:
     x_ids, y_ids = tokenizer.encode_ordinary_batch(prompts), tokenizer.encode_ordinary_batch(texts)
     rows = pack((x, y + stop) for x in x_ids for y, stop in zip(y_ids, stops))
     none = torch.empty(0, dtype=torch.int64)
-    data = PairData(*rows, none, none, none, none)
+    data = PairData(*rows, none, none, none, none, none)
     length = torch.tensor([len(r) + (len(r) < most) for r in responses]).expand(len(prompts), -1)
     return World(name, prompts, texts, length, pstar, torch.tensor(base, dtype=torch.float64), data, tokenizer.name,
                  block_size=len(x_ids[0]) + most, vocab_size=1 + max(map(max, x_ids)), head_size=len(words) + 1)
@@ -507,7 +519,7 @@ def build_bandit(name: str, copies: int) -> World:
     pstar = torch.where(wins + wins.T > 0, wins / (wins + wins.T), 0.5).expand(X, Y, Y)
     x, (winner, loser) = torch.arange(X).repeat_interleave(N), torch.tensor(pairs).repeat(X, 1).T
     data = PairData(*pack(([i], [y]) for i in range(X) for y in range(Y)), x * Y + winner, x * Y + loser,
-                    torch.ones(X * N), x)
+                    torch.ones(X * N), x, torch.arange(N, dtype=torch.int32).repeat(X) + 1)
     return World(name, [""] * X, list("abc"[:Y]), torch.ones(X, Y, dtype=torch.int64), pstar,
                  torch.full((Y,), 1 / Y).double(), data, "", block_size=2, vocab_size=X, head_size=Y)
 

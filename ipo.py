@@ -29,6 +29,8 @@ import itertools
 import json
 import math
 import os
+import shutil
+import signal
 import sys
 import time
 from typing import Callable, NamedTuple
@@ -137,29 +139,64 @@ def margin(logp, ref_logp):  # (2B,), (2B,) -> (B,)
     return chosen - rejected
 
 
-def train(model, pairs, ref_logp, tau, order, args, log):
+LOWER = "--lr, or take a --tau or --gamma nearer to 1"  # what diverges less
+
+
+class Interrupted(BaseException):
+    """A signal that ends the run: (its number, what to tell)."""
+
+
+@contextlib.contextmanager
+def signals(handle):
+    """Inside, Ctrl-C and SIGTERM call handle(their number)."""
+    before = {n: signal.signal(n, lambda n, _: handle(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
+def train(model, pairs, ref_logp, tau, order, args, log, save=lambda step, parts: None, state=None):
     """Preference training on `pairs` (N), which `order` yields as batches of indices, at tau (N,), against ref_logp
     (R,), the reference's log-probs of all rows, computed beforehand: no second model exists. Calls log(step, numbers)
-    every --log_every steps and after the last."""
+    every --log_every steps and after the last; save(step, parts) every --save_every, after the last and after a signal,
+    which then raises Interrupted; `state`: go on from there. Several processes share each batch."""
     constant = args.bench or args.task == "bandit" and args.batch_size > 0  # Adam circles exact optima at such a rate
     clip = math.inf if args.task == "bandit" and constant else 1.0  # as the paper's protocol has it
-    update, loss_of = M.descent(model, args.steps, args.lr, constant, clip), bound(args)
-    for step, index in enumerate(tqdm(order, args.loss, args.steps, disable=None, leave=False), 1):
-        model.train()
-        seen = []  # of each part of the batch; there is one, unless memory is short (--accum)
-        for part in index.chunk(args.accum):
-            batch = pairs.batch(part)
-            tokens, mask, p, ref, tau_b = (z.to(args.device) for z in (*batch[:3], ref_logp[batch.rows], tau[part]))
-            with M.autocast(model, args.dtype):
-                logp = M.sequence_logp(model, tokens, mask, mean=args.logp == "mean")  # (2B,)
-            h = margin(logp, ref)                                                      # (B,)
-            loss = loss_of(h, p, tau_b).sum() / len(index)                             # () mean over the whole batch
-            loss.backward()
-            seen.append(torch.stack([logp.detach(), ref]).view(2, 2, -1))
-        update()
-        if step % args.log_every == 0 or step == args.steps:
-            logp, ref = torch.cat(seen, -1).flatten(1).cpu()  # (2B,), (2B,)
-            log(step, measure(logp, ref, pairs.p[index], tau[index], args))
+    update, parts = M.descent(model, args.steps, args.lr, constant, clip, args.dtype)
+    sequence_logp, loss_of, (rank, processes), caught = M.parallel(model), bound(args), M.process(), []
+    begin = state["step"] if state else 0
+    if state:
+        M.restore(parts, state)
+    with signals(caught.append):
+        rest = tqdm(itertools.islice(order, begin, None), args.loss, args.steps - begin, disable=None, leave=False)
+        for step, index in enumerate(rest, begin + 1):
+            model.train()
+            seen = []  # of each part of the batch; there is one, unless memory is short (--accum)
+            for part in index[rank::processes].tensor_split(args.accum):
+                batch = pairs.batch(part)
+                tokens, mask, p, ref, tau_b = (z.to(args.device) for z in (*batch[:3], ref_logp[batch.rows], tau[part]))
+                with M.autocast(model, args.dtype):
+                    logp = sequence_logp(tokens, mask, mean=args.logp == "mean")  # (2B,)
+                h = margin(logp, ref)                                             # (B,)
+                loss = loss_of(h, p, tau_b).sum() / len(index)                    # () mean over the whole batch
+                parts["scaler"].scale(loss * processes).backward()                # loss.backward(), but for float16
+                seen.append(torch.stack([logp.detach(), ref]).view(2, 2, -1))
+            if not update():
+                rows = ", ".join(map(str, pairs.line[index[:20]].tolist())) + ", ..." * (len(index) > 20)
+                raise M.Stopped(f"step {step}: the loss or its gradient is not finite, on the pairs {rows} (lines of a "
+                                f"file); what was saved before stays; lower {LOWER}")
+            if step % args.log_every == 0 or step == args.steps:
+                every = ref.new_zeros(2, 2, len(index)).cpu()
+                every[..., rank::processes] = torch.cat(seen, -1).cpu()
+                logp, ref = M.total(every, args.device).flatten(1)  # (2B,), (2B,)
+                log(step, measure(logp, ref, pairs.p[index], tau[index], args))
+            stop = M.total(torch.tensor(float(len(caught))), args.device) > 0  # of any process
+            if stop or step == args.steps or args.save_every and step % args.save_every == 0:
+                save(step, parts)
+            if stop and step < args.steps:
+                raise Interrupted((caught or [signal.SIGTERM])[0], f"stopped after step {step} of {args.steps}")
 
 
 # ---------------------------------------------------------------------------------------------------------- measurement
@@ -236,7 +273,7 @@ def check_start(model, pairs, ref_logp, args):
     due = START.get(args.loss, (target(pairs.p, args.tau, worth(args)) ** 2).mean().item())
     why = "loss at h = 0" if args.loss in START else "mean of target^2"
     print(f"step 0: loss {loss:.6g}, theory {due:.6g} ({why})")
-    rounding = (2e-2 if args.dtype == "bfloat16" else 1e-5) * (1 + ref.abs().max().item())
+    rounding = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}[args.dtype] * (1 + ref.abs().max().item())
     if not (off <= rounding and abs(loss - due) <= 1e-5 * due + off * (off + 2 * due ** 0.5 + 4 * args.tau)):
         raise M.Stopped(f"step 0: margins up to {off:.3g} nats where pi = ref has 0, or the loss is not theory's; "
                         "the cached reference is not the policy that training starts from, or a loss was edited")
@@ -302,7 +339,7 @@ def show_pairs(title, model, pairs, tokenizer, args, ref=None):
     of each row."""
     grey, plain = ("\033[90m", "\033[0m") if sys.stdout.isatty() else ("", "")
     rows = torch.stack([pairs.chosen, pairs.rejected], 1)[:args.show].flatten().tolist()
-    scores = [M.token_scores(model, pairs, row) for row in rows]
+    scores = [M.token_scores(model, pairs, row, args.dtype) for row in rows]
     print(f"\nfirst {len(rows) // 2} pairs, {title} of each token in nats" if rows else "", end="\n" * bool(rows))
     for i, (row, (ids, logp)) in enumerate(zip(rows, scores)):
         if i % 2 == 0:
@@ -442,9 +479,10 @@ def stopwatch():
     return lap, seconds
 
 
-def prepare(args, generator):
-    """(world or None, rows: a world's or the training pairs', held-out pairs or None, tokenizer, model)."""
-    saved, extra = M.load_model(args.init_from) if args.init_from else (None, {})
+def prepare(args, generator, start):
+    """(world or None, rows: a world's or the training pairs', held-out pairs or None, tokenizer, model, what else
+    `start` holds): the model is that of `start`, a file, folder or hub id, if it is not ''."""
+    saved, extra = M.load_model(start) if start else (None, {})
     needs, world, held = D.WORLDS.get(args.data), None, None
     if saved:
         vars(args).update({size: getattr(saved.config, size) for size in SIZES}, tokenizer=extra["tokenizer"])
@@ -464,20 +502,48 @@ def prepare(args, generator):
         data, held = D.split(D.encode(source, tokenizer, config.block_size), args.holdout, generator)
         print(f"data: {len(data.p):,} pairs to train on, {len(held.p):,} held out; no prompt is in both")
     vars(config).update({size: getattr(args, size) for size in SIZES if size != "block_size"})
-    return world, data, held, tokenizer, M.place(saved or M.GPT(config), args.device, args.grad_checkpoint)
+    return world, data, held, tokenizer, M.place(saved or M.GPT(config), args.device, args.grad_checkpoint), extra
 
 
-def open_folders(runs):
-    """Makes the --out of each run (of a grid: the whole first), says if there is one already, and writes the flags."""
+FILES = ("config.json", "ref.pt", "ckpt.pt", "metrics.jsonl", "report.json", "runs.png", "actions.png", "psi.png")
+
+
+def refuse_taken(folders, args):
+    """Raises D.Refused if one of these folders holds a run that is neither gone on with nor to be replaced."""
+    taken = [folder for folder in folders if any(os.path.exists(f"{folder}/{name}") for name in FILES)]
+    if taken and not args.overwrite and not args.resume and M.process()[0] == 0:
+        raise D.Refused(f"--out {taken[0]}: holds a run; go on with it (--resume), replace it (--overwrite) or name "
+                        "another folder")
+
+
+def write_json(path, value):
+    """In one step: whatever interrupts it, the file is the old one or the new one."""
+    if M.process()[0] == 0:
+        with open(f"{path}.tmp", "w") as file:
+            json.dump(value, file, indent=1)
+        os.replace(f"{path}.tmp", path)
+
+
+def open_folders(runs, need=0):
+    """Makes the --out of each run (of a grid: the whole first), with room for `need` bytes, removes an earlier run's
+    files (--overwrite) and writes the flags. Raises D.Refused before anything is changed."""
+    if M.process()[0]:
+        return
     try:
         for folder in filter(None, (folder for one in runs for folder in (one.out, one.export))):
             os.makedirs(folder, exist_ok=True)  # all of them, before anything is written
-        if os.path.exists(f"{runs[0].out}/report.json"):
-            print(f"{runs[0].out}/ holds an earlier run; files of the same name are replaced, others stay")
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(13, "Permission denied")
+        folder = runs[0].out
+        if (free := shutil.disk_usage(folder).free) < need:
+            raise D.Refused(f"--out {folder}: {free / 2**30:.2f} GiB are free and checkpoints take up to "
+                            f"{need / 2**30:.2f}; make room or name a folder on another disk")
         for one in runs:
             folder = one.out
-            with open(f"{folder}/config.json", "w") as file:
-                json.dump(vars(one) | {"torch": torch.__version__}, file, indent=1)
+            for name in FILES if one.overwrite and not one.resume else ():
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(f"{folder}/{name}")
+            write_json(f"{folder}/config.json", vars(one) | {"torch": torch.__version__})
     except OSError as error:
         raise D.Refused(f"{folder}: {error.strerror}; name a folder that can be written (--out, --export)") from None
 
@@ -487,9 +553,8 @@ def fit_reference(model, world, data, args, generator):
     if args.sft_steps:
         n = 2 * args.batch_size
         rows = world.sample(n * args.sft_steps, generator) if world else data.pair_rows()
-        update = M.descent(model, args.sft_steps, args.sft_lr)
         bar = tqdm(D.batches(len(rows), n, args.sft_steps, generator), "sft", args.sft_steps, disable=None, leave=False)
-        first, last = M.finetune(model, data, rows, bar, update, args.dtype, args.accum)
+        first, last = M.finetune(model, data, rows, bar, args.sft_steps, args.sft_lr, args.dtype, args.accum)
         print(f"sft: {args.sft_steps} steps, {first:.3f} -> {last:.3f} nats per response token")
 
 
@@ -542,17 +607,15 @@ class Problem(NamedTuple):
     held: D.PairData | None
     ref_logp: torch.Tensor     # (R,)
     tokenizer: object          # a tiktoken encoding, or D.HuggingFaceTokenizer
-
-
-LOWER = "--lr, or take a --tau or --gamma nearer to 1"
+    digest: str                # of the data and the model that training starts from
 
 
 def train_one(model, problem, args, generator, write):
-    """One loss at one tau, from the reference; calls write(line) at every logged step. Returns (report, the lines,
-    seconds per stage)."""
-    world, ref, pairs, held, ref_logp, tokenizer = problem
+    """One loss at one tau, from the reference or (--resume) from the last checkpoint; calls write(line) at every logged
+    step. Returns (report, the lines, seconds per stage)."""
+    world, ref, pairs, held, ref_logp, tokenizer, digest = problem
     lap, seconds = stopwatch()
-    shown, kind = (held, "eval") if held and len(held.p) else (pairs, "eval of the training pairs")
+    evaluated, kind = (held, "eval") if held and len(held.p) else (pairs, "eval of the training pairs")
     if world:
         exact = solve(world, ref, pairs, args)
         evaluate = lambda: exact.evaluate(distribution(model, world, args))
@@ -560,26 +623,31 @@ def train_one(model, problem, args, generator, write):
             n = measure(exact.ratios(exact.final).float(), torch.zeros(()), pairs.p, args.tau, args)
             print(f"expected at the end: loss {n['loss']:.4f}, h {n['h']:+.2f} ± {n['h_std']:.2f}, win {n['win']:.2f}")
     else:
-        ref_shown = ref_logp[shown.pair_rows()]
-        evaluate = lambda: measure(score_pairs(model, shown, args), ref_shown, shown.p, args.tau, args)
+        ref_shown = ref_logp[evaluated.pair_rows()]
+        evaluate = lambda: measure(score_pairs(model, evaluated, args), ref_shown, evaluated.p, args.tau, args)
     print_card(args)
     check_start(model, pairs, ref_logp, args)
     report, rows = {"before": evaluate()}, pairs.pair_rows()
     lines = [{"step": 0, "eval": report["before"]}]
-    tokens = (pairs.start[rows + 1] - pairs.start[rows]).float().mean().item() * 2 * args.batch_size  # in a step
-    picked = [int(shown.chosen[(shown.prompt == x).nonzero()[0, 0]]) for x in shown.prompt.unique()[:3]]
+    step_tokens = (pairs.start[rows + 1] - pairs.start[rows]).float().mean().item() * 2 * args.batch_size  # in a step
+    picked = [int(evaluated.chosen[(evaluated.prompt == x).nonzero()[0, 0]]) for x in evaluated.prompt.unique()[:3]]
     prompts = [pairs.prompt_ids(row) for row in picked]
     texts = [[M.continuation(model, x, tokenizer, args) for x in prompts]]
     token_ref = show_pairs("log ref", model, pairs, tokenizer, args)
-    if not world:
-        need = M.memory(model, pairs, -(-args.batch_size // args.accum), args.dtype)
-        print(f"memory: about {sum(need.values()) / 2**30:.2f} GiB for the longest batch ("
-              + ", ".join(f"{what} {size / 2**30:.2f}" for what, size in need.items()) + ") and what torch takes")
+    state = load_state(model, f"{args.out}/ckpt.pt", digest) if args.resume else None
+    if state:
+        lines, begin = state["lines"], state["step"]
+        print(f"resumed after step {begin}")
+        for line in lines[1:]:
+            write({"run": [args.loss, args.tau], **line})
+    else:
+        begin = 0
+    before = lines[-1].get("seconds", 0.0)  # of training, until now
     lap("evaluation")
 
     def log(step, numbers):
         lap("training")
-        now, extra = evaluate(), f" | {tokens * step / seconds['training'] / 1e3:.1f}k tok/s"
+        now, extra = evaluate(), f" | {step_tokens * (step - begin) / seconds['training'] / 1e3:.1f}k tok/s"
         M.check_finite(model, LOWER, numbers["loss"], now["kl_ref" if world else "loss"])
         if world:
             gap = math.inf if now["kl_opt"] is None else now["kl_opt"]
@@ -587,17 +655,22 @@ def train_one(model, problem, args, generator, write):
         log_line("step", step, args, numbers, extra)
         if not world:
             log_line(kind, step, args, now)
-        lines.append({"step": step, "seconds": seconds["training"], **numbers, "eval": now})
+        lines.append({"step": step, "seconds": before + seconds["training"], **numbers, "eval": now})
         write({"run": [args.loss, args.tau], **lines[-1]})
         lap("evaluation")
 
+    def save(step, parts):
+        M.check_finite(model, LOWER)
+        cuda = torch.cuda.get_rng_state_all() if args.device == "cuda" else []
+        M.save_checkpoint(f"{args.out}/ckpt.pt", model, tokenizer=tokenizer.name, step=step, lines=lines, digest=digest,
+                          random=[torch.get_rng_state(), *cuda], **{k: v.state_dict() for k, v in parts.items()})
+
     order = D.batches(len(pairs.p), args.batch_size, args.steps, generator)
-    train(model, pairs, ref_logp, torch.full((len(pairs.p),), args.tau), order, args, log)
-    M.save_checkpoint(f"{args.out}/ckpt.pt", model, tokenizer=tokenizer.name)
+    train(model, pairs, ref_logp, torch.full((len(pairs.p),), args.tau), order, args, log, save, state)
     if not world and (peak := M.peak_memory(args.device)):
         whose = "of the GPU" if args.device == "cuda" else "the whole process"
         print(f"memory: at most {peak / 2**30:.2f} GiB so far, {whose}")
-    if args.export:
+    if args.export and M.process()[0] == 0:
         M.export(model, args.export, tokenizer.eot_token)
         D.save_tokenizer(tokenizer, args.export)
         print(f"exported for AutoModelForCausalLM.from_pretrained: {args.export}/")
@@ -607,10 +680,25 @@ def train_one(model, problem, args, generator, write):
     if world:
         report |= exact.expected
         report_world(report, exact, distribution(model, world, args), problem, args)
-    for x, reference, policy in zip(prompts, *texts):
-        print(f"\n{tokenizer.decode(x)[-200:]!r}\n  reference {reference!r}\n  policy    {policy!r}")
+    for x, before, after in zip(prompts, *texts):
+        print(f"\n{tokenizer.decode(x)[-200:]!r}\n  reference {before!r}\n  policy    {after!r}")
     lap("evaluation")
     return report, lines, seconds
+
+
+def load_state(model, path, digest):
+    """What a checkpoint of this run holds beside the weights, which go into the model; None if there is none yet."""
+    if not os.path.exists(path):
+        return None
+    saved, state = M.load_checkpoint(path)
+    if state.get("digest") != digest:
+        raise D.Refused(f"--resume: {path} belongs to another run than ref.pt beside it; restore it, or start anew "
+                        "with --overwrite")
+    model.load_state_dict(saved.state_dict())
+    torch.set_rng_state(state["random"][0])
+    if len(state["random"]) > 1 and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["random"][1:])
+    return state
 
 
 def report_world(report, exact, logp, problem, args):
@@ -632,33 +720,56 @@ def run(args):
     several runs each has a folder in --out for its flags and checkpoint."""
     torch.manual_seed(args.seed)
     generator, (lap, seconds), results = torch.Generator().manual_seed(args.seed), stopwatch(), {}
-    world, pairs, held, tokenizer, model = prepare(args, generator)
     several = len(args.loss) * len(args.tau) > 1
+    name = lambda loss, tau: args.out + f"/{loss}-{tau:g}" * several
+    refuse_taken([args.out, *itertools.starmap(name, itertools.product(args.loss, args.tau))], args)
+    begun = args.resume and os.path.exists(f"{args.out}/ref.pt")
+    if args.resume and not begun:
+        print(f"{args.out}/ holds no reference yet; starting from the beginning")
+    start = f"{args.out}/ref.pt" if begun else args.init_from
+    world, pairs, held, tokenizer, model, extra = prepare(args, generator, start)
     grid = [argparse.Namespace(**vars(args) | {
-        "loss": loss, "tau": tau, "logp": "mean" if loss == "simpo" else args.logp,
-        "out": args.out + f"/{loss}-{tau:g}" * several}) for loss, tau in itertools.product(args.loss, args.tau)]
+        "loss": loss, "tau": tau, "logp": "mean" if loss == "simpo" else args.logp, "out": name(loss, tau)})
+        for loss, tau in itertools.product(args.loss, args.tau)]
     for one in grid:  # weights from Hugging Face go back there
         theirs = args.init_from and not (args.init_from.endswith(".pt") or os.path.isfile(args.init_from))
         one.export = args.export or f"{one.out}/export" * bool(theirs)
     labels = torch.cat([pairs.p, held.p]) if held else world.pstar if args.labels == "soft" else torch.ones(1)
     for one in grid:
         check_targets(labels, one)
-    open_folders([args] * several + grid)
+    digest = lambda: M.digest(pairs, held, [torch.tensor(bytearray(name.encode())) for name in model.state_dict()],
+                              model.state_dict().values())
+    if begun and extra.get("digest") != digest():
+        raise D.Refused(f"--resume: --data {args.data} is not what the run in {args.out}/ was made with, or its ref.pt "
+                        "has been replaced; restore it, or start anew with --overwrite")
+    size = sum(p.numel() * p.element_size() for p in model.parameters())  # of ref.pt; ckpt.pt: 3, and as many as .tmp
+    open_folders([args] * several + grid, need=0 if begun else (4 + 3 * len(grid)) * size)
+    if not world:
+        need = M.memory(model, pairs, -(-args.batch_size // args.accum), args.dtype)
+        print(f"memory: about {sum(need.values()) / 2**30:.2f} GiB for the longest batch ("
+              + ", ".join(f"{what} {size / 2**30:.2f}" for what, size in need.items()) + ") and what torch takes")
     lap("setup")
-    fit_reference(model, world, pairs, args, generator)
-    ref, ref_logp = None, reference(model, pairs, torch.arange(len(pairs.prompt_len)), args)  # (R,)
-    M.save_checkpoint(f"{args.out}/ref.pt", model, tokenizer=tokenizer.name)
+    ref = None
+    if begun:
+        ref_logp = extra["ref_logp"]
+        generator.set_state(extra["generator"])
+    else:
+        fit_reference(model, world, pairs, args, generator)
+        ref_logp = reference(model, pairs, torch.arange(len(pairs.prompt_len)), args)  # (R,)
+        M.save_checkpoint(f"{args.out}/ref.pt", model, tokenizer=tokenizer.name, ref_logp=ref_logp, digest=digest(),
+                          generator=generator.get_state())
     if world:
         ref, pairs = pose(model, world, args, generator)
     lap("reference")
     start, order = copy.deepcopy(model.state_dict()), generator.get_state()
-    with open(f"{args.out}/metrics.jsonl", "w", buffering=1) as metrics:  # 1: line by line
+    unchanged = digest()
+    with open(os.devnull if M.process()[0] else f"{args.out}/metrics.jsonl", "w", buffering=1) as metrics:  # 1: by line
         write = lambda line: metrics.write(json.dumps(line) + "\n")
         for one in grid:
             print(f"\n{one.loss}, tau {one.tau:g}" * several)
             model.load_state_dict(start)
             torch.manual_seed(args.seed)  # for dropout
-            problem = Problem(world, ref, pairs, held, ref_logp * (one.loss != "simpo"), tokenizer)
+            problem = Problem(world, ref, pairs, held, ref_logp * (one.loss != "simpo"), tokenizer, unchanged)
             try:
                 report, lines, more = train_one(model, problem, one, generator.set_state(order), write)
             except M.Stopped:
@@ -680,10 +791,9 @@ def finish(results, world, ref, seconds, args):
         print_grid(results)
     else:
         reports = reports.popitem()[1]
-    if args.plot:
+    if args.plot and M.process()[0] == 0:
         plot_runs(results, best, args)
-    with open(f"{args.out}/report.json", "w") as file:
-        json.dump(reports | {"seconds": seconds}, file, indent=1)
+    write_json(f"{args.out}/report.json", reports | {"seconds": seconds})
     print("\nseconds: " + ", ".join(f"{stage} {s:.1f}" for stage, s in seconds.items())
           + f", total {sum(seconds.values()):.1f}; files in {args.out}/")
 
@@ -697,6 +807,7 @@ def bandit(args):
     taus = torch.tensor(args.tau).double().repeat_interleave(len(world.data.p) // K)  # (N,)
     for loss in args.loss:
         check_targets(world.data.p, argparse.Namespace(**vars(args) | {"loss": loss}))
+    refuse_taken([args.out], args)
     open_folders([args])
     print(f"bandit {args.data}: pairs {D.BANDITS[args.data]} (winner first), uniform reference, {S} seeds")
     for loss in args.loss:
@@ -740,14 +851,16 @@ def bandit(args):
 
 def bench(args):
     """Times args.steps steps on pairs in file order, at a constant rate, and writes nothing; prints one line of JSON.
-    Seconds per step are a median without the first two; total_s is everything but imports. floor_s: what the operations
-    that the pairs need take at the rate of large matrix products in this process; padding: its share of padded rows."""
+    Seconds per step are a median without the first two; total_s is everything but the imports above. floor_s: what the
+    operations that the pairs need take at the rate of large matrix products in this process; padding: its share of
+    padded rows."""
     begin = time.perf_counter()
-    args.loss, args.tau, args.log_every = args.loss[0], args.tau[0], 1
+    args.loss, args.tau, args.log_every, args.save_every = args.loss[0], args.tau[0], 1, 0
+    args.logp = "mean" if args.loss == "simpo" else args.logp
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     with contextlib.redirect_stdout(sys.stderr):
-        world, pairs, _, _, model = prepare(args, generator)
+        world, pairs, _, _, model, _ = prepare(args, generator, args.init_from)
         fit_reference(model, world, pairs, args, generator)
         pairs = pose(model, world, args, generator)[1] if world else pairs
     n = args.steps * args.batch_size
@@ -755,7 +868,8 @@ def bench(args):
         raise D.Refused(f"--bench: {args.steps} steps of {args.batch_size} pairs need {n:,} pairs and there are "
                         f"{len(pairs.p):,}; lower --steps or --batch_size")
     pairs = pairs.select(torch.arange(n))
-    ref_logp = reference(model, pairs, pairs.pair_rows().unique(), args)
+    check_targets(pairs.p, args)
+    ref_logp = reference(model, pairs, pairs.pair_rows().unique(), args) * (args.loss != "simpo")
     losses, marks, order = [], [], torch.arange(n).split(args.batch_size)
 
     def log(step, numbers):
@@ -786,10 +900,16 @@ def sample(args):
     model, extra = M.load_model(args.init_from or f"{args.out}/ckpt.pt")
     tokenizer, V = D.get_tokenizer(extra["tokenizer"], model.config.vocab_size), model.config.vocab_size
     for text in (line.rstrip("\n") for line in sys.stdin) if args.sample == "-" else [args.sample]:
-        if args.chat and not hasattr(tokenizer, "chat"):
-            raise D.Refused("--chat needs the chat template of a Hugging Face model; leave it out")
-        prompt = (tokenizer.chat([{"role": "user", "content": text}], [])[0] if args.chat else
-                  getattr(tokenizer, "start", []) + tokenizer.encode_ordinary(text) or [tokenizer.eot_token])
+        try:
+            text.encode()
+            if args.chat and not hasattr(tokenizer, "chat"):
+                raise D.Refused("--chat needs the chat template of a Hugging Face model; leave it out")
+            prompt = (tokenizer.chat([{"role": "user", "content": text}], [])[0] if args.chat else
+                      getattr(tokenizer, "start", []) + tokenizer.encode_ordinary(text)) or [tokenizer.eot_token]
+        except UnicodeEncodeError:
+            raise D.Refused(f"--sample {text!a}: not UTF-8; write it in UTF-8") from None
+        except D.Refused as error:
+            raise D.Refused(f"--sample {text!a}: {error}") from None
         if max(prompt) >= V:
             known = " ".join(repr(tokenizer.decode([i])) for i in range(V) if i != tokenizer.eot_token)
             raise D.Refused(f"--sample {text!r}: holds a word outside this model's vocabulary; it knows {known}")
@@ -852,6 +972,9 @@ FLAGS = [  # flag; type or choices; default in a world, in a bandit, for a file,
     ("sft_steps", count, 200, NA, 400, NA, "maximum-likelihood steps that make the reference (--init_from: 0)"),
     ("sft_lr", positive_number, 3e-3, NA, 1e-3, NA, "peak learning rate of those"),
     ("log_every", natural, 200, 50, 50, NA, "steps from one log line to the next"),
+    ("save_every", natural, 500, NA, 100, NA, "steps from one checkpoint to the next; one is made after the last, too"),
+    ("resume", bool, False, NA, False, NA, "go on with the run in --out, with its flags; --steps may be raised"),
+    ("overwrite", bool, False, False, False, NA, "replace the run in --out, which is refused otherwise"),
     ("plot", bool, False, False, False, NA, "draw the runs, and what they must reach, as PNG files in --out"),
     ("bench", bool, False, NA, False, NA, "time the steps, in file order at a constant rate; a line of JSON, no files"),
     ("n_layer", natural, 1, NA, 4, NA, "blocks"),
@@ -860,7 +983,8 @@ FLAGS = [  # flag; type or choices; default in a world, in a bandit, for a file,
     ("block_size", number(int, 3), NA, NA, 256, NA, "context in tokens; a world fixes its own"),
     ("dropout", number(float, 0, 0.9), 0.0, NA, 0.0, NA, "share of activations dropped in training"),
     ("device", ["auto", "cpu", "cuda", "mps"], "auto", NA, "auto", "auto", "auto: cuda if found, else mps, else cpu"),
-    ("dtype", ["float32", "bfloat16"], "float32", NA, "float32", NA, "of matrix products; weights, log-probs: float32"),
+    ("dtype", ["float32", "bfloat16", "float16"], "float32", NA, "float32", NA,
+     "of matrix products; weights, log-probs: float32"),
     ("seed", number(int, 0, 2**32 - 1), 0, 0, 0, 0, "fixes weights, data, order and samples"),
     ("show", count, 0, NA, 0, NA, "print so many pairs token by token, before training and after"),
     ("chat", bool, NA, NA, NA, False, "the text is a user's message, for the model's chat template"),
@@ -871,7 +995,7 @@ FLAGS = [  # flag; type or choices; default in a world, in a bandit, for a file,
 ]
 
 
-def parse(argv=None):
+def parse(argv):
     """The arguments of a run: each flag that was given is honoured or refused by name, with exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
@@ -882,13 +1006,15 @@ def parse(argv=None):
         how |= {"nargs": "+", "action": "extend"} if flag in ("loss", "tau") else {}
         parser.add_argument(f"--{flag}", **how, help=f"{meaning} [{shown}]")
     given = vars(parser.parse_args(argv))
+    if "resume" in given:
+        return resumed(given, parser)
     data = given.get("data", "bt")
     task = "sample" if "sample" in given else "world" if data in D.WORLDS else "bandit" if data in D.BANDITS else "file"
     defaults = {flag: values[list(TASKS).index(task)] for flag, kind, *values, meaning in FLAGS}
     for flag in given:
         if defaults[flag] is NA and (flag, task) != ("data", "file"):
             parser.error(f"--{flag} means nothing {TASKS[task]}; leave it out")
-    args = argparse.Namespace(task=task, **defaults | given)
+    args = argparse.Namespace(task=task, command=list(argv), **defaults | given)
     for flag in given.keys() & {"loss", "tau"}:
         names = [f"{value:g}" if flag == "tau" else value for value in given[flag]]  # what folders are called
         if len(set(names)) < len(names):
@@ -906,6 +1032,12 @@ def parse(argv=None):
         parser.error(f"--batch_size 0 means nothing {TASKS[task]}; give a whole number >= 1")
     if task in ("world", "file") and args.accum > args.batch_size:
         parser.error(f"--accum {args.accum}: a batch of {args.batch_size} pairs has not as many parts; lower it")
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+    if processes > 1 and (task in ("bandit", "sample") or args.bench):
+        parser.error("several processes (torchrun) are for training in a world or on a file; start it with python")
+    if processes > 1 and args.batch_size < processes * args.accum:
+        parser.error(f"--batch_size {args.batch_size} is less than --accum {args.accum} x {processes} processes; raise "
+                     "it")
     if args.bench:
         if len(args.loss) * len(args.tau) > 1:
             parser.error("--bench times one run; give one --loss and one --tau")
@@ -935,16 +1067,57 @@ def parse(argv=None):
     return args
 
 
-def main(argv=None):
-    """The command line. Exit status 0; 1 if a run had to stop, 2 for bad input, with one line on standard error."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal or pipe may lack a sample's characters
-    args = parse(argv)
+def resumed(given, parser):
+    """The arguments of the run in --out, whose command line its config.json holds; only --steps may be raised."""
+    out = given.get("out", "out")
     try:
-        (bench if args.bench else {"sample": sample, "bandit": bandit}.get(args.task, run))(args)
-    except (D.Refused, M.BadCheckpoint, M.Stopped) as error:
-        print(f"ipo.py: {error}", file=sys.stderr)
-        return 1 if isinstance(error, M.Stopped) else 2
-    return 0
+        with open(f"{out}/config.json") as file:
+            args = parse([flag for flag in json.load(file)["command"] if flag != "--overwrite"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(f"--resume: {out}/config.json is not that of a run ({type(error).__name__}); name the --out of a "
+                     "run, of a grid the folder of the whole")
+    for flag in given.keys() - {"resume", "out"}:
+        if flag != "steps" and given[flag] != getattr(args, flag):
+            parser.error(f"--{flag} {given[flag]} contradicts the run in {out}/, which has {getattr(args, flag)}; "
+                         "leave it out")
+    if given.get("steps", args.steps) < args.steps:
+        parser.error(f"--steps {given['steps']}: the run in {out}/ has {args.steps}; --resume can only raise them")
+    args.command = [*args.command, "--steps", str(given["steps"])] if "steps" in given else args.command
+    vars(args).update(resume=True, out=out, steps=given.get("steps", args.steps))
+    return args
+
+
+def main(argv=None):
+    """The command line. Exit status 0; 1 if a run had to stop, 2 for bad input, 130 and 143 after Ctrl-C and SIGTERM,
+    with one line on standard error."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal or pipe may lack a sample's characters
+    args = parse(sys.argv[1:] if argv is None else argv)
+
+    def interrupt(number):
+        raise Interrupted(number, "stopped before training, nothing to go on from")
+
+    with signals(interrupt):
+        try:
+            M.join(args.device)
+            if M.process()[0]:
+                sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+            (bench if args.bench else {"sample": sample, "bandit": bandit}.get(args.task, run))(args)
+            return 0
+        except (D.Refused, M.BadCheckpoint) as error:
+            status, message = 2, error
+        except M.Stopped as error:
+            status, message = 1, error
+        except OSError as error:  # a disk that fills up between checkpoints, an output pipe that closes
+            status, message = 1, f"{error.filename or args.out}: {error.strerror}; what was saved before stays"
+        except Interrupted as error:
+            status, message = 128 + error.args[0], error.args[1]
+        finally:
+            if M.process()[1] > 1:
+                torch.distributed.destroy_process_group()
+    if status > 2 and os.path.exists(f"{args.out}/ref.pt"):
+        message += f"; go on with: python ipo.py --resume --out {args.out}"
+    print(f"ipo.py: {message}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """A GPT with GPT-2's names and (up to a transpose) shapes, log-probs of responses, SFT, sampling, checkpoint files.
 
-Nothing here knows what a preference is. Sizes: N rows, T tokens in a row, C channels, V vocabulary.
+Nothing here trains on a preference. Sizes: N rows, of which M differ, T tokens in a row, C channels, V vocabulary, U
+distinct prefixes of rows, S scored tokens, L tokens of a response.
 """
+import hashlib
 import json
 import logging
 import math
@@ -68,7 +70,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = config.dropout
 
-    def forward(self, x):  # (N,T,C) -> (N,T,C)
+    def forward(self, x):  # (N,T,C) -> (N,T,C), or (U,C) -> (U,C)
         return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), self.dropout, self.training)
 
 
@@ -82,7 +84,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, shared=None):  # (N,T,C) -> (N,T,C)
+    def forward(self, x, shared=None):  # (N,T,C) -> (N,T,C); with a Shared: (U,C) -> (U,C)
         x = x + self.attn(self.ln_1(x), shared)
         return x + self.mlp(self.ln_2(x))
 
@@ -93,17 +95,17 @@ class Shared:
     attention alone sees rows. Nothing is approximated: sorted rows show which prefixes are equal."""
 
     def __init__(self, tokens, real):  # (N,T), (N,T) True where the row is not padding
-        rows, self.back = tokens.masked_fill(~real, -1).unique(dim=0, return_inverse=True)  # (M,T) sorted, (N,)
+        rows, self.back = tokens.masked_fill(~real, -1).unique(dim=0, return_inverse=True)  # (M,T) sorted; (N,) into it
         new = torch.ones_like(rows, dtype=torch.bool)
         new[1:] = (rows[1:] != rows[:-1]).cumsum(1) > 0       # neighbours share a prefix up to where they first differ
         new &= rows >= 0
         self.first = new.flatten().nonzero()[:, 0]            # (U,) in the flat rows
         self.tokens, self.position = rows.flatten()[self.first], self.first % tokens.shape[1]  # (U,)
         number = new.flatten().cumsum(0).view_as(new) - 1
-        self.where = number.masked_fill(~new, 0).cummax(0).values  # (M,T) which prefix stands there; padding: any
+        self.where = number.masked_fill(~new, 0).cummax(0).values  # (M,T) the last new one above; on padding: any
 
-    def spread(self, x):  # (U,C) -> (M,T,C)
-        return F.embedding(self.where, x)
+    def spread(self, x):  # (U,C) -> (M,T,C); gradients of many rows must not be summed in bfloat16
+        return F.embedding(self.where, x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
 
     def gather(self, x):  # (M,T,C) -> (U,C)
         return F.embedding(self.first, x.flatten(0, 1))
@@ -164,7 +166,8 @@ class Pretrained(nn.Module):
         super().__init__()
         self.model, text = model, model.config.get_text_config()
         self.cap = getattr(text, "final_logit_softcapping", None)  # Gemma 2
-        self.config = GPTConfig(min(getattr(text, "max_position_embeddings", None) or 4096, 4096),
+        self.config = GPTConfig(min(  # only its sizes, for those who ask; blocks are transformers' own
+            getattr(text, "max_position_embeddings", None) or 4096, 4096),
                                 model.get_output_embeddings().weight.shape[0], text.num_hidden_layers,
                                 text.num_attention_heads, text.hidden_size)
         for module in model.modules():  # log-probs must be those of one function; --dropout is GPT's own
@@ -238,7 +241,7 @@ def load_model(name):
     """(model, extra) of a checkpoint file, or of a Hugging Face folder or hub id, whose tokenizer has the same name."""
     if name.endswith(".pt") or os.path.isfile(name):
         return load_checkpoint(name)
-    return load_pretrained(name), {"tokenizer": name}
+    return load_pretrained(name), {"tokenizer": os.path.abspath(name) if os.path.isdir(name) else name}
 
 
 def export(model, folder, eot):
@@ -253,6 +256,10 @@ def export(model, folder, eot):
             resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout, tie_word_embeddings=c.tied,
             bos_token_id=eot, eos_token_id=eot))
         hf.load_state_dict(transposed(model.state_dict()), strict=False)
+    ends = hf.generation_config.eos_token_id
+    if eot not in (ends if isinstance(ends, list) else [ends]):
+        print(f"exported: texts end with token {eot}, the tokenizer's, not with {ends}, the model's")
+        hf.config.eos_token_id = hf.generation_config.eos_token_id = eot
     hf.save_pretrained(folder)
 
 
@@ -302,7 +309,7 @@ def sequence_logp(model, tokens, mask, mean=False):  # (N,T), (N,T) -> (N,)
     assert not mask[:, 0].any(), "mask[:,0] must be 0: nothing precedes the first token, so nothing predicts it"
     assert mask[:, 1:].any(1).all(), "a row has no response token to score"
     row, t = mask[:, 1:].nonzero(as_tuple=True)               # (S,) S scored tokens, at t + 1 in `tokens` ...
-    real = mask[:, 1:].flip(1).cumsum(1).flip(1) > 0          # (N,T-1) up to the last of its row
+    real = mask[:, 1:].flip(1).cumsum(1).flip(1) > 0          # (N,T-1) where a later token is scored
     x = model.hidden(tokens[:, :-1], real)[row, t]            # (S,C) ... each predicted at t: the shift by one
     logp = token_logp(model, x, tokens[row, t + 1])           # (S,)
     total = logp.new_zeros(len(tokens)).index_add(0, row, logp)  # (N,)
@@ -310,12 +317,13 @@ def sequence_logp(model, tokens, mask, mean=False):  # (N,T), (N,T) -> (N,)
 
 
 @torch.no_grad()
-def token_scores(model, data, row):  # -> (L,) ids of the response, (L,) their log-probs, both on the CPU
+def token_scores(model, data, row, dtype):  # -> (L,) ids of the response, (L,) their log-probs, both on the CPU
     """What `sequence_logp` sums, for one row of data (a data.PairData)."""
     model.eval()
     tokens, mask = (z.to(model.device) for z in data.rows(torch.tensor([row])))
     ids = tokens[mask]
-    return ids.cpu(), token_logp(model, model.hidden(tokens[:, :-1])[mask[:, 1:]], ids).cpu()
+    with autocast(model, dtype):
+        return ids.cpu(), token_logp(model, model.hidden(tokens[:, :-1])[mask[:, 1:]], ids).cpu()
 
 
 def memory(model, data, pairs, dtype):
@@ -323,16 +331,19 @@ def memory(model, data, pairs, dtype):
 
     Weights, gradients and Adam's two moments, float32, are 16 bytes a parameter, 18 with a bfloat16 copy. For its
     backward pass a block keeps 13 C numbers for each distinct token and 4 C for each place in the padded rows (or,
-    recomputed, its input alone). CHUNK rows of logits stand as themselves, their log-softmax and its gradient."""
+    recomputed, its input alone); what the last hands on has C, too. CHUNK rows of logits stand as themselves, their
+    log-softmax and its gradient."""
     length = data.start.diff()
     prompt, chosen, rejected = data.prompt_len[data.chosen], length[data.chosen], length[data.rejected]
-    longest = (chosen + rejected).argsort(descending=True)[:pairs]
+    longest = (chosen + rejected).argsort(descending=True)
+    longest = longest.repeat(-(-pairs // len(longest)))[:pairs]
     prompt, chosen, rejected = prompt[longest], chosen[longest], rejected[longest]
     places = 2 * len(longest) * max(chosen.max(), rejected.max())
     distinct = (chosen + rejected - prompt).sum() if isinstance(model, GPT) else places
     c, scored, width = model.config, (chosen + rejected - 2 * prompt).sum(), 4 if dtype == "float32" else 2
     block = c.n_embd * (13 * distinct + 4 * places) * width
     blocks = c.n_layer * c.n_embd * distinct * 4 + block if model.recompute else c.n_layer * block
+    blocks += 8 * c.n_embd * places  # what the last block hands on, and its gradient
     parameters = sum(p.numel() for p in model.parameters())
     sizes = {"weights, gradients, Adam": (16 if width == 4 else 18) * parameters, "activations": blocks,
              "logits": min(scored, CHUNK) * (c.head_size or c.vocab_size) * 12}
@@ -346,7 +357,8 @@ def flops(model, data, pairs):
     prompt, chosen, rejected = (z[pairs].double() for z in (
         data.prompt_len[data.chosen], length[data.chosen], length[data.rejected]))
     head = model.model.get_output_embeddings() if isinstance(model, Pretrained) else getattr(model, "lm_head", None)
-    matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)} | ({head.weight} if head else set())
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2 and p not in tables)
     c = model.config
     linear = 6 * matrices * (chosen + rejected - prompt).sum()
     attention = 6 * c.n_layer * c.n_embd * (chosen ** 2 + rejected ** 2 - prompt ** 2).sum()
@@ -397,41 +409,95 @@ def place(model, device, recompute=False):
     return model.to(device)
 
 
+def process():
+    """(number of this process, how many there are): (0, 1) unless torchrun started several."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if several else (0, 1)
+
+
+def join(device):
+    """Meets the other processes, if torchrun started several (its variables are all that is read from outside)."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+
+
+def total(x, device="cpu"):
+    """The sum of x over all processes, on the CPU; x itself if there is one."""
+    if process()[1] > 1:
+        torch.distributed.all_reduce(x := x.to(device))
+    return x.cpu()
+
+
+class Scored(nn.Module):
+    """`sequence_logp` as the forward pass of a module."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens, mask, mean=False):  # (N,T), (N,T) -> (N,)
+        return sequence_logp(self.model, tokens, mask, mean)
+
+
+def parallel(model):
+    """`sequence_logp` of this model; with several processes its gradients become their mean over them."""
+    scored = Scored(model)
+    return nn.parallel.DistributedDataParallel(scored) if process()[1] > 1 else scored
+
+
 def autocast(model, dtype):
-    """Context: matrix products in `dtype` ("float32", "bfloat16"); weights, log-probs and losses stay float32."""
+    """Context: matrix products in `dtype` (float32, bfloat16, float16); weights, log-probs and losses stay float32."""
     return torch.autocast(model.device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
 
 @torch.no_grad()
 def score(model, data, rows, batch, dtype="float32", mean=False):  # (R,) -> (R,), on the CPU
-    """`sequence_logp` of rows of data (a data.PairData), without gradient or dropout, `batch` rows of like length at a
-    time."""
+    """`sequence_logp` of rows of data (a data.PairData), without gradient or dropout, `batch` rows at a time; rows with
+    equal prompts stay together, to share them. Several processes take turns."""
     model.eval()
-    logp = torch.empty(len(rows), dtype=next(model.parameters()).dtype)
-    for part in (data.start[rows + 1] - data.start[rows]).argsort(stable=True).split(batch):
+    rank, processes = process()
+    logp = torch.zeros(len(rows), dtype=next(model.parameters()).dtype)
+    for part in data.prompt_len[rows].argsort(stable=True).split(batch)[rank::processes]:
         tokens, mask = (z.to(model.device) for z in data.rows(rows[part]))
         with autocast(model, dtype):
             logp[part] = sequence_logp(model, tokens, mask, mean).cpu()
-    return logp
+    return total(logp, model.device)
 
 
-def descent(model, steps, lr, constant=False, clip=1.0):
-    """A function that takes a step on the gradients that are there, and clears them: AdamW, gradient norm at most
-    `clip`, lr up for 50 steps or half of all, then linearly down to 0. constant: that lr throughout, and Adam's usual
-    beta_2."""
+def descent(model, steps, lr, constant=False, clip=1.0, dtype="float32"):
+    """(update, parts). update() takes a step on the gradients that are there and clears them: AdamW, gradient norm at
+    most `clip`, lr up for 50 steps or half of all, then linearly down to 0 (constant: that lr throughout, and Adam's
+    usual beta_2); False, and no step, if they are not finite. parts: what has a state to save. Gradients must be those
+    of parts["scaler"].scale(loss): float16 would round small ones to 0; for other dtypes that is the loss itself."""
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.999 if constant else 0.99), weight_decay=0.0,
                                   fused=True)
     warmup = min(50, steps // 2)
-    factor = lambda s: 1.0 if constant else min((s + 1) / (warmup + 1), (steps - s) / (steps - warmup))
+    factor = lambda s: 1.0 if constant else max(0.0, min((s + 1) / (warmup + 1), (steps - s) / (steps - warmup)))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    scaler = torch.amp.GradScaler(model.device.type, init_scale=2.0 ** 10, enabled=dtype == "float16")
 
     def update():
-        if clip < math.inf:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        schedule.step()
+        scaler.unscale_(optimizer)
+        finite = nn.utils.clip_grad_norm_(model.parameters(), clip).isfinite().item()
+        if finite or scaler.is_enabled() and scaler.get_scale() > 1:  # it skips the step, and scales less from then on
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            finite = True
         optimizer.zero_grad()
-    return update
+        return finite
+    return update, {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+
+
+def restore(parts, state):
+    """Gives `descent`'s parts the states that a checkpoint holds; the rate is that of the schedule as it is now."""
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    schedule = parts["schedule"]
+    for group, base, factor in zip(parts["optimizer"].param_groups, schedule.base_lrs, schedule.lr_lambdas):
+        group["lr"] = base * factor(schedule.last_epoch)
 
 
 def check_finite(model, flag, *values):
@@ -441,23 +507,27 @@ def check_finite(model, flag, *values):
         raise Stopped(f"training diverged: weights or what they compute are not finite, and not saved; lower {flag}")
 
 
-def finetune(model, data, rows, batches, update, dtype, accum=1):
+def finetune(model, data, rows, batches, steps, lr, dtype, accum=1):
     """SFT: maximum likelihood on batches (indices) of rows, in `accum` parts each; the first and last loss, in nats per
     response token."""
-    losses = []
+    (update, parts), losses, (rank, processes) = descent(model, steps, lr, dtype=dtype), [], process()
+    sequence_logp = parallel(model)
     for index in batches:
         model.train()
-        batch, losses = rows[index], losses + [0.0]
+        batch, loss_here = rows[index], torch.zeros(())
         scored = (data.start[batch + 1] - data.start[batch] - data.prompt_len[batch]).sum().item()
-        for part in batch.chunk(accum):
+        for part in batch[rank::processes].tensor_split(accum):
             tokens, mask = (z.to(model.device) for z in data.rows(part))
             with autocast(model, dtype):
-                loss = -sequence_logp(model, tokens, mask).sum() / scored
-            loss.backward()
-            losses[-1] += loss.detach()
-        update()
-    check_finite(model, "--sft_lr", losses[-1].item())
-    return losses[0].item(), losses[-1].item()
+                loss = -sequence_logp(tokens, mask).sum() / scored
+            parts["scaler"].scale(loss * processes).backward()  # processes average their gradients
+            loss_here = loss_here + loss.detach().cpu()
+        losses.append(total(loss_here).item())
+        if not update():
+            raise Stopped(f"sft step {len(losses)}: loss {losses[-1]:.4g} or its gradient is not finite; nothing is "
+                          "saved; lower --sft_lr")
+    check_finite(model, "--sft_lr", losses[-1])
+    return losses[0], losses[-1]
 
 
 @torch.no_grad()
@@ -484,8 +554,8 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
 
 
 def continuation(model, prompt, tokenizer, args):
-    """A text sampled after `prompt` (ids), as args.temperature, top_k, max_new_tokens say. args.seed and the prompt fix
-    the draws, so two models' texts differ by the models."""
+    """A text sampled after `prompt` (ids), as args.temperature, top_k, top_p and max_new_tokens say. args.seed and the
+    prompt fix the draws, so two models' texts differ by the models."""
     generator = torch.Generator().manual_seed(args.seed + sum(prompt))
     ids = generate(model, prompt, args.max_new_tokens, args.temperature, args.top_k, args.top_p, tokenizer.eot_token,
                    generator)
@@ -493,15 +563,36 @@ def continuation(model, prompt, tokenizer, args):
 
 
 def save_checkpoint(path, model, **extra):
-    """Writes config, weights and `extra` (plain values); an older file at `path` stays until the new one is whole."""
+    """Writes config, weights and `extra` (plain values, tensors) in one step: whatever interrupts it, `path` is the old
+    file or the new one, whole. Only the first process writes. Raises Stopped if the disk is full, say."""
+    if process()[0]:
+        return
     if isinstance(model, Pretrained):
         extra["transformers"] = model.model.config.to_json_string(use_diff=False)
-    torch.save({"config": asdict(model.config), "model": model.state_dict(), **extra}, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            torch.save({"config": asdict(model.config), "model": model.state_dict(), **extra}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        kept = "what it held before is still there" if os.path.exists(path) else "there is none from before"
+        raise Stopped(f"{path}: cannot be written ({why}); {kept}; make room, then --resume") from None
+
+
+def digest(*groups):
+    """A short name of groups of tensors (None: none), equal if all are equal bit for bit."""
+    hashed = hashlib.sha256()
+    for tensor in (t for group in groups if group is not None for t in group):
+        hashed.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return hashed.hexdigest()[:16]
 
 
 def load_checkpoint(path):
-    """(GPT on the CPU, extra) from `save_checkpoint`'s file: tensors and plain values; nothing in it is executed."""
+    """(GPT or Pretrained on the CPU, extra) from `save_checkpoint`'s file: tensors and plain values; nothing in it is
+    executed."""
     try:
         extra = torch.load(path, map_location="cpu", weights_only=True)
         assert isinstance(extra["tokenizer"], str)

@@ -12,8 +12,10 @@ import os
 import pathlib
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from argparse import Namespace
 
 import numpy as np
@@ -67,7 +69,7 @@ def cli(*args, folder, process=False):
 def options(**flags):
     """The arguments of a run in a world, as the command line would make them, on the CPU."""
     return Namespace(**{"task": "world", "loss": "ipo", "tau": 0.2, "psi": "yours", "label_noise": 0.1, "gamma": 0.1, "logp": "sum", "labels": "hard",
-                        "noise": 0.0, "mu": "uniform", "batch_size": 256, "dtype": "float32", "device": "cpu", "log_every": 1, "accum": 1, "bench": False} | flags)
+                        "noise": 0.0, "mu": "uniform", "batch_size": 256, "dtype": "float32", "device": "cpu", "log_every": 1, "accum": 1, "bench": False, "save_every": 0} | flags)
 
 
 SHORT = "--steps 20 --pairs 2000 --sft_steps 5 --batch_size 32 --log_every 10".split()
@@ -625,7 +627,7 @@ def test_a_refused_grid_leaves_an_earlier_run_alone(tmp_path):
     assert cli(*SHORT, "--loss", "ipo", "dpo", folder=tmp_path).returncode == 0
     kept = (tmp_path / "out/ipo-0.2/config.json").read_bytes(), (tmp_path / "out/config.json").read_bytes()
     (tmp_path / "out/slic-0.2").write_text("in the way")
-    run = cli(*SHORT, "--loss", "ipo", "slic", "--seed", 7, folder=tmp_path)
+    run = cli(*SHORT, "--loss", "ipo", "slic", "--seed", 7, "--overwrite", folder=tmp_path)
     assert run.returncode == 2 and "out/slic-0.2: File exists" in run.stderr and run.stderr.count("\n") == 1
     assert ((tmp_path / "out/ipo-0.2/config.json").read_bytes(), (tmp_path / "out/config.json").read_bytes()) == kept
 
@@ -654,14 +656,32 @@ def test_pairs_cannot_be_drawn_from_a_reference_that_always_says_the_same():
         D.build_world("bt").draw(10, mu, "hard", 0.0, torch.Generator())
 
 
-def test_divergence_stops_the_run_and_saves_nothing(tmp_path):
-    """Exit status 1 and one line; the checkpoint of the run before is still there and whole."""
-    assert cli(*SHORT, folder=tmp_path).returncode == 0
-    kept = (tmp_path / "out/ckpt.pt").read_bytes(), (tmp_path / "out/ref.pt").read_bytes()
-    for flag, value in (("--lr", "1e30"), ("--sft_lr", "1e30"), ("--lr", "1e10")):  # 1e10: finite weights, infinite logits
-        run = cli(*SHORT, flag, value, folder=tmp_path)
-        assert run.returncode == 1 and f"lower {flag}" in run.stderr and run.stderr.count("\n") == 1
-    assert ((tmp_path / "out/ckpt.pt").read_bytes(), (tmp_path / "out/ref.pt").read_bytes()) == kept
+def test_divergence_stops_the_run_and_keeps_what_was_saved(tmp_path):
+    """Exit status 1 and one line that names step and pairs; nothing that is not finite is saved, and what was before stays."""
+    for i, (flag, value) in enumerate([("--lr", "1e30"), ("--sft_lr", "1e30"), ("--lr", "1e10")]):  # 1e10: infinite logits
+        run = cli(*SHORT, flag, value, "--out", f"o{i}", folder=tmp_path)
+        assert run.returncode == 1 and f"lower {flag}" in run.stderr and run.stderr.count("\n") == 1, run.stderr
+        assert not (tmp_path / f"o{i}/ckpt.pt").exists() and (tmp_path / f"o{i}/ref.pt").exists() == (flag == "--lr")
+    lines = [pair(f"good {i}", f"bad {i}", f"question {i}?") for i in range(30)]
+    path = write(tmp_path / "pairs.jsonl", "", *lines)  # pair i stands in line i + 2
+    flags = ["--data", path, "--tokenizer", "bytes", "--holdout", 0, "--sft_steps", 1, "--steps", 20, "--batch_size", 4, "--save_every", 2]
+    margin, calls = ipo.margin, []
+
+    def poisoned(logp, ref):
+        calls.append(1)
+        return margin(logp, ref) * (math.nan if logp.requires_grad and sum(1 for c in calls) > 12 else 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ipo, "margin", poisoned)
+        run = cli(*flags, folder=tmp_path)
+    step, rows = re.search(r"step (\d+): the loss or its gradient is not finite, on the pairs ([\d, ]+) \(lines of a file\)", run.stderr).groups()
+    assert run.returncode == 1 and 2 < int(step) < 20 and len(rows.split(",")) == 4
+    state = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    assert state["step"] == (int(step) - 1) // 2 * 2 and all(w.isfinite().all() for w in state["model"].values())
+    generator = torch.Generator().manual_seed(0)
+    encoded = D.split(D.encode(D.iter_jsonl(path), D.get_tokenizer("bytes"), 256), 0.0, generator)[0]
+    generator.set_state(torch.load(tmp_path / "out/ref.pt", weights_only=True)["generator"])
+    batch = list(D.batches(30, 4, 20, generator))[int(step) - 1]
+    assert [int(r) for r in rows.split(",")] == encoded.line[batch].tolist() == (batch + 2).tolist()
 
 
 def test_same_seed_same_weights(tmp_path):
@@ -708,7 +728,8 @@ def test_scoring_drops_nothing_out():
 def test_the_learning_rate_rises_and_falls_to_zero():
     """Under a constant gradient Adam moves by the learning rate: a third, two thirds, all of it, a half, for four steps."""
     model = torch.nn.Linear(1, 1, bias=False)
-    update, path = M.descent(model, 4, 0.1), [model.weight.item()]
+    model.device = torch.device("cpu")
+    (update, _), path = M.descent(model, 4, 0.1), [model.weight.item()]
     for _ in range(4):
         model.weight.sum().backward()
         update()
@@ -765,18 +786,17 @@ def test_a_file_of_pairs_trains_from_start_to_samples(tmp_path):
     """Held-out evaluation is labelled; --logp mean, bfloat16 and DPO run; a second run starts from the first's reference."""
     path = some_pairs(tmp_path)
     for more in ([], ["--logp", "mean"], ["--loss", "dpo", "--dtype", "bfloat16"], ["--holdout", 0]):
-        run = cli("--data", path, *JSONL_RUN, *more, folder=tmp_path)
+        run = cli("--data", path, *JSONL_RUN, *more, "--overwrite", folder=tmp_path)
         assert run.returncode == 0, run.stderr
         assert ("\neval     3/6 |" in run.stdout) == ("--holdout" not in more)
         assert ("\neval of the training pairs     3/6 |" in run.stdout) == ("--holdout" in more)
         assert f"step 0: loss {'0.693147, theory 0.693147' if 'dpo' in more else '25, theory 25'}" in run.stdout
-    again = cli("--data", path, "--init_from", "out/ref.pt", "--steps", 6, "--batch_size", 4, folder=tmp_path)
+    again = cli("--data", path, "--init_from", "out/ref.pt", "--steps", 6, "--batch_size", 4, "--out", "again", folder=tmp_path)
     assert again.returncode == 0 and "sft:" not in again.stdout, again.stderr
-    assert "out/ holds an earlier run; files of the same name are replaced, others stay" in again.stdout
     kept = json.loads((tmp_path / "out/config.json").read_text())
     assert (kept["n_embd"], kept["block_size"], kept["tokenizer"]) == (16, 64, "bytes")
     assert cli("--sample", "question 1?", "--max_new_tokens", 5, folder=tmp_path).returncode == 0
-    wrong = cli("--init_from", "out/ref.pt", folder=tmp_path)
+    wrong = cli("--init_from", "out/ref.pt", "--out", "new", folder=tmp_path)
     assert wrong.returncode == 2 and "its model is for tokenizer 'bytes'" in wrong.stderr
 
 
@@ -1050,7 +1070,7 @@ def test_the_papers_protocol_in_small(tmp_path, monkeypatch):
         assert [c.get_ydata()[-1].item() for c in curves] == pytest.approx(report[f"{loss}-{tau}"]["after"]["pi"])
         assert [d.get_ydata()[0] for d in dashed] == report[f"{loss}-{tau}"]["optimum"]["pi"]
     assert [a.get_title() for a in figures["actions.png"].axes] == ["ipo, tau 0.1", "dpo, tau 0.1", "ipo, tau 0.5", "dpo, tau 0.5"]
-    still = cli("--data", "d3", "--tau", 0.5, "--steps", 50, "--batch_size", 0, folder=tmp_path)
+    still = cli("--data", "d3", "--tau", 0.5, "--steps", 50, "--batch_size", 0, "--overwrite", folder=tmp_path)
     assert still.returncode == 0 and json.loads((tmp_path / "out/report.json").read_text())["after"]["pi"] == pytest.approx([1 / 3] * 3)
 
 
@@ -1113,7 +1133,7 @@ def test_the_mean_forms_fixed_point_in_a_world():
 def test_expected_numbers_are_those_of_the_minimiser(tmp_path):
     """`expected at the end` is reached, in either form of log pi: loss and margin of the last steps lie around it."""
     for more in (["--logp", "mean"], []):
-        run = cli("--data", "lengths", "--tau", 1, "--labels", "soft", "--pairs", 20000, "--steps", 150, "--log_every", 30, *more, folder=tmp_path)
+        run = cli("--data", "lengths", "--tau", 1, "--labels", "soft", "--pairs", 20000, "--steps", 150, "--log_every", 30, *more, "--overwrite", folder=tmp_path)
         due = float(re.search(r"expected at the end: loss +([\d.]+)", run.stdout)[1])
         lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
         assert np.mean([line["loss"] for line in lines[-3:]]) == pytest.approx(due, rel=0.35, abs=1e-4), run.stdout
@@ -1172,16 +1192,16 @@ def test_the_psi_card(tmp_path):
 def test_a_psi_that_is_not_odd_is_said_to_be(tmp_path, monkeypatch):
     """sqrt: its odd part is optimised; the report measures against that (labels) and against its own optimum."""
     monkeypatch.setattr(ipo, "psi", torch.sqrt)
-    run = cli(*SHORT, "--labels", "soft", folder=tmp_path)
+    run = cli("--overwrite", *SHORT, "--labels", "soft", folder=tmp_path)
     assert "only its odd part, (Psi(q) - Psi(1-q))/2, is optimised" in run.stdout
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["labels"]["kl_opt"] > 1e-4 and report["labels"]["kl_fit"] == pytest.approx(0, abs=1e-9) and report["after"]["kl_fit"] > 0
     for psi in ("tanh", "yours"):  # of sqrt, too, hard labels see sqrt(1) - sqrt(0) only
-        assert "a coin flip stands for p*" in cli(*SHORT, "--psi", psi, folder=tmp_path).stdout
-    assert "divided by length" in cli(*SHORT, "--logp", "mean", folder=tmp_path).stdout
-    other = cli(*SHORT, "--loss", "savage", "--logp", "mean", folder=tmp_path).stdout
+        assert "a coin flip stands for p*" in cli("--overwrite", *SHORT, "--psi", psi, folder=tmp_path).stdout
+    assert "divided by length" in cli("--overwrite", *SHORT, "--logp", "mean", folder=tmp_path).stdout
+    other = cli("--overwrite", *SHORT, "--loss", "savage", "--logp", "mean", folder=tmp_path).stdout
     assert "this loss has an optimum of its own, not computed" in other and "nearest" not in other
-    assert "labels =" not in cli(*SHORT, "--psi", "identity", folder=tmp_path).stdout
+    assert "labels =" not in cli("--overwrite", *SHORT, "--psi", "identity", folder=tmp_path).stdout
 
 
 # -------------------------------------------------------------------------------------------- Hugging Face's weights
@@ -1358,7 +1378,7 @@ def test_tokenizer_and_model_must_match(tmp_path):
     assert run.returncode == 2 and "its tokenizer has 257 ids, its model reads only 200" in run.stderr
     hugging_face(tmp_path / "bare", tokenizer=False)
     run = cli("--data", "pairs.jsonl", "--init_from", "bare", folder=tmp_path)
-    assert run.returncode == 2 and "--init_from bare: its tokenizer cannot be loaded" in run.stderr and run.stderr.count("\n") == 1
+    assert run.returncode == 2 and "bare: its tokenizer cannot be loaded" in run.stderr and run.stderr.count("\n") == 1
 
 
 def test_gpt2s_ids_have_gpt2s_tokenizer(tmp_path, monkeypatch, capsys):
@@ -1389,7 +1409,7 @@ def test_samples_begin_with_what_the_model_expects(tmp_path, monkeypatch):
     calls, checkpoint = [], torch.utils.checkpoint.checkpoint
     monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *args, **kw: calls.append(1) or checkpoint(*args, **kw))
     for more in ([], ["--grad_checkpoint"]):
-        run = cli("--data", some_pairs(tmp_path), "--init_from", "in", "--steps", 2, "--batch_size", 4, *more, folder=tmp_path)
+        run = cli("--data", some_pairs(tmp_path), "--init_from", "in", "--steps", 2, "--batch_size", 4, *more, "--overwrite", folder=tmp_path)
         assert run.returncode == 0 and len(calls) == (4 if more else 0), run.stderr
 
 
@@ -1465,7 +1485,7 @@ def test_the_readme_quotes_the_code():
 def test_the_readme_explains_every_flag_and_no_other():
     flags = {row[0] for row in ipo.FLAGS}
     assert flags == set(re.findall(r"--([a-z_]+)", README)) & flags
-    assert set(re.findall(r"--([a-z_]+)", README)) <= flags | {"help"} and "@" not in README
+    assert set(re.findall(r"--([a-z_]+)", README)) <= flags | {"help", "nproc_per_node"} and "@" not in README
 
 
 BANDIT = "--steps 20 --seeds 2 --log_every 10".split()
@@ -1548,7 +1568,7 @@ def test_a_template_without_end_of_text_gets_one(tmp_path):
 
 
 @pytest.mark.parametrize("template, pair, message", [
-    (None, CHAT_PAIRS[0], "pairs.jsonl:1: it is a list of messages, and this model's tokenizer has no chat template"),
+    (None, CHAT_PAIRS[0], "pairs.jsonl:1: the model's tokenizer has no chat template"),
     (CHATML, {"prompt": [USER], "chosen": [{"role": "assistant", "content": "a<|im_end|>"}], "rejected": [TALK[1]]},
      "pairs.jsonl:1: a message holds '<|im_end|>', which the chat template would make a control token; remove it"),
     ("{{ raise_exception('no system here') }}", CHAT_PAIRS[0], "pairs.jsonl:1: the model's chat template refuses these messages (no system here); mend their roles or order"),
@@ -1573,7 +1593,7 @@ def test_conversations_that_cannot_be_used_are_named(tmp_path, template, pair, m
 def test_messages_need_a_model_with_a_template(tmp_path):
     (tmp_path / "pairs.jsonl").write_text(json.dumps(CHAT_PAIRS[0]))
     run = cli("--data", "pairs.jsonl", "--tokenizer", "bytes", folder=tmp_path)
-    assert run.returncode == 2 and "pairs.jsonl:1: it is a list of messages, which needs the chat template of a" in run.stderr
+    assert run.returncode == 2 and "pairs.jsonl:1: it holds messages, which need the chat template of a" in run.stderr
     run = cli("--data", "bt", *SHORT, folder=tmp_path)
     assert "--chat needs the chat template" in cli("--sample", "Hi", "--chat", folder=tmp_path).stderr
 
@@ -1688,7 +1708,7 @@ def test_estimated_activations_are_those_that_are_kept(dtype, recompute):
     torch.manual_seed(0)
     model = M.place(M.GPT(M.GPTConfig(64, 11, 6, 2, 48)), "cpu", recompute).train()
     rows = [([i // 2] * 20, [i + 2] * n) for i, n in enumerate((20, 31, 9, 40))]
-    pairs = D.PairData(*D.pack(rows), torch.tensor([0, 2]), torch.tensor([1, 3]), torch.ones(2), torch.arange(2))
+    pairs = D.PairData(*D.pack(rows), torch.tensor([0, 2]), torch.tensor([1, 3]), torch.ones(2), torch.arange(2), torch.arange(2))
     pairs = pairs._replace(tokens=pairs.tokens.clone())
     weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
@@ -1755,3 +1775,255 @@ def test_bytes_export_as_gpt2_with_its_own_end_of_text(tmp_path):
     assert run.returncode == 0
     config, hf = transformers.AutoConfig.from_pretrained(tmp_path / "hf"), transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert config.eos_token_id == hf.eos_token_id == D.get_tokenizer("bytes").eot_token and hf.decode(hf.encode("h\u00e9")) == "h\u00e9"
+
+
+# -------------------------------------------------------------------------------------------------- a run to be trusted
+
+WORLD_RUN = "--steps 24 --pairs 2000 --sft_steps 5 --batch_size 32 --log_every 6 --save_every 5 --dropout 0.1".split()
+FILE_RUN = ("--data pairs.jsonl --tokenizer bytes --steps 12 --sft_steps 3 --batch_size 4 --log_every 4 --save_every 5 --n_layer 1 --n_embd 16"
+            " --n_head 2 --block_size 64 --accum 2 --dropout 0.1").split()
+
+
+def outcome(folder):
+    """What a run left, without its times: weights, optimiser, log, report, metrics."""
+    state = torch.load(folder / "ckpt.pt", weights_only=True)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    report = json.loads((folder / "report.json").read_text())
+    report.pop("seconds"), [line.pop("seconds") for line in lines]
+    optimizer = [value for slot in state["optimizer"]["state"].values() for value in slot.values()]
+    return M.digest(state["model"].values(), optimizer), lines, report, state["step"]
+
+
+def killed_in(function, at):
+    """Stands in for ipo.M.save_checkpoint: the at-th save is the last thing that happens, half done."""
+    calls = []
+
+    def save(path, *args, **more):
+        calls.append(path)
+        if len(calls) == at:
+            pathlib.Path(f"{path}.tmp").write_bytes(b"half")
+            raise SystemExit(9)
+        return function(path, *args, **more)
+    return save
+
+
+@pytest.mark.parametrize("flags", [WORLD_RUN, FILE_RUN, ["--loss", "ipo", "simpo", *WORLD_RUN]], ids=["world", "file", "grid"])
+def test_a_resumed_run_is_the_same_run(tmp_path, flags):
+    """Killed during its 1st to 5th save, at the reference, in the middle, in a later run of a grid: resumed, it ends with the same
+    weights, optimiser, metrics, report and samples, bit for bit, as the run that nothing interrupted."""
+    some_pairs(tmp_path)
+    whole = cli(*flags, "--out", "whole", folder=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    folders = sorted(p.parent.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").glob("**/ckpt.pt"))
+    samples = lambda run: run.stdout[run.stdout.rindex("step    "):run.stdout.index("\nseconds:")].split("\n\n", 1)[1]
+    for at in (1, 2, 4) if len(folders) == 1 else (3, 8):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ipo.M, "save_checkpoint", killed_in(M.save_checkpoint, at))
+            assert cli(*flags, "--out", f"o{at}", folder=tmp_path).returncode == 9
+        resumed = cli("--resume", "--out", f"o{at}", folder=tmp_path)
+        assert resumed.returncode == 0, resumed.stderr
+        assert ("resumed after step" in resumed.stdout) == (at > 2)
+        assert samples(resumed) == samples(whole)
+        for name in folders:
+            a, b = (torch.load(tmp_path / out / name / "ckpt.pt", weights_only=True) for out in ("whole", f"o{at}"))
+            assert M.digest(a["model"].values()) == M.digest(b["model"].values()) and a["step"] == b["step"]
+        if len(folders) == 1:
+            assert outcome(tmp_path / "whole") == outcome(tmp_path / f"o{at}")
+
+
+def test_kill_9_loses_nothing(tmp_path):
+    """Processes that are killed at two moments of training: what is on the disk is whole, and the resumed run is the same run."""
+    flags = [*WORLD_RUN, "--steps", "400", "--save_every", "1", "--log_every", "100"]
+    assert cli(*flags, "--out", "whole", folder=tmp_path).returncode == 0
+    for i, step in enumerate((20, 150)):
+        code = "import sys, ipo; ipo.psi = lambda q: q; sys.exit(ipo.main())"
+        process = subprocess.Popen([sys.executable, "-c", code, *flags, "--out", f"o{i}"], cwd=tmp_path, stdout=subprocess.DEVNULL,
+                                   env=os.environ | {"PYTHONPATH": str(HERE)})
+        saved = tmp_path / f"o{i}/ckpt.pt"
+        while process.poll() is None and not (saved.exists() and torch.load(saved, weights_only=True)["step"] >= step):
+            time.sleep(0.005)
+        process.kill()
+        assert process.wait() == -9
+        assert cli("--resume", "--out", f"o{i}", folder=tmp_path).returncode == 0
+        assert outcome(tmp_path / "whole") == outcome(tmp_path / f"o{i}")
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_and_saves(tmp_path, monkeypatch, number, status):
+    """Ctrl-C and SIGTERM: the step is done and saved, one line says how to go on, the handlers of before are back."""
+    assert cli(*WORLD_RUN, "--out", "whole", folder=tmp_path).returncode == 0
+    before, calls, batch = signal.getsignal(number), [], D.PairData.batch
+
+    def third(pairs, index):
+        calls.append(1)
+        if len(calls) == 8:
+            os.kill(os.getpid(), number)
+        return batch(pairs, index)
+    with monkeypatch.context() as patch:
+        patch.setattr(D.PairData, "batch", third)
+        run = cli(*WORLD_RUN, folder=tmp_path)
+    assert run.returncode == status and signal.getsignal(number) == before
+    assert run.stderr == "ipo.py: stopped after step 8 of 24; go on with: python ipo.py --resume --out out\n"
+    assert torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["step"] == 8
+    assert cli("--resume", folder=tmp_path).returncode == 0 and outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(ipo, "fit_reference", lambda *_: os.kill(os.getpid(), number))
+        early = cli(*WORLD_RUN, "--out", "early", folder=tmp_path)
+    assert early.returncode == status and early.stderr == "ipo.py: stopped before training, nothing to go on from\n"
+
+
+def test_steps_may_be_raised(tmp_path):
+    """The longer schedule from then on; the optimiser's moments are kept; the run says what it is."""
+    assert cli(*WORLD_RUN, folder=tmp_path).returncode == 0
+    rates, step = [], torch.optim.AdamW.step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", lambda self, *a: (rates.append(self.param_groups[0]["lr"]), step(self, *a))[1])
+        run = cli("--resume", "--steps", 30, folder=tmp_path)
+    assert run.returncode == 0 and "resumed after step 24" in run.stdout and outcome(tmp_path / "out")[3] == 30
+    assert rates == pytest.approx([1.5e-3 * (30 - s) / 15 for s in range(24, 30)])
+    again = cli("--resume", folder=tmp_path)
+    assert again.returncode == 0 and "resumed after step 30" in again.stdout and "30/30" not in again.stdout
+
+
+REFUSED_RESUMES = {  # flags -> what the one line says
+    "--resume --tau 0.5": "--tau [0.5] contradicts the run in out/, which has [0.2]; leave it out",
+    "--resume --lr 0.1": "--lr 0.1 contradicts the run in out/, which has 0.0015; leave it out",
+    "--resume --steps 20": "--steps 20: the run in out/ has 24; --resume can only raise them",
+    "--resume --out nowhere": "--resume: nowhere/config.json is not that of a run (FileNotFoundError); name the --out of a run",
+    "--resume --data d1": "--data d1 contradicts the run in out/, which has bt; leave it out",
+    "--steps 5": "--out out: holds a run; go on with it (--resume), replace it (--overwrite) or name another folder",
+    "--data d1": "--out out: holds a run; go on with it (--resume), replace it (--overwrite) or name another folder"}
+
+
+def test_what_contradicts_a_run_is_refused(tmp_path):
+    """One line each, and the run's files are as they were."""
+    assert cli(*WORLD_RUN, folder=tmp_path).returncode == 0
+    kept = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for command, message in REFUSED_RESUMES.items():
+        run = cli(*command.split(), folder=tmp_path)
+        assert run.returncode == 2 and run.stderr.startswith(f"ipo.py: {message}") and run.stderr.count("\n") == 1, (command, run.stderr)
+    assert cli("--resume", "--tau", 0.2, "--out", "out", folder=tmp_path).returncode == 0  # flags that agree
+    for path in kept:
+        assert path.name in ("report.json", "metrics.jsonl", "config.json") or path.read_bytes() == kept[path]
+    assert cli(*WORLD_RUN, "--overwrite", "--seed", 1, folder=tmp_path).returncode == 0
+    assert (tmp_path / "out/ckpt.pt").read_bytes() != kept[tmp_path / "out/ckpt.pt"]
+
+
+def test_changed_data_and_foreign_checkpoints_are_refused(tmp_path):
+    """Another pair in the file, a reference or a policy of another run, a checkpoint that was cut, a config that is none."""
+    path = pathlib.Path(some_pairs(tmp_path))
+    assert cli(*FILE_RUN, folder=tmp_path).returncode == 0 and cli(*FILE_RUN, "--seed", 1, "--out", "other", folder=tmp_path).returncode == 0
+    kept = {name: (tmp_path / "out" / name).read_bytes() for name in ("ref.pt", "ckpt.pt", "config.json")}
+
+    def refused(name, data, message):
+        (tmp_path / "out" / name).write_bytes(data)
+        run = cli("--resume", folder=tmp_path)
+        (tmp_path / "out" / name).write_bytes(kept[name])
+        assert run.returncode == 2 and message in run.stderr and run.stderr.count("\n") == 1, (message, run.stderr)
+    refused("ref.pt", (tmp_path / "other/ref.pt").read_bytes(), "--resume: --data pairs.jsonl is not what the run in out/ was made with, or its ref.pt has been replaced")
+    refused("ckpt.pt", (tmp_path / "other/ckpt.pt").read_bytes(), "out/ckpt.pt belongs to another run than ref.pt beside it")
+    refused("ckpt.pt", kept["ckpt.pt"][:1000], "out/ckpt.pt: not a nanoIPO checkpoint, or a damaged one")
+    refused("ref.pt", b"", "out/ref.pt: not a nanoIPO checkpoint, or a damaged one")
+    refused("config.json", b"{}", "out/config.json is not that of a run (KeyError)")
+    refused("config.json", b"[", "out/config.json is not that of a run (JSONDecodeError)")
+    path.write_text(path.read_text().replace("good 3", "good 33"))
+    run = cli("--resume", folder=tmp_path)
+    assert run.returncode == 2 and "--data pairs.jsonl is not what the run in out/ was made with" in run.stderr
+
+
+def test_a_checkpoint_executes_nothing(tmp_path):
+    """A pickle that would run code is refused unread."""
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "evil"),)
+    torch.save({"model": Evil(), "config": {}, "tokenizer": "bytes"}, tmp_path / "a.pt")
+    (tmp_path / "b.pt").write_bytes(pickle.dumps(Evil()))
+    for name in "a.pt", "b.pt":
+        run = cli("--init_from", name, folder=tmp_path)
+        assert run.returncode == 2 and "not a nanoIPO checkpoint" in run.stderr and not (tmp_path / "evil").exists()
+
+
+def test_a_full_disk_is_told_before_or_after(tmp_path, monkeypatch):
+    """Too little room is found before training; a save that fails names the file, and the checkpoint of before is whole."""
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: Namespace(free=1000))
+        run = cli(*WORLD_RUN, folder=tmp_path)
+    assert run.returncode == 2 and run.stderr.startswith("ipo.py: --out out: 0.00 GiB are free and checkpoints take up to") and not (tmp_path / "out/config.json").exists()
+    saved = []
+
+    def full(value, file):
+        saved.append(1)
+        if len(saved) == 4:
+            raise OSError(28, "No space left on device")
+        return save(value, file)
+    save = torch.save
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        run = cli(*WORLD_RUN, folder=tmp_path)
+    assert run.returncode == 1 and run.stderr == "ipo.py: out/ckpt.pt: cannot be written (No space left on device); what it held before is still there; make room, then --resume\n"
+    assert torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["step"] == 10
+    assert cli(*WORLD_RUN, "--out", "whole", folder=tmp_path).returncode == cli("--resume", folder=tmp_path).returncode == 0
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_starts_where_theory_says_and_ends_alike(tmp_path, dtype):
+    """Step 0 in every dtype; after 60 steps KL(pi||ref) within a tenth of float32's, log-probs in float32."""
+    flags = [*SHORT, "--steps", 60, "--pairs", 5000]
+    ends = {}
+    for name in "float32", dtype:
+        run = cli(*flags, "--dtype", name, "--out", name, folder=tmp_path)
+        assert run.returncode == 0 and "step 0: loss 6.25, theory 6.25" in run.stdout, run.stderr
+        ends[name] = json.loads((tmp_path / name / "report.json").read_text())["after"]
+    assert ends[dtype]["kl_ref"] == pytest.approx(ends["float32"]["kl_ref"], rel=0.1) and ends[dtype] != ends["float32"]
+    model, tokens = tiny(V=11, T=8), torch.randint(11, (2, 8))
+    with M.autocast(model, dtype):
+        assert M.sequence_logp(model, tokens, torch.arange(8).expand(2, 8) > 3).dtype == torch.float32
+
+
+def torchrun(processes, *args, folder):
+    code = "import sys, ipo; ipo.psi = lambda q: q; sys.exit(ipo.main())"
+    (folder / "start.py").write_text(code)
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", "start.py", *map(str, args)],
+                          cwd=folder, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+
+
+def test_two_processes_train_like_one(tmp_path):
+    """Same losses at the same global batch to 1e-5, an odd batch and --accum included; one process writes; what two began one can
+    finish."""
+    some_pairs(tmp_path)
+    flags = [*FILE_RUN, "--batch_size", 7, "--log_every", 1, "--dropout", 0]
+    assert cli(*flags, "--out", "one", folder=tmp_path).returncode == 0
+    two = torchrun(2, *flags, "--out", "two", folder=tmp_path)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("step 0: loss") == 1
+    (_, one, report, _), (_, both, other, _) = (outcome(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == len(both) == 12
+    for a, b in zip(one, both):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["chosen"] == pytest.approx(a["chosen"], abs=1e-4)
+    assert other["after"]["loss"] == pytest.approx(report["after"]["loss"], rel=1e-5)
+    more = cli("--resume", "--out", "two", "--steps", 14, folder=tmp_path), cli("--resume", "--out", "one", "--steps", 14, folder=tmp_path)
+    assert [run.returncode for run in more] == [0, 0]
+    assert outcome(tmp_path / "two")[1][-1]["loss"] == pytest.approx(outcome(tmp_path / "one")[1][-1]["loss"], rel=1e-4)
+
+
+def test_a_process_that_dies_ends_the_run(tmp_path):
+    """With a message and an exit status, not by waiting."""
+    some_pairs(tmp_path)
+    (tmp_path / "ipo_dies.py").write_text("")
+    code = ("import os, sys, ipo\nbatch = ipo.D.PairData.batch\ncalls = []\n"
+            "def dying(*a):\n    calls.append(1)\n    if len(calls) == 5 and os.environ['RANK'] == '1': os._exit(7)\n    return batch(*a)\n"
+            "ipo.D.PairData.batch = dying\nsys.exit(ipo.main())\n")
+    (tmp_path / "dies.py").write_text(code)
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "dies.py", *FILE_RUN, "--batch_size", "8"],
+                         cwd=tmp_path, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+    assert run.returncode != 0 and "exitcode" in run.stderr and "Traceback" not in run.stderr.split("torch.distributed")[0]
+
+
+@pytest.mark.parametrize("flags", ["--data d1", "--sample x", "--bench", "--batch_size 3 --accum 2"])
+def test_what_several_processes_cannot_do_is_refused(tmp_path, monkeypatch, flags):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    run = cli(*flags.split(), folder=tmp_path)
+    assert run.returncode == 2 and ("start it with python" in run.stderr or "less than --accum 2 x 2 processes" in run.stderr)
