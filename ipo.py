@@ -851,9 +851,10 @@ def bandit(args):
 
 def bench(args):
     """Times args.steps steps on pairs in file order, at a constant rate, and writes nothing; prints one line of JSON.
-    Seconds per step are a median without the first two; total_s is everything but the imports above. floor_s: what the
+    Seconds per step are a median without the first two; total_s is everything but imports. floor_s: what the
     operations that the pairs need take at the rate of large matrix products in this process; padding: its share of
     padded rows."""
+    M.quiet_transformers() if args.init_from else None  # imported before the clock starts
     begin = time.perf_counter()
     args.loss, args.tau, args.log_every, args.save_every = args.loss[0], args.tau[0], 1, 0
     args.logp = "mean" if args.loss == "simpo" else args.logp
@@ -1102,6 +1103,8 @@ def main(argv=None):
             if M.process()[0]:
                 sys.stdout = open(os.devnull, "w")  # the first process speaks for all
             (bench if args.bench else {"sample": sample, "bandit": bandit}.get(args.task, run))(args)
+            if M.process()[1] > 1:
+                torch.distributed.destroy_process_group()
             return 0
         except (D.Refused, M.BadCheckpoint) as error:
             status, message = 2, error
@@ -1111,10 +1114,11 @@ def main(argv=None):
             status, message = 1, f"{error.filename or args.out}: {error.strerror}; what was saved before stays"
         except Interrupted as error:
             status, message = 128 + error.args[0], error.args[1]
-        finally:
-            if M.process()[1] > 1:
-                torch.distributed.destroy_process_group()
-    if status > 2 and os.path.exists(f"{args.out}/ref.pt"):
+        except RuntimeError as error:
+            if M.process()[1] == 1:
+                raise
+            status, message = 1, f"process {M.process()[0]}: another has ended ({str(error).splitlines()[0][:80]})"
+    if (status > 2 or M.process()[1] > 1) and os.path.exists(f"{args.out}/ref.pt"):
         message += f"; go on with: python ipo.py --resume --out {args.out}"
     print(f"ipo.py: {message}", file=sys.stderr)
     return status

@@ -223,9 +223,10 @@ def load_pretrained(name):
         c.n_inner in (None, 4 * c.n_embd) and c.scale_attn_weights and not c.scale_attn_by_inverse_layer_idx
         and c.layer_norm_epsilon == 1e-5)
     if plain:
-        ours = GPT(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, tied=c.tie_word_embeddings))
+        with torch.device("meta"):  # no storage: the weights come below
+            ours = GPT(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, tied=c.tie_word_embeddings))
         state = transposed(model.state_dict())
-        ours.load_state_dict({key: state[key] for key in ours.state_dict()})
+        ours.load_state_dict({key: state[key] for key in ours.state_dict()}, assign=True)
         return ours
     ours, tokens = Pretrained(model.eval()), torch.arange(8)[None] % c.get_text_config().vocab_size
     with torch.no_grad():  # what sequence_logp takes for granted: logits = head(hidden), and no token sees a later one
