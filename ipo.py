@@ -630,19 +630,19 @@ def train_one(model, problem, args, generator, write):
     report, rows = {"before": evaluate()}, pairs.pair_rows()
     lines = [{"step": 0, "eval": report["before"]}]
     step_tokens = (pairs.start[rows + 1] - pairs.start[rows]).float().mean().item() * 2 * args.batch_size  # in a step
-    picked = [int(evaluated.chosen[(evaluated.prompt == x).nonzero()[0, 0]]) for x in evaluated.prompt.unique()[:3]]
-    prompts = [pairs.prompt_ids(row) for row in picked]
-    texts = [[M.continuation(model, x, tokenizer, args) for x in prompts]]
+    prompts = [evaluated.prompt_ids(int(evaluated.chosen[(evaluated.prompt == x).nonzero()[0, 0]]))
+               for x in evaluated.prompt.unique()[:3]]
+    samples = lambda: [M.continuation(model, x, tokenizer, args) for x in prompts]
+    texts = samples()
     token_ref = show_pairs("log ref", model, pairs, tokenizer, args)
     state = load_state(model, f"{args.out}/ckpt.pt", digest) if args.resume else None
+    begin = state["step"] if state else 0
     if state:
-        lines, begin = state["lines"], state["step"]
+        lines = state["lines"]
         print(f"resumed after step {begin}")
         for line in lines[1:]:
             write({"run": [args.loss, args.tau], **line})
-    else:
-        begin = 0
-    before = lines[-1].get("seconds", 0.0)  # of training, until now
+    spent = lines[-1].get("seconds", 0.0)  # on training, until now
     lap("evaluation")
 
     def log(step, numbers):
@@ -655,7 +655,7 @@ def train_one(model, problem, args, generator, write):
         log_line("step", step, args, numbers, extra)
         if not world:
             log_line(kind, step, args, now)
-        lines.append({"step": step, "seconds": before + seconds["training"], **numbers, "eval": now})
+        lines.append({"step": step, "seconds": spent + seconds["training"], **numbers, "eval": now})
         write({"run": [args.loss, args.tau], **lines[-1]})
         lap("evaluation")
 
@@ -675,12 +675,11 @@ def train_one(model, problem, args, generator, write):
         D.save_tokenizer(tokenizer, args.export)
         print(f"exported for AutoModelForCausalLM.from_pretrained: {args.export}/")
     report["after"] = evaluate()
-    texts.append([M.continuation(model, x, tokenizer, args) for x in prompts])
     show_pairs("log pi/ref", model, pairs, tokenizer, args, token_ref)
     if world:
         report |= exact.expected
         report_world(report, exact, distribution(model, world, args), problem, args)
-    for x, before, after in zip(prompts, *texts):
+    for x, before, after in zip(prompts, texts, samples()):
         print(f"\n{tokenizer.decode(x)[-200:]!r}\n  reference {before!r}\n  policy    {after!r}")
     lap("evaluation")
     return report, lines, seconds

@@ -224,7 +224,8 @@ def load_pretrained(name):
         and c.layer_norm_epsilon == 1e-5)
     if plain:
         with torch.device("meta"):  # no storage: the weights come below
-            ours = GPT(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, tied=c.tie_word_embeddings))
+            ours = GPT(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd,
+                                 tied=c.tie_word_embeddings))
         state = transposed(model.state_dict())
         ours.load_state_dict({key: state[key] for key in ours.state_dict()}, assign=True)
         return ours
