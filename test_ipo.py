@@ -1629,6 +1629,8 @@ def test_no_space_appears_before_a_response(tmp_path):
     _, prompt, chosen, rejected = D.pair_ids(D.Pair("Color?\n", "Blue", "red Blue"), tokenizer)
     assert show(prompt)[0] == "\u2581" and show(chosen) == ["Bl", "ue"] and show(rejected) == ["r", "e", "d", "\u2581Bl", "ue"]
     assert show(D.pair_ids(D.Pair("", "Blue", "red"), tokenizer)[2]) == ["\u2581Bl", "ue"]
+    tokenizer.hf.chat_template = "{{ messages[0].content }}\n{% if messages|length > 1 %}{{ messages[1].content }}{% endif %}"
+    assert show(D.pair_ids(D.Pair([USER | {"content": "Color?"}], "Blue", "red"), tokenizer)[2]) == ["Bl", "ue"]
     model = M.GPT(M.GPTConfig(16, len(letters), 1, 1, 8))
     args = Namespace(max_new_tokens=2, temperature=0.0, top_k=0, top_p=1.0, seed=0)
     with torch.no_grad():  # a model that always says "_Bl": its space must be printed
@@ -2090,3 +2092,12 @@ def test_the_floor_counts_what_torch_counts():
         logits.sum().backward()
     attention = sum(3 * 4 * 64 * (t + 1) for _ in range(3 * 4) for t in range(101))  # its kernel on the CPU is not counted
     assert M.flops(model, pairs, torch.arange(2)) == pytest.approx(counter.get_total_flops() + attention, rel=0.01)
+
+
+def test_gradients_of_shared_prefixes_do_not_stall_in_bfloat16():
+    """One prefix in a thousand rows: its gradient is the sum of a thousand ones. Added up in bfloat16 it would stop at 256."""
+    tokens = torch.cat([torch.zeros(1000, 1, dtype=torch.int64), torch.arange(1000)[:, None]], 1)
+    shared = M.Shared(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    x = torch.ones(1001, 1, dtype=torch.bfloat16, requires_grad=True)
+    shared.spread(x).sum().backward()
+    assert x.grad.max() == 1000 and x.grad.sum() == 2000
