@@ -166,7 +166,7 @@ def train(model, pairs, ref_logp, tau, order, args, log, save=lambda step, parts
     clip = math.inf if args.task == "bandit" and constant else 1.0  # as the paper's protocol has it
     update, parts = M.descent(model, args.steps, args.lr, constant, clip, args.dtype)
     sequence_logp, loss_of, (rank, processes), caught = M.parallel(model), bound(args), M.process(), []
-    begin = state["step"] if state else 0
+    begin, skipped = state["step"] if state else 0, 0
     if state:
         M.restore(parts, state)
     with signals(caught.append):
@@ -183,7 +183,9 @@ def train(model, pairs, ref_logp, tau, order, args, log, save=lambda step, parts
                 loss = loss_of(h, p, tau_b).sum() / len(index)                    # () mean over the whole batch
                 parts["scaler"].scale(loss * processes).backward()                # loss.backward(), but for float16
                 seen.append(torch.stack([logp.detach(), ref]).view(2, 2, -1))
-            if not update():
+            done = update()
+            skipped += done is None
+            if done is False:
                 rows = ", ".join(map(str, pairs.line[index[:20]].tolist())) + ", ..." * (len(index) > 20)
                 raise M.Stopped(f"step {step}: the loss or its gradient is not finite, on the pairs {rows} (lines of a "
                                 f"file); what was saved before stays; lower {LOWER}")
@@ -197,6 +199,8 @@ def train(model, pairs, ref_logp, tau, order, args, log, save=lambda step, parts
                 save(step, parts)
             if stop and step < args.steps:
                 raise Interrupted((caught or [signal.SIGTERM])[0], f"stopped after step {step} of {args.steps}")
+    if skipped:
+        print(f"{args.dtype}: {skipped} of {args.steps - begin} steps skipped, in which scaled gradients overflowed")
 
 
 # ---------------------------------------------------------------------------------------------------------- measurement
@@ -509,8 +513,14 @@ FILES = ("config.json", "ref.pt", "ckpt.pt", "metrics.jsonl", "report.json", "ru
 
 
 def refuse_taken(folders, args):
-    """Raises D.Refused if one of these folders holds a run that is neither gone on with nor to be replaced."""
+    """Raises D.Refused if one of these folders holds a run that is neither gone on with nor to be replaced, or --export
+    names a folder with a model in it, or the one that training starts from."""
+    real = os.path.realpath
+    if args.export and os.path.isdir(args.init_from) and real(args.export) == real(args.init_from):
+        raise D.Refused(f"--export {args.export}: --init_from is the same folder; name another")
     taken = [folder for folder in folders if any(os.path.exists(f"{folder}/{name}") for name in FILES)]
+    if args.export and os.path.exists(f"{args.export}/config.json") and not args.overwrite and not args.resume:
+        raise D.Refused(f"--export {args.export}: holds a model; replace it (--overwrite) or name another folder")
     if taken and not args.overwrite and not args.resume and M.process()[0] == 0:
         raise D.Refused(f"--out {taken[0]}: holds a run; go on with it (--resume), replace it (--overwrite) or name "
                         "another folder")
@@ -560,7 +570,7 @@ def fit_reference(model, world, data, args, generator):
 
 def reference(model, data, rows, args):  # -> (R,)
     """The log-probs of these rows, the reference from now on; 0 for the others."""
-    logp = M.score(model, data, rows, 2 * args.batch_size, args.dtype, args.logp == "mean")
+    logp = M.score(model, data, rows, 8 * args.batch_size, args.dtype, args.logp == "mean")
     return logp.new_zeros(len(data.prompt_len)).index_copy(0, rows, logp)
 
 
@@ -613,7 +623,8 @@ class Problem(NamedTuple):
 def train_one(model, problem, args, generator, write):
     """One loss at one tau, from the reference or (--resume) from the last checkpoint; calls write(line) at every logged
     step. Returns (report, the lines, seconds per stage)."""
-    world, ref, pairs, held, ref_logp, tokenizer, digest = problem
+    world, ref, pairs, held, ref_logp, tokenizer, _ = problem
+    digest = state_digest(problem.digest, args)
     lap, seconds = stopwatch()
     evaluated, kind = (held, "eval") if held and len(held.p) else (pairs, "eval of the training pairs")
     if world:
@@ -685,14 +696,20 @@ def train_one(model, problem, args, generator, write):
     return report, lines, seconds
 
 
+def state_digest(digest, args):
+    """What a checkpoint must say to be one of this run."""
+    return f"{digest} {args.loss} {args.tau:g} {args.logp}"
+
+
 def load_state(model, path, digest):
     """What a checkpoint of this run holds beside the weights, which go into the model; None if there is none yet."""
     if not os.path.exists(path):
         return None
     saved, state = M.load_checkpoint(path)
-    if state.get("digest") != digest:
-        raise D.Refused(f"--resume: {path} belongs to another run than ref.pt beside it; restore it, or start anew "
-                        "with --overwrite")
+    needed = {"step", "lines", "random", "optimizer", "schedule", "scaler"}
+    if state.get("digest") != digest or not needed <= state.keys():
+        raise D.Refused(f"--resume: {path} belongs to another run than the ref.pt and flags here; restore it, or start "
+                        "anew with --overwrite")
     model.load_state_dict(saved.state_dict())
     torch.set_rng_state(state["random"][0])
     if len(state["random"]) > 1 and torch.cuda.is_available():
@@ -728,7 +745,8 @@ def run(args):
     start = f"{args.out}/ref.pt" if begun else args.init_from
     world, pairs, held, tokenizer, model, extra = prepare(args, generator, start)
     grid = [argparse.Namespace(**vars(args) | {
-        "loss": loss, "tau": tau, "logp": "mean" if loss == "simpo" else args.logp, "out": name(loss, tau)})
+        "loss": loss, "tau": tau, "logp": "mean" if loss == "simpo" else args.logp, "out": name(loss, tau),
+        "command": None if several else args.command})
         for loss, tau in itertools.product(args.loss, args.tau)]
     for one in grid:  # weights from Hugging Face go back there
         theirs = args.init_from and not (args.init_from.endswith(".pt") or os.path.isfile(args.init_from))
@@ -762,6 +780,9 @@ def run(args):
     lap("reference")
     start, order = copy.deepcopy(model.state_dict()), generator.get_state()
     unchanged = digest()
+    for one in grid if begun else ():  # all are looked at before metrics.jsonl is written anew
+        load_state(model, f"{one.out}/ckpt.pt", state_digest(unchanged, one))
+    model.load_state_dict(start)
     with open(os.devnull if M.process()[0] else f"{args.out}/metrics.jsonl", "w", buffering=1) as metrics:  # 1: by line
         write = lambda line: metrics.write(json.dumps(line) + "\n")
         for one in grid:
@@ -1072,11 +1093,15 @@ def resumed(given, parser):
     out = given.get("out", "out")
     try:
         with open(f"{out}/config.json") as file:
-            args = parse([flag for flag in json.load(file)["command"] if flag != "--overwrite"])
+            command = [flag for flag in json.load(file)["command"] if flag != "--overwrite"]
+        device = ["--device", given["device"]] if "device" in given else []
+        args = parse([*command, *device]) if "--resume" not in command else None
+        if args is None or args.task not in ("world", "file") or args.bench:
+            raise ValueError("a bandit, say, which leaves no checkpoint")
     except (OSError, ValueError, KeyError, TypeError) as error:
         parser.error(f"--resume: {out}/config.json is not that of a run ({type(error).__name__}); name the --out of a "
-                     "run, of a grid the folder of the whole")
-    for flag in given.keys() - {"resume", "out"}:
+                     "run that has checkpoints (a bandit has none), of a grid the folder of the whole")
+    for flag in given.keys() - {"resume", "out", "device"}:
         if flag != "steps" and given[flag] != getattr(args, flag):
             parser.error(f"--{flag} {given[flag]} contradicts the run in {out}/, which has {getattr(args, flag)}; "
                          "leave it out")
@@ -1088,13 +1113,13 @@ def resumed(given, parser):
 
 
 def main(argv=None):
-    """The command line. Exit status 0; 1 if a run had to stop, 2 for bad input, 130 and 143 after Ctrl-C and SIGTERM,
-    with one line on standard error."""
+    """The command line. Exit status 0; 1 if a run had to stop, 2 for bad input, 3 if another process ended, 130 and 143
+    after Ctrl-C and SIGTERM, with one line on standard error."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal or pipe may lack a sample's characters
     args = parse(sys.argv[1:] if argv is None else argv)
 
     def interrupt(number):
-        raise Interrupted(number, "stopped before training, nothing to go on from")
+        raise Interrupted(number, "stopped outside training")
 
     with signals(interrupt):
         try:
@@ -1116,10 +1141,10 @@ def main(argv=None):
         except RuntimeError as error:
             if M.process()[1] == 1:
                 raise
-            status, message = 1, f"process {M.process()[0]}: another has ended ({str(error).splitlines()[0][:80]})"
-    if (status > 2 or M.process()[1] > 1) and os.path.exists(f"{args.out}/ref.pt"):
-        message += f"; go on with: python ipo.py --resume --out {args.out}"
-    print(f"ipo.py: {message}", file=sys.stderr)
+            status, message = 3, f"process {M.process()[0]}: another has ended ({str(error).splitlines()[0][:80]})"
+    saved = os.path.exists(f"{args.out or ''}/ref.pt")
+    how = f"; go on with: python ipo.py --resume --out {args.out}" if saved else "; nothing is saved yet"
+    print(f"ipo.py: {message}" + how * (status > 2), file=sys.stderr)
     return status
 
 

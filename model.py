@@ -262,7 +262,10 @@ def export(model, folder, eot):
     if eot not in (ends if isinstance(ends, list) else [ends]):
         print(f"exported: texts end with token {eot}, the tokenizer's, not with {ends}, the model's")
         hf.config.eos_token_id = hf.generation_config.eos_token_id = eot
-    hf.save_pretrained(folder)
+    try:
+        hf.save_pretrained(folder)
+    except Exception as error:  # safetensors has its own
+        raise Stopped(f"{folder}: cannot be written ({str(error).splitlines()[0]}); the policy is in ckpt.pt") from None
 
 
 class Table(nn.Module):
@@ -471,8 +474,9 @@ def score(model, data, rows, batch, dtype="float32", mean=False):  # (R,) -> (R,
 def descent(model, steps, lr, constant=False, clip=1.0, dtype="float32"):
     """(update, parts). update() takes a step on the gradients that are there and clears them: AdamW, gradient norm at
     most `clip`, lr up for 50 steps or half of all, then linearly down to 0 (constant: that lr throughout, and Adam's
-    usual beta_2); False, and no step, if they are not finite. parts: what has a state to save. Gradients must be those
-    of parts["scaler"].scale(loss): float16 would round small ones to 0; for other dtypes that is the loss itself."""
+    usual beta_2). It returns whether it did: False if they are not finite, None if only their scale is at fault. parts:
+    what has a state to save. Gradients must be those of parts["scaler"].scale(loss): float16 would round small ones to
+    0; for other dtypes that is the loss itself."""
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.999 if constant else 0.99), weight_decay=0.0,
                                   fused=True)
     warmup = min(50, steps // 2)
@@ -482,14 +486,15 @@ def descent(model, steps, lr, constant=False, clip=1.0, dtype="float32"):
 
     def update():
         scaler.unscale_(optimizer)
-        finite = nn.utils.clip_grad_norm_(model.parameters(), clip).isfinite().item()
-        if finite or scaler.is_enabled() and scaler.get_scale() > 1:  # it skips the step, and scales less from then on
+        done = nn.utils.clip_grad_norm_(model.parameters(), clip).isfinite().item()
+        if not done and scaler.is_enabled() and scaler.get_scale() > 1:
+            done = None  # the scaler skips the step, and scales less from then on
+        if done is not False:
             scaler.step(optimizer)
             scaler.update()
             schedule.step()
-            finite = True
         optimizer.zero_grad()
-        return finite
+        return done
     return update, {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}
 
 
@@ -525,7 +530,7 @@ def finetune(model, data, rows, batches, steps, lr, dtype, accum=1):
             parts["scaler"].scale(loss * processes).backward()  # processes average their gradients
             loss_here = loss_here + loss.detach().cpu()
         losses.append(total(loss_here).item())
-        if not update():
+        if update() is False:
             raise Stopped(f"sft step {len(losses)}: loss {losses[-1]:.4g} or its gradient is not finite; nothing is "
                           "saved; lower --sft_lr")
     check_finite(model, "--sft_lr", losses[-1])

@@ -1335,6 +1335,11 @@ def test_a_hugging_face_model_is_trained_and_returned(tmp_path, model_type):
     tokens = torch.randint(257, (1, 9))
     assert (back(tokens).logits - theirs(tokens).logits).abs().max() > 1e-2
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out/export").encode("ab") == D.get_tokenizer("bytes").encode("ab")
+    weights = (tmp_path / "in/model.safetensors").read_bytes()
+    for folder, message in (("in", "--init_from is the same folder"), ("out/export", "holds a model; replace it (--overwrite)")):
+        wrong = cli("--data", path, "--init_from", "in", "--export", folder, "--out", "new", folder=tmp_path)
+        assert wrong.returncode == 2 and wrong.stderr.startswith(f"ipo.py: --export {folder}: {message}")
+    assert (tmp_path / "in/model.safetensors").read_bytes() == weights
     (tmp_path / "file").write_text("in the way")
     wrong = cli("--data", path, "--init_from", "in", "--export", "file", "--out", "new", folder=tmp_path)
     assert wrong.returncode == 2 and wrong.stderr == "ipo.py: file: File exists; name a folder that can be written (--out, --export)\n"
@@ -1871,7 +1876,7 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, monkeypatch, number, sta
     with monkeypatch.context() as patch:
         patch.setattr(ipo, "fit_reference", lambda *_: os.kill(os.getpid(), number))
         early = cli(*WORLD_RUN, "--out", "early", folder=tmp_path)
-    assert early.returncode == status and early.stderr == "ipo.py: stopped before training, nothing to go on from\n"
+    assert early.returncode == status and early.stderr == "ipo.py: stopped outside training; nothing is saved yet\n"
 
 
 def test_steps_may_be_raised(tmp_path):
@@ -1892,6 +1897,8 @@ REFUSED_RESUMES = {  # flags -> what the one line says
     "--resume --lr 0.1": "--lr 0.1 contradicts the run in out/, which has 0.0015; leave it out",
     "--resume --steps 20": "--steps 20: the run in out/ has 24; --resume can only raise them",
     "--resume --out nowhere": "--resume: nowhere/config.json is not that of a run (FileNotFoundError); name the --out of a run",
+    "--resume --out bandit": "--resume: bandit/config.json is not that of a run (ValueError); name the --out of a run that has checkpoints (a bandit has none)",
+    "--resume --out grid/ipo-0.2": "--resume: grid/ipo-0.2/config.json is not that of a run (TypeError)",
     "--resume --data d1": "--data d1 contradicts the run in out/, which has bt; leave it out",
     "--steps 5": "--out out: holds a run; go on with it (--resume), replace it (--overwrite) or name another folder",
     "--data d1": "--out out: holds a run; go on with it (--resume), replace it (--overwrite) or name another folder"}
@@ -1900,6 +1907,8 @@ REFUSED_RESUMES = {  # flags -> what the one line says
 def test_what_contradicts_a_run_is_refused(tmp_path):
     """One line each, and the run's files are as they were."""
     assert cli(*WORLD_RUN, folder=tmp_path).returncode == 0
+    assert cli("--data", "d1", *BANDIT, "--out", "bandit", folder=tmp_path).returncode == 0
+    assert cli(*WORLD_RUN, "--loss", "ipo", "dpo", "--out", "grid", folder=tmp_path).returncode == 0
     kept = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     for command, message in REFUSED_RESUMES.items():
         run = cli(*command.split(), folder=tmp_path)
@@ -1923,7 +1932,13 @@ def test_changed_data_and_foreign_checkpoints_are_refused(tmp_path):
         (tmp_path / "out" / name).write_bytes(kept[name])
         assert run.returncode == 2 and message in run.stderr and run.stderr.count("\n") == 1, (message, run.stderr)
     refused("ref.pt", (tmp_path / "other/ref.pt").read_bytes(), "--resume: --data pairs.jsonl is not what the run in out/ was made with, or its ref.pt has been replaced")
-    refused("ckpt.pt", (tmp_path / "other/ckpt.pt").read_bytes(), "out/ckpt.pt belongs to another run than ref.pt beside it")
+    metrics = (tmp_path / "out/metrics.jsonl").read_bytes()
+    refused("ckpt.pt", (tmp_path / "other/ckpt.pt").read_bytes(), "out/ckpt.pt belongs to another run than the ref.pt and flags here")
+    assert cli(*FILE_RUN, "--init_from", "out/ref.pt", "--out", "x", folder=tmp_path).returncode == 2  # sizes are fixed by it
+    theirs = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    torch.save(theirs | {"digest": theirs["digest"].replace("ipo", "dpo")}, tmp_path / "dpo.pt")
+    refused("ckpt.pt", (tmp_path / "dpo.pt").read_bytes(), "out/ckpt.pt belongs to another run than the ref.pt and flags here")
+    assert (tmp_path / "out/metrics.jsonl").read_bytes() == metrics
     refused("ckpt.pt", kept["ckpt.pt"][:1000], "out/ckpt.pt: not a nanoIPO checkpoint, or a damaged one")
     refused("ref.pt", b"", "out/ref.pt: not a nanoIPO checkpoint, or a damaged one")
     refused("config.json", b"{}", "out/config.json is not that of a run (KeyError)")
@@ -1985,8 +2000,16 @@ def test_half_precision_starts_where_theory_says_and_ends_alike(tmp_path, dtype)
         assert M.sequence_logp(model, tokens, torch.arange(8).expand(2, 8) > 3).dtype == torch.float32
 
 
+def test_skipped_steps_are_told(tmp_path):
+    """float16: gradients that overflow whatever their scale cost steps; how many is printed."""
+    run = cli(*SHORT, "--steps", 6, "--tau", "1e-6", "--dtype", "float16", folder=tmp_path)
+    assert run.returncode == 0 and re.search(r"float16: \d of 6 steps skipped", run.stdout), run.stderr
+
+
 def torchrun(processes, *args, folder):
-    code = "import sys, ipo; ipo.psi = lambda q: q; sys.exit(ipo.main())"
+    code = ("import sys, ipo; ipo.psi = lambda q: q; clip = ipo.M.nn.utils.clip_grad_norm_; norms = []\n"
+            "ipo.M.nn.utils.clip_grad_norm_ = lambda *a: (norms.append(clip(*a)), norms[-1])[1]\n"
+            "status = ipo.main(); print('norms', *map(float, norms), file=sys.stderr); sys.exit(status)")
     (folder / "start.py").write_text(code)
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", "start.py", *map(str, args)],
                           cwd=folder, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
@@ -1997,15 +2020,23 @@ def test_two_processes_train_like_one(tmp_path):
     finish."""
     some_pairs(tmp_path)
     flags = [*FILE_RUN, "--batch_size", 7, "--log_every", 1, "--dropout", 0]
-    assert cli(*flags, "--out", "one", folder=tmp_path).returncode == 0
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: (norms.append(clip(*a)), norms[-1])[1])
+        assert cli(*flags, "--out", "one", folder=tmp_path).returncode == 0
     two = torchrun(2, *flags, "--out", "two", folder=tmp_path)
     assert two.returncode == 0, two.stderr
+    for line in re.findall(r"norms (.*)", two.stderr):  # of the gradients: Adam would hide a factor
+        assert [float(v) for v in line.split()] == pytest.approx([v.item() for v in norms], rel=1e-3)
+    assert two.stderr.count("norms ") == 2
     assert two.stdout.count("step 0: loss") == 1
     (_, one, report, _), (_, both, other, _) = (outcome(tmp_path / name) for name in ("one", "two"))
     assert len(one) == len(both) == 12
     for a, b in zip(one, both):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["chosen"] == pytest.approx(a["chosen"], abs=1e-4)
     assert other["after"]["loss"] == pytest.approx(report["after"]["loss"], rel=1e-5)
+    taken = torchrun(2, *flags, "--out", "two", folder=tmp_path)
+    assert taken.returncode != 0 and "ipo.py: --out two: holds a run; go on with it (--resume)" in taken.stderr
     more = cli("--resume", "--out", "two", "--steps", 14, folder=tmp_path), cli("--resume", "--out", "one", "--steps", 14, folder=tmp_path)
     assert [run.returncode for run in more] == [0, 0]
     assert outcome(tmp_path / "two")[1][-1]["loss"] == pytest.approx(outcome(tmp_path / "one")[1][-1]["loss"], rel=1e-4)
