@@ -1956,7 +1956,7 @@ def test_a_checkpoint_executes_nothing(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "evil"),)
     torch.save({"model": Evil(), "config": {}, "tokenizer": "bytes"}, tmp_path / "a.pt")
-    (tmp_path / "b.pt").write_bytes(pickle.dumps(Evil()))
+    (tmp_path / "b.pt").write_bytes(pickle.dumps(Evil(), protocol=2))
     for name in "a.pt", "b.pt":
         run = cli("--init_from", name, folder=tmp_path)
         assert run.returncode == 2 and "not a nanoIPO checkpoint" in run.stderr and not (tmp_path / "evil").exists()
