@@ -678,13 +678,8 @@ def train_one(model, problem, args, generator, write):
 
     order = D.batches(len(pairs.p), args.batch_size, args.steps, generator)
     train(model, pairs, ref_logp, torch.full((len(pairs.p),), args.tau), order, args, log, save, state)
-    if not world and (peak := M.peak_memory(args.device)):
-        whose = "of the GPU" if args.device == "cuda" else "the whole process"
-        print(f"memory: at most {peak / 2**30:.2f} GiB so far, {whose}")
-    if args.export and M.process()[0] == 0:
-        M.export(model, args.export, tokenizer.eot_token)
-        D.save_tokenizer(tokenizer, args.export)
-        print(f"exported for AutoModelForCausalLM.from_pretrained: {args.export}/")
+    if not world:
+        hand_over(model, tokenizer, args)
     report["after"] = evaluate()
     show_pairs("log pi/ref", model, pairs, tokenizer, args, token_ref)
     if world:
@@ -694,6 +689,17 @@ def train_one(model, problem, args, generator, write):
         print(f"\n{tokenizer.decode(x)[-200:]!r}\n  reference {before!r}\n  policy    {after!r}")
     lap("evaluation")
     return report, lines, seconds
+
+
+def hand_over(model, tokenizer, args):
+    """Prints the peak of memory, and writes the model for Hugging Face's tools to --export, if that is asked for."""
+    if peak := M.peak_memory(args.device):
+        whose = "of the GPU" if args.device == "cuda" else "the whole process"
+        print(f"memory: at most {peak / 2**30:.2f} GiB so far, {whose}")
+    if args.export and M.process()[0] == 0:
+        M.export(model, args.export, tokenizer.eot_token)
+        D.save_tokenizer(tokenizer, args.export)
+        print(f"exported for AutoModelForCausalLM.from_pretrained: {args.export}/")
 
 
 def state_digest(digest, args):
