@@ -18,7 +18,7 @@ K taus and S seeds that a bandit trains at once.
   python ipo.py --sample "review of the pizza:"     sample from the finished run
   python ipo.py --data FILE.jsonl                   pairs of your own
   python ipo.py --data FILE.jsonl --init_from gpt2  ... and weights of Hugging Face's
-  python ipo.py --help
+  python ipo.py --help                              --out holds one run: --resume, --overwrite or another folder
 """
 import argparse
 import contextlib
