@@ -190,7 +190,7 @@ def train(model, pairs, ref_logp, tau, order, args, log, save=lambda step, parts
                 raise M.Stopped(f"step {step}: the loss or its gradient is not finite, on the pairs {rows} (lines of a "
                                 f"file); what was saved before stays; lower {LOWER}")
             if step % args.log_every == 0 or step == args.steps:
-                every = ref.new_zeros(2, 2, len(index)).cpu()
+                every = ref.new_zeros(2, 2, len(index)).cpu()  # pi, ref x chosen, rejected x pairs; a share each
                 every[..., rank::processes] = torch.cat(seen, -1).cpu()
                 logp, ref = M.total(every, args.device).flatten(1)  # (2B,), (2B,)
                 log(step, measure(logp, ref, pairs.p[index], tau[index], args))
