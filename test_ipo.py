@@ -2009,7 +2009,7 @@ def test_skipped_steps_are_told(tmp_path):
 def torchrun(processes, *args, folder):
     code = ("import sys, ipo; ipo.psi = lambda q: q; clip = ipo.M.nn.utils.clip_grad_norm_; norms = []\n"
             "ipo.M.nn.utils.clip_grad_norm_ = lambda *a: (norms.append(clip(*a)), norms[-1])[1]\n"
-            "status = ipo.main(); print('norms', *map(float, norms), file=sys.stderr); sys.exit(status)")
+            "status = ipo.main(); sys.stderr.write(' '.join(map(str, ['\\nnorms', *map(float, norms), '\\n']))); sys.exit(status)")
     (folder / "start.py").write_text(code)
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", "start.py", *map(str, args)],
                           cwd=folder, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
