@@ -544,6 +544,8 @@ def open_folders(runs, need=0):
             os.makedirs(folder, exist_ok=True)  # all of them, before anything is written
             if not os.access(folder, os.W_OK):
                 raise PermissionError(13, "Permission denied")
+            if any(os.path.isdir(f"{folder}/{name}") for name in FILES):  # else --overwrite would stop half-way
+                raise IsADirectoryError(21, "holds a folder of the name of one of a run's files")
         folder = runs[0].out
         if (free := shutil.disk_usage(folder).free) < need:
             raise D.Refused(f"--out {folder}: {free / 2**30:.2f} GiB are free and checkpoints take up to "

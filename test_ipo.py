@@ -1920,6 +1920,17 @@ def test_what_contradicts_a_run_is_refused(tmp_path):
     assert (tmp_path / "out/ckpt.pt").read_bytes() != kept[tmp_path / "out/ckpt.pt"]
 
 
+def test_overwrite_removes_all_or_nothing(tmp_path):
+    """A folder where a file of the run must go is found before the run of before is removed."""
+    assert cli(*WORLD_RUN, folder=tmp_path).returncode == 0
+    (tmp_path / "out/report.json").unlink()
+    (tmp_path / "out/report.json").mkdir()
+    kept = (tmp_path / "out/ckpt.pt").read_bytes()
+    run = cli(*WORLD_RUN, "--overwrite", folder=tmp_path)
+    assert run.returncode == 2 and run.stderr.startswith("ipo.py: out: holds a folder of the name") and run.stderr.count("\n") == 1
+    assert (tmp_path / "out/ckpt.pt").read_bytes() == kept
+
+
 def test_changed_data_and_foreign_checkpoints_are_refused(tmp_path):
     """Another pair in the file, a reference or a policy of another run, a checkpoint that was cut, a config that is none."""
     path = pathlib.Path(some_pairs(tmp_path))
