@@ -882,7 +882,7 @@ def bench(args):
     Seconds per step are a median without the first two; total_s is everything but imports. floor_s: what the
     operations that the pairs need take at the rate of large matrix products in this process; padding: its share of
     padded rows."""
-    M.quiet_transformers() if args.init_from else None  # imported before the clock starts
+    M.quiet_transformers().AutoModelForCausalLM if args.init_from else None  # imports before the clock starts
     begin = time.perf_counter()
     args.loss, args.tau, args.log_every, args.save_every = args.loss[0], args.tau[0], 1, 0
     args.logp = "mean" if args.loss == "simpo" else args.logp

@@ -226,8 +226,8 @@ def load_pretrained(name):
         with torch.device("meta"):  # no storage: the weights come below
             ours = GPT(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd,
                                  tied=c.tie_word_embeddings))
-        state = transposed(model.state_dict())
-        ours.load_state_dict({key: state[key] for key in ours.state_dict()}, assign=True)
+        state = transposed(model.state_dict())  # clone: these are pages of the file, kept beside each one written to
+        ours.load_state_dict({key: state[key].clone() for key in ours.state_dict()}, assign=True)
         return ours
     ours, tokens = Pretrained(model.eval()), torch.arange(8)[None] % c.get_text_config().vocab_size
     with torch.no_grad():  # what sequence_logp takes for granted: logits = head(hidden), and no token sees a later one
