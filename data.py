@@ -164,14 +164,9 @@ def save_tokenizer(tokenizer, folder: str) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- JSONL files
 
-def read_jsonl(path: str) -> list[Pair]:
-    """All pairs of a JSONL file, in order. Raises Refused that names file, line, key and remedy; see `iter_jsonl`."""
-    return list(iter_jsonl(path))
-
-
-def iter_jsonl(path: str) -> Iterator[Pair]:
+def read_jsonl(path: str) -> Iterator[Pair]:
     """A Pair per line: {"prompt", "chosen", "rejected"} with optional "p", as texts or as lists of messages; without a
-    prompt both are whole dialogues (texts: Anthropic-HH's)."""
+    prompt both are whole dialogues (texts: Anthropic-HH's). Raises Refused that names file, line, key and remedy."""
     try:
         return parse_lines(open(path, "rb"), path)
     except OSError as error:

@@ -112,11 +112,14 @@ LOSSES = {
     "exo": both_ways(lambda z: s(z) * (log_s(z) - math.log(1 - EPS)) + s(-z) * (log_s(-z) - math.log(EPS))),
     # Meng et al. 2024, arXiv:2405.14734: z from mean log-probs and without a reference
     "simpo": both_ways(lambda z, gamma: -log_s(z - gamma)),
+    # EXERCISE 11: "mine": both_ways(lambda z: ...), a loss of your own, and below in LINK the Psi that belongs to it
 }
 LINK = {  # loss -> the Psi whose target minimises it at p: tau h = argmin over z of p f(z) + (1-p) f(-z)
     "dpo": torch.logit, "rebel": torch.logit, "savage": torch.logit, "exponential": lambda q: torch.logit(q) / 2,
     "slic": lambda q: (2 * q - 1).sign(), "squared_hinge": lambda q: 2 * q - 1,
-    "exo": lambda q: (2 * q - 1) * math.log((1 - EPS) / EPS)}
+    "exo": lambda q: (2 * q - 1) * math.log((1 - EPS) / EPS),
+    # EXERCISE 11: "mine": lambda q: ...
+}
 START = {  # loss -> its value at h = 0, which step 0 must have; squared targets have target^2, SimPO has no reference
     "dpo": math.log(2), "robust": math.log(2), "slic": 1.0, "squared_hinge": 1.0, "exponential": 1.0, "savage": 0.25,
     "discopop": (1 + math.log(2)) / 2, "exo": -math.log(2) - math.log(EPS * (1 - EPS)) / 2}
@@ -232,7 +235,8 @@ def distribution(model, world, args):  # -> (X,Y) float64
 
 def response_distribution(ref, args):  # log ref (X,Y) -> (X,Y)
     """mu: where the responses of the pairs come from."""
-    return torch.full_like(ref, 1 / ref.shape[1]) if args.mu == "uniform" else ref.exp()
+    uniform = torch.full_like(ref, 1 / ref.shape[1])  # EXERCISE 12: another distribution; each row sums to 1, none is 0
+    return uniform if args.mu == "uniform" else ref.exp()
 
 
 def theory(world, ref, args):  # log ref (X,Y) -> mu, log pi*, log of the fitted policy (None: pi* itself), (X,Y) each
@@ -274,8 +278,11 @@ def check_start(model, pairs, ref_logp, args):
     pairs = pairs.select(torch.arange(min(args.batch_size or len(pairs.p), len(pairs.p))))
     ref, logp = ref_logp[pairs.pair_rows()], score_pairs(model, pairs, args)
     off, loss = margin(logp, ref).abs().max().item(), measure(logp, ref, pairs.p, args.tau, args)["loss"]
-    due = START.get(args.loss, (target(pairs.p, args.tau, worth(args)) ** 2).mean().item())
-    why = "loss at h = 0" if args.loss in START else "mean of target^2"
+    if squared := args.loss in ("ipo", "rebel"):
+        due = (target(pairs.p, args.tau, worth(args)) ** 2).mean().item()
+    else:  # a loss of your own is taken at its word
+        due = START.get(args.loss, bound(args)(torch.zeros(len(pairs.p)), pairs.p, args.tau).mean().item())
+    why = "mean of target^2" if squared else "loss at h = 0"
     print(f"step 0: loss {loss:.6g}, theory {due:.6g} ({why})")
     rounding = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}[args.dtype] * (1 + ref.abs().max().item())
     if not (off <= rounding and abs(loss - due) <= 1e-5 * due + off * (off + 2 * due ** 0.5 + 4 * args.tau)):
@@ -493,7 +500,7 @@ def prepare(args, generator, start):
         if args.tokenizer != needs if needs else args.tokenizer in D.WORDS:
             raise D.Refused(f"--init_from {args.init_from}: its model is for tokenizer {args.tokenizer!r}, which does "
                             f"not fit --data {args.data}; start from a run on data of the same kind")
-    source = D.iter_jsonl(args.data) if args.task == "file" else None
+    source = D.read_jsonl(args.data) if args.task == "file" else None
     tokenizer = D.get_tokenizer(needs or args.tokenizer, saved.config.vocab_size if saved else 0)
     if saved and not needs and tokenizer.n_vocab > saved.config.vocab_size:
         raise D.Refused(f"--init_from {args.init_from}: its tokenizer has {tokenizer.n_vocab:,} ids, its model reads "

@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,25 @@ import ipo
 import model as M
 
 HERE = pathlib.Path(__file__).parent
+
+# ========================= EXERCISES (README): your answers; `pytest -q -rs -k exercise` checks them =========================
+ANSWERS = {  # None: skipped. Functions of q, p, tau take tensors or numbers; p* is a list of rows
+    "01": None,  # lambda tau: IPO's loss at step 0 if all pairs are certain, nats^2
+    "02": None,  # (by what factor halving tau multiplies the target, the loss at step 0, KL(pi*||ref) in `bt` from tau 0.2 to 0.1)
+    "03": None,  # lambda tau: the p at which Psi = logit asks for a margin of 10 nats
+    "04": None,  # lambda q: a Psi that never falls, is neither affine nor q^2 plus something affine, and has the identity's targets
+    "05": None,  # lambda q: the majority's Psi: 1 for every p above 1/2, 0 below, 1/2 for a tie
+    "06": None,  # lambda psi, p, tau: the margin that hard labels ask for, on average over their coin flips
+    "07": None,  # lambda q: a Psi that never falls, whose target is 0 where 0.4 <= p <= 0.6 and from there linear up to 1/(2 tau) at 1
+    "08": None,  # 3 x 3 p*, a > b > c > a (each > 1/2), with pi*(a) > 0.75 at tau 0.1 for uniform mu and ref
+    "09": None,  # lambda tau, L: the tau with which the mean form has the sum form's minimiser, if all responses have L tokens
+    "10": None,  # lambda tau: [pi(a), pi(b), pi(c)] at IPO's optimum on d1
+    "12": None,  # the name in PSI whose pi* in `bt` is the same for every mu (exercise 11 and the rest of 12 are lines of ipo.py)
+    "13": {},    # {number of a silent bug in the README: name of a test that fails with it}
+}
+# ==================================================== END OF THE EXERCISES ====================================================
+
+YOURS = ipo.psi  # what stands between the banners of ipo.py
 identity = lambda q: q
 # psi functions that are odd about 1/2 up to a constant, and finite on (0, 1)
 ODD_PSI = {"identity": identity, "logit": torch.logit, "tanh": lambda q: torch.tanh(8 * (q - 0.5)), "cubic": lambda q: (2 * q - 1) ** 3}
@@ -201,7 +221,8 @@ def test_padding_never_changes_a_log_prob():
     for pad in range(5):
         longer = torch.cat([tokens, torch.full((1, 3), pad)], 1)
         more = torch.cat([mask, torch.zeros(1, 3, dtype=torch.int64)], 1)
-        assert torch.allclose(M.sequence_logp(model, longer, more), M.sequence_logp(model, tokens, mask), atol=1e-6)
+        for mean in (False, True):
+            assert torch.allclose(M.sequence_logp(model, longer, more, mean), M.sequence_logp(model, tokens, mask, mean), atol=1e-6)
 
 
 @pytest.mark.parametrize("mask, words", [([[0, 0, 0]], "no response token"), ([[1, 1, 0]], r"mask\[:,0\]"), ([[0, 1]], "differ in shape")])
@@ -475,7 +496,7 @@ def test_jsonl_is_read_as_written(tmp_path, capsys):
     """TRL's form, with and without p; Unicode of all kinds; keys that nothing reads are named."""
     text = "é 🙂 \u05d0 \x00"
     path = write(tmp_path / "a.jsonl", pair(), "", pair(text, p=0.25, score=1), "\ufeff" + json.dumps(pair(p=1)))
-    assert D.read_jsonl(path) == [D.Pair("q: ", "good", "bad", 1.0, f"{path}:1"), D.Pair("q: ", text, "bad", 0.25, f"{path}:3"),
+    assert list(D.read_jsonl(path)) == [D.Pair("q: ", "good", "bad", 1.0, f"{path}:1"), D.Pair("q: ", text, "bad", 0.25, f"{path}:3"),
                                   D.Pair("q: ", "good", "bad", 1.0, f"{path}:4")]
     out = capsys.readouterr().out
     assert "1 blank lines" in out and "'score' (1 lines)" in out
@@ -504,7 +525,7 @@ def test_bad_jsonl_line_is_named_in_the_error(tmp_path, line, message):
     """One line, with file, line number, key and a remedy behind a semicolon."""
     path = write(tmp_path / "b.jsonl", pair(), line)
     with pytest.raises(D.Refused) as error:
-        D.read_jsonl(path)
+        list(D.read_jsonl(path))
     text = str(error.value)
     assert text.startswith(f"{path}:2: ") and message in text and "\n" not in text and (";" in text or "from 0 to 1" in text)
 
@@ -512,7 +533,7 @@ def test_bad_jsonl_line_is_named_in_the_error(tmp_path, line, message):
 def test_text_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "l.jsonl").write_bytes(b'{"prompt": "\xe9"}\n')
     with pytest.raises(D.Refused, match=r"l.jsonl:1: byte 13 is not UTF-8"):
-        D.read_jsonl(str(tmp_path / "l.jsonl"))
+        list(D.read_jsonl(str(tmp_path / "l.jsonl")))
 
 
 @pytest.mark.parametrize("name", ["world", "bytes"])
@@ -530,13 +551,13 @@ def encoded(*pairs, block_size=32):
 
 def test_tokens_of_a_pair():
     """Prompt and response are encoded apart; the response ends with <|endoftext|>, which is scored; so is nothing else."""
-    tok, data = D.get_tokenizer("bytes"), encoded(pair("ab", "c", "x"), pair("é", "<|endoftext|>", ""))
+    tok, data = D.get_tokenizer("bytes"), encoded(pair("ab", "c", "xyz"), pair("é", "<|endoftext|>", ""))
     tokens, mask, p, rows = data.batch(torch.tensor([0, 1]))
     scored = [tok.decode(t[m].tolist()) for t, m in zip(tokens, mask)]
     assert scored == ["ab<|endoftext|>", "é<|endoftext|>", "c<|endoftext|>", "<|endoftext|>" * 2]
     assert mask.sum(1).tolist() == [3, 3, 2, 14]  # what the text spelled out is 13 bytes, and no end of text
-    assert [tok.decode(data.prompt_ids(r)) for r in rows.tolist()] == ["x", "<|endoftext|>"] * 2 and p.tolist() == [1, 1]
-    assert tokens[0, :4].tolist() == tok.encode("xab") + [tok.eot_token] and mask[0, :4].tolist() == [False, True, True, True]
+    assert [tok.decode(data.prompt_ids(r)) for r in rows.tolist()] == ["xyz", "<|endoftext|>"] * 2 and p.tolist() == [1, 1]
+    assert tokens[0, :6].tolist() == tok.encode("xyzab") + [tok.eot_token] and mask[0, :6].tolist() == [False] * 3 + [True] * 3
 
 
 def test_what_is_cut_and_dropped_is_counted(capsys):
@@ -678,7 +699,7 @@ def test_divergence_stops_the_run_and_keeps_what_was_saved(tmp_path):
     state = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
     assert state["step"] == (int(step) - 1) // 2 * 2 and all(w.isfinite().all() for w in state["model"].values())
     generator = torch.Generator().manual_seed(0)
-    encoded = D.split(D.encode(D.iter_jsonl(path), D.get_tokenizer("bytes"), 256), 0.0, generator)[0]
+    encoded = D.split(D.encode(D.read_jsonl(path), D.get_tokenizer("bytes"), 256), 0.0, generator)[0]
     generator.set_state(torch.load(tmp_path / "out/ref.pt", weights_only=True)["generator"])
     batch = list(D.batches(30, 4, 20, generator))[int(step) - 1]
     assert [int(r) for r in rows.split(",")] == encoded.line[batch].tolist() == (batch + 2).tolist()
@@ -868,7 +889,7 @@ def test_value_and_slope_of_each_loss_at_the_start(name):
     assert h.grad.item() == pytest.approx(tau * SLOPES[name], rel=1e-5)
     due = {"simpo": math.log(1 + math.exp(0.1))} | ipo.START
     assert loss.item() == pytest.approx(due[name], rel=1e-5)
-    assert ipo.START.keys() | {"ipo", "rebel", "simpo"} == ipo.LOSSES.keys()
+    assert ipo.START.keys() | {"ipo", "rebel", "simpo"} <= ipo.LOSSES.keys()
 
 
 def test_discopop_golden_numbers():
@@ -1554,7 +1575,7 @@ def test_conversations_go_through_the_chat_template(tmp_path, pair, capsys):
     break that the template puts behind that is not trained."""
     tokenizer = D.get_tokenizer(str(chat_folder(tmp_path / "m")))
     (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
-    data = D.encode(D.iter_jsonl(str(tmp_path / "pairs.jsonl")), tokenizer, 64)
+    data = D.encode(D.read_jsonl(str(tmp_path / "pairs.jsonl")), tokenizer, 64)
     end = data.start[1:] - 1
     assert tokenizer.decode(data.prompt_ids(0)) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert [tokenizer.decode(data.tokens[data.start[r] + data.prompt_len[r]:data.start[r + 1]].tolist()) for r in (0, 1)] == [
@@ -2104,7 +2125,7 @@ def test_bench_prints_one_line_and_writes_nothing(tmp_path):
     numbers = json.loads(run.stdout)
     assert not (tmp_path / "out").exists() and len(numbers["losses"]) == 3 and numbers["losses"][0] == pytest.approx(25, rel=1e-5)
     assert 0 < numbers["padding"] < 1 and min(numbers[k] for k in ("step_s", "total_s", "floor_s", "peak_gib", "tokens_per_s")) > 0
-    model, data = M.load_pretrained(str(tmp_path / "hf")), D.encode(D.iter_jsonl(path), D.get_tokenizer("bytes"), 64)
+    model, data = M.load_pretrained(str(tmp_path / "hf")), D.encode(D.read_jsonl(path), D.get_tokenizer("bytes"), 64)
     optimizer, losses = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.0), []
     plain = lambda batch: torch.stack([model(t[None]).log_softmax(-1)[0, :-1].gather(1, t[1:, None])[:, 0][m[1:]].mean() for t, m in zip(*batch[:2])])
     refs = [plain(data.batch(index)).detach() for index in torch.arange(12).split(4)]
@@ -2143,3 +2164,234 @@ def test_gradients_of_shared_prefixes_do_not_stall_in_bfloat16():
     x = torch.ones(1001, 1, dtype=torch.bfloat16, requires_grad=True)
     shared.spread(x).sum().backward()
     assert x.grad.max() == 1000 and x.grad.sum() == 2000
+
+
+# ---------------------------------------------------------------------------------------------- the course: misreadings
+
+
+def test_tau_pulls_to_the_reference_whatever_its_entropy():
+    """More tau is not more exploration: towards a peaked reference the entropy of pi* falls as tau rises."""
+    p = torch.tensor([[0.5, 0.1, 0.1], [0.9, 0.5, 0.5], [0.9, 0.5, 0.5]]).double()[None]
+    ref, mu = torch.tensor([[0.98, 0.01, 0.01]]).double(), torch.full((1, 3), 1 / 3).double()
+    entropy = [-(best.exp() * best).sum().item() for best in (D.optimum(ref.log(), p, mu, identity, tau) for tau in (0.1, 0.3, 1, 10))]
+    assert entropy == sorted(entropy, reverse=True) and entropy[0] > 2 * entropy[-1]
+
+
+def test_mu_matters_unless_psi_is_logit_under_bradley_terry():
+    world, ref = D.build_world("bt"), random_policies()[0]
+    mus = random_policies(1)[0].exp(), torch.full((4, 400), 1 / 400).double()
+    gap = lambda psi: D.kl(*(D.optimum(ref, world.pstar, mu, psi, 0.2) for mu in mus)).item()
+    assert gap(torch.logit) < 1e-9 and gap(identity) > 1e-4
+
+
+def test_a_mean_log_ratio_can_only_fall():
+    """Over the reference's own responses it is -KL(ref||pi): whatever is learned, it falls; pairs raise the difference."""
+    world, (ref, *_) = D.build_world("bt"), random_policies()
+    best = D.optimum(ref, world.pstar, ref.exp(), identity, 0.2)
+    assert (ref.exp() * (best - ref)).sum(-1).mean().item() == pytest.approx(-D.kl(ref, best).item()) and D.kl(ref, best) > 0.1
+
+
+def test_the_scaled_square_is_another_loss():
+    """(beta h - 1/(2 beta))^2 asks for 1/(2 beta^2) = 50 nats at 0.1, ten times what eq. 17 asks for."""
+    h, tau = torch.linspace(0, 100, 10_001, dtype=torch.float64), 0.1
+    assert h[((tau * h - 1 / (2 * tau)) ** 2).argmin()] == pytest.approx(50) and h[ipo.ipo_loss(h, torch.ones(1), tau).argmin()] == pytest.approx(5)
+
+
+# ---------------------------------------------------------------------------------------------- the course: exercises
+
+
+def answer(number):
+    if ANSWERS[number] is None:
+        pytest.skip(f"exercise {number}: no answer yet (ANSWERS in test_ipo.py)")
+    return ANSWERS[number]
+
+
+def targets(psi, p, tau=0.1):
+    return ipo.target(p, tau, psi)
+
+
+def admissible(psi):
+    """psi on a grid of [0,1]; fails with a hint unless it is a function of a tensor that never falls."""
+    q = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    value = psi(q.clone())
+    assert isinstance(value, torch.Tensor) and value.shape == q.shape and value.dtype != torch.bool, \
+        "hint: psi takes a tensor and returns numbers of the same shape; (q > 0.5).to(q.dtype) makes numbers of a condition"
+    assert not value.isnan().any(), "hint: psi is NaN somewhere in [0,1]; which operation is undefined there?"
+    assert (value.diff() >= -1e-12).all(), "hint: a Psi never falls: a response that more people prefer is not worth less"
+    return q, value
+
+
+def test_exercise_psi_between_the_banners(monkeypatch):
+    """What stands in ipo.py is a Psi, and the squared target leads to the exact optimum of its odd part."""
+    admissible(YOURS)
+    monkeypatch.setattr(ipo, "psi", YOURS)
+    p, mu, ref = random_problem(0)
+    odd = lambda q: (YOURS(q) - YOURS(1 - q)) / 2
+    assert targets(YOURS, p).isfinite().all(), "hint: infinite for 0 < p < 1, so even soft labels have no target"
+    minimiser = (ref.log() + tabular_minimiser(p, mu, 0.5)).softmax(0)
+    assert torch.allclose(minimiser, D.optimum(ref.log()[None], p[None], mu[None], odd, 0.5)[0].exp(), atol=1e-6), \
+        "hint: Psi must depend on q alone; does yours draw random numbers or remember?"
+
+
+def test_exercise_01_step_0():
+    for tau in (0.05, 0.2, 0.5, 2):
+        assert float(answer("01")(tau)) == pytest.approx(ipo.ipo_loss(torch.zeros(1), torch.ones(1), tau).item()), \
+            "hint: at step 0 pi = ref, so every margin is 0; put h = 0 and p = 1 into (h - target(p))^2"
+
+
+def test_exercise_02_half_of_tau():
+    asked, start, kl = answer("02")
+    world = D.build_world("bt")
+    ref, mu = world.base.log().expand(4, -1), torch.full((4, 400), 1 / 400).double()  # what a run's reference is trained on
+    moved = [D.kl(D.optimum(ref, world.pstar, mu, identity, tau), ref).item() for tau in (0.2, 0.1)]
+    one = torch.ones(1)
+    assert asked == pytest.approx((targets(identity, one, 0.1) / targets(identity, one, 0.2)).item()), "hint: target = 1/(2 tau)"
+    assert start == pytest.approx((ipo.ipo_loss(0 * one, one, 0.1) / ipo.ipo_loss(0 * one, one, 0.2)).item()), "hint: it is the target, squared"
+    assert kl == pytest.approx(moved[1] / moved[0], rel=0.1), \
+        "hint: log pi*/ref doubles, and a KL is about half its variance: near a factor of 4, but less once pi* is far; read both off the reports"
+
+
+def test_exercise_03_logit():
+    for tau in (0.05, 0.1, 0.3):
+        p = torch.as_tensor(answer("03")(tau), dtype=torch.float64)
+        assert 0.5 < p < 1 and ipo.target(p, tau, torch.logit).item() == pytest.approx(10, rel=1e-3), \
+            "hint: logit(p) - logit(1-p) = 2 logit(p); set the target to 10 and solve for p"
+
+
+def test_exercise_04_same_targets():
+    psi = answer("04")
+    q, value = admissible(psi)
+    assert torch.allclose(targets(psi, q), targets(identity, q), atol=1e-9), \
+        "hint: Psi(q) - Psi(1-q) must be 2q - 1; what may be added to q that is the same at q and 1-q?"
+    assert value.diff(n=2).abs().max() > 1e-9, "hint: this is affine; add something that bends"
+    assert value.diff(n=3).abs().max() > 1e-12, "hint: this is q^2 times something plus an affine part; bend it another way"
+
+
+def test_exercise_05_majority():
+    _, value = admissible(psi := answer("05"))
+    at = psi(torch.tensor([0.0, 0.49, 0.5, 0.51, 1.0]))
+    assert at.tolist() == [0, 0, 0.5, 1, 1], f"hint: at 0, .49, .5, .51, 1 it is {at.tolist()}; torch.sign has three values, as needed"
+
+
+def test_exercise_06_hard_labels():
+    for psi, p in itertools.product([*ODD_PSI.values(), torch.square], (0.5, 0.6, 0.75, 0.9)):
+        if psi is torch.logit:
+            continue  # infinite at certain labels
+        coin = p * targets(psi, torch.ones(1).double(), 0.3) + (1 - p) * targets(psi, torch.zeros(1).double(), 0.3)
+        given = float(answer("06")(psi, torch.tensor(p).double(), 0.3))
+        assert given == pytest.approx(coin.item(), abs=1e-6), \
+            "hint: a hard label is 1 or 0: average target(1) with weight p and target(0) with weight 1-p; Psi is seen at 0 and 1 only"
+
+
+def test_exercise_07_a_psi_to_order():
+    q, _ = admissible(psi := answer("07"))
+    wanted = torch.sign(q - 0.5) * ((q - 0.5).abs() - 0.1).clamp(min=0) / 0.4 / (2 * 0.1)
+    off = (targets(psi, q) - wanted).abs()
+    assert off.max() < 1e-3, f"hint: at p = {q[off.argmax()]:.3f} the target is {targets(psi, q)[off.argmax()]:.3f} at tau 0.1, not " \
+        f"{wanted[off.argmax()]:.3f}; an odd Psi is tau times its own target"
+
+
+def test_exercise_08_a_cycle_with_a_favourite():
+    p = torch.as_tensor(answer("08"), dtype=torch.float64)
+    assert p.shape == (3, 3) and torch.allclose(p + p.T, torch.ones(3, 3).double()), "hint: p*(y>y') + p*(y'>y) = 1, so 1/2 on the diagonal"
+    assert ((0 <= p) & (p <= 1)).all() and min(p[0, 1], p[1, 2], p[2, 0]) > 0.5, "hint: p[0,1], p[1,2] and p[2,0] must exceed 1/2 for a > b > c > a"
+    mu = torch.full((1, 3), 1 / 3).double()
+    best = D.optimum(mu.log(), p[None], mu, identity, 0.1).exp()[0]
+    assert best[0] > 0.75, f"hint: pi* = {[round(x, 3) for x in best.tolist()]}; it weighs the mean of p* over all opponents: let a win high and lose by a hair"
+
+
+def test_exercise_09_mean_against_sum():
+    for tau, L in ((0.1, 1), (0.2, 4), (0.5, 7)):
+        mean_tau, h = float(answer("09")(tau, L)), torch.linspace(0, 20, 200_001, dtype=torch.float64)
+        best = h[ipo.ipo_loss(h / L, torch.ones(1), mean_tau).argmin()]
+        assert best.item() == pytest.approx(1 / (2 * tau), abs=1e-3), \
+            f"hint: with your tau the loss of h/{L} is least at h = {best:.2f}, the sum's at {1 / (2 * tau):.2f}; solve h/L = 1/(2 tau_mean)"
+
+
+def test_exercise_10_figure_1():
+    world = D.build_bandit("d1", 1)
+    mu = torch.full((1, 3), 1 / 3).double()
+    for tau in (0.1, 0.3, 1, 2):
+        given, due = [float(x) for x in answer("10")(tau)], D.optimum(mu.log(), world.pstar, mu, identity, tau).exp()[0].tolist()
+        assert given == pytest.approx(due, abs=1e-3), \
+            "hint: pi*(y) is proportional to exp(g(y)/tau), g(y) the mean of p*(y>y') over the three opponents, y itself (1/2) included"
+
+
+def test_exercise_11_a_loss_of_your_own():
+    names = [name for name in ipo.LOSSES if name not in ("ipo", "rebel", *SLOPES)]
+    if not names:
+        pytest.skip("exercise 11: no new entry in LOSSES yet (ipo.py)")
+    for name in names:
+        h = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        ipo.LOSSES[name](h, torch.ones(1), 1.0).sum().backward()
+        assert h.grad < 0, f"hint: the slope of {name} at h = 0 is {h.grad.item():.3f}: a first step must move towards the chosen response"
+        z = torch.linspace(-12, 12, 24001, dtype=torch.float64)
+        for p in (0.3, 0.5, 0.6, 0.75, 0.9):
+            values = ipo.LOSSES[name](z, torch.tensor(p).double(), 1.0)
+            assert values.isfinite().all(), f"hint: {name} is not finite on [-12, 12]; which term overflows?"
+            assert torch.allclose(values, ipo.LOSSES[name](-z, torch.tensor(1 - p).double(), 1.0)), \
+                f"hint: swapping the responses and their probability must change nothing; both_ways takes care of it"
+            assert name in ipo.LINK, f"hint: at p = {p} the minimiser is z = {z[values.argmin()]:.3f}; set p f'(z) = (1-p) f'(-z), solve for z, add it to LINK"
+            link = ipo.LINK[name](torch.tensor(p).double()).item()
+            assert z[values.argmin()].item() == pytest.approx(link, abs=5e-3), \
+                f"hint: at p = {p} the minimiser is z = {z[values.argmin()]:.3f} and LINK says {link:.3f}; solve p f'(z) = (1-p) f'(-z) again"
+
+
+def test_exercise_12_another_mu(monkeypatch):
+    """The marked line gives a distribution over responses, and pairs drawn from it lead IPO to the optimum of that mu."""
+    p, _, ref = random_problem(1)
+    mu = ipo.response_distribution(ref.log()[None], options())
+    assert mu.shape == (1, 5) and torch.allclose(mu.sum(-1), torch.ones(1).double()), "hint: each row of mu, (X,Y), must sum to 1; divide by .sum(-1, keepdim=True)"
+    assert (mu > 0).all(), "hint: a response that never occurs is in no pair, so nothing fixes its margin; give it some probability"
+    minimiser = (ref.log() + tabular_minimiser(p, mu[0], 0.5)).softmax(0)
+    assert torch.allclose(minimiser, D.optimum(ref.log()[None], p[None], mu, identity, 0.5)[0].exp(), atol=1e-6)
+    psi, world, log_ref = ipo.PSI[answer("12")], D.build_world("bt"), random_policies()[0]
+    one, other = (D.optimum(log_ref, world.pstar, m, psi, 0.5) for m in (log_ref.exp(), torch.full((4, 400), 1 / 400).double()))
+    assert D.kl(one, other) < 1e-9, f"hint: with {answer('12')} pi* moves by {D.kl(one, other):.4f} nats; which Psi makes of p*(y>y') a difference r - r'?"
+
+
+def test_exercise_13_the_silent_bug(tmp_path):
+    if not answer("13"):
+        pytest.skip("exercise 13: no answer yet (ANSWERS in test_ipo.py)")
+    for number, test in answer("13").items():
+        assert number in range(1, len(BUGS) + 1) and callable(globals().get(test)), f"hint: {number}: {test!r} is no bug or no test of this file"
+        assert buggy(tmp_path / str(number), number, test).wait() == 1, \
+            f"hint: with bug {number}, {BUGS[number - 1][0]}, {test} does not fail; which test compares with something computed token by token, or by hand?"
+
+
+# ----------------------------------------------------------------------------------------------- the course: silent bugs
+
+SOURCES = ("ipo.py", "model.py", "data.py", "test_ipo.py")
+BUGS = [  # what, file, the line (a part of it that stands there once), what it becomes, a test that fails
+    ("mask shifted by one", "model.py", "row, t = mask[:, 1:].nonzero(", "row, t = mask[:, :-1].nonzero(", "test_sequence_logp_is_the_product_of_conditionals"),
+    ("prompt scored", "data.py", "real & (t >= self.prompt_len[rows, None])", "real & (t >= 1)", "test_tokens_of_a_pair"),
+    ("padding scored", "data.py", "real & (t >= self.prompt_len[rows, None])", "(t >= self.prompt_len[rows, None])", "test_tokens_of_a_pair"),
+    ("winner and loser swapped", "ipo.py", "return chosen - rejected", "return rejected - chosen", "test_margin_is_chosen_minus_rejected_and_needs_the_reference"),
+    ("reference not frozen", "ipo.py", "h = margin(logp, ref) ", "h = margin(logp, logp.detach()) ", "test_the_bandit_reaches_the_exact_optimum"),
+    ("mean for sum", "model.py", "return total / mask.sum(1) if mean else total", "return total / mask.sum(1)", "test_sequence_logp_is_the_product_of_conditionals"),
+    ("pads in the length", "model.py", "return total / mask.sum(1) if mean else total", "return total / mask.shape[1] if mean else total", "test_padding_never_changes_a_log_prob"),
+    ("end of text unscored", "data.py", "yield prompt, chosen + [eot]", "yield prompt, chosen", "test_tokens_of_a_pair"),
+]
+
+
+def buggy(folder, number, test):
+    """A copy of the sources with that bug (0: with none), and `test` of the suite running on it: a process."""
+    folder.mkdir()
+    for name in SOURCES:
+        shutil.copy(HERE / name, folder)
+    if number:
+        _, name, line, becomes, _ = BUGS[number - 1]
+        text = (folder / name).read_text()
+        assert text.count(line) == 1, f"{name}: {line!r} stands there {text.count(line)} times"
+        (folder / name).write_text(text.replace(line, becomes))
+    return subprocess.Popen([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"test_ipo.py::{test}"], cwd=folder,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_every_silent_bug_of_the_readme_is_caught(tmp_path):
+    """Mutation testing in small: the named test fails on a copy with the bug (pytest's status 1), and passes without it."""
+    clean = buggy(tmp_path / "0", 0, "test_tokens_of_a_pair")
+    caught = [buggy(tmp_path / str(n), n, bug[-1]) for n, bug in enumerate(BUGS, 1)]
+    assert clean.wait() == 0 and [process.wait() for process in caught] == [1] * len(BUGS)
+    for n, (what, name, line, becomes, test) in enumerate(BUGS, 1):
+        assert f"| {n} | {what} | {name} | `{line.strip()}` | `{becomes.strip()}` | {test} |" in README
