@@ -3,6 +3,7 @@
 Oracles: enumeration of all responses, closed forms, an independent numpy implementation, Hugging Face's GPT-2. All tests
 run with the paper's Psi(q) = q, or with one of their own, whatever a student has made of `psi` in ipo.py.
 """
+import collections
 import contextlib
 import io
 import itertools
@@ -16,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from argparse import Namespace
 
@@ -1500,12 +1502,67 @@ def test_prompts_come_from_standard_input(tmp_path, monkeypatch):
 README = (HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else ""
 
 
+def original(name):
+    """Lines of a source file, with the paper's psi between the banners, whatever a student wrote there."""
+    text = (HERE / name).read_text(encoding="utf-8")
+    psi = re.search(r"```python\n(def psi.*?\n    return q\n)", README, re.S)[1]
+    return re.sub(r"(# =+ EXERCISE: .*?=+\n).*?(# =+ END OF THE EXERCISE =+\n)", lambda m: f"{m[1]}\n\n{psi}\n\n{m[2]}", text, flags=re.S).splitlines()
+
+
 def test_the_readme_quotes_the_code():
-    """Every line of the README's Python blocks stands in the source, letter for letter."""
-    source = {line.rstrip() for name in ("ipo.py", "model.py", "data.py") for line in (HERE / name).read_text().splitlines()}
-    source.add("    return q")  # the line that a class edits
+    """Every line of the README's Python blocks stands in the source, letter for letter; the losses stand there verbatim and first."""
+    source = {line.rstrip() for name in ("ipo.py", "model.py", "data.py") for line in original(name)}
     quoted = [line for block in re.findall(r"```python\n(.*?)```", README, re.S) for line in block.splitlines() if line.strip()]
     assert quoted and not [line for line in quoted if line.rstrip() not in source]
+    assert "def dpo_loss" in "\n".join(README.splitlines()[:50]) and "| 4 | [test_ipo.py]" in "\n".join(README.splitlines()[:50])
+
+
+def test_the_readme_counts_and_cites_lines():
+    """Lines of each file; in tables, a quoted line of code and where it stands. (The answers to the exercises are one line each.)"""
+    for name, lines in re.findall(r"^\| \d \| \[(\w+\.py)\]\(\1\) \| ([\d,]+) \|", README, re.M):
+        assert int(lines.replace(",", "")) == len(original(name)), f"{name} has {len(original(name))} lines"
+    begin = next(n for n, line in enumerate(original("ipo.py"), 1) if "--- measurement" in line) - 1
+    assert f"training loop: the first {begin} lines" in README, begin
+    three = sum(len(original(name)) for name in ("ipo.py", "model.py", "data.py"))
+    assert f"| nanoIPO | this | 11.560 | the paper's sum | {three:,} |" in README, three
+    cited = re.findall(r"\| `([^`|]+)` \|[^|\n]*\| \[(\w+\.py):(\d+)\]\(\2#L\3\) \|", README)
+    assert len(cited) >= 12
+    for code, name, line in cited:
+        where = [n for n, text in enumerate(original(name), 1) if text.strip().startswith(code)]
+        assert int(line) in where, f"{code!r} stands in {name} at {where}, not {line}"
+
+
+def test_links_and_pictures_and_names_of_the_readme():
+    """Links lead to files, lines and headings that exist; tests that are named exist; each picture has the command that draws it."""
+    slug = lambda title: re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-")
+    anchors = {slug(title) for title in re.findall(r"^#+ (.*)$", README, re.M)}
+    for target in re.findall(r"\]\(([^)\s]+)\)", README):
+        path, _, anchor = target.partition("#")
+        if not path.startswith("https://"):
+            assert (HERE / path).exists() and (path or anchor in anchors), target
+    missing = {name for name in re.findall(r"\btest_\w+", README) if name != "test_ipo" and name not in globals()}
+    assert not missing, missing
+    commands = {line.strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()}
+    for line, image in re.findall(r"(.*)\n!\[.*?\]\((.*?)\)", README):
+        command = re.fullmatch(r"<!-- measured: python ipo.py (.*) -->", line)
+        assert command and ipo.parse(shlex.split(command[1])).plot, image
+    for command in re.findall(r"<!-- measured: (.*?) -->", README):
+        assert re.fullmatch(r"python test_ipo.py \w+", command) or "--plot" in command or command in " ".join(commands), command
+
+
+def test_the_first_command_prints_what_the_readme_says(tmp_path):
+    """The default run in full: every number of the README's six lines, within 3 % or .002 (.02 for a single batch)."""
+    run = cli(folder=tmp_path, process=True)
+    assert run.returncode == 0, run.stderr
+    lines = re.search(r"<!-- measured: python ipo.py --loss ipo -->\n```\n(.*?)```", README, re.S)[1].splitlines()
+    numbers = lambda text: [float(x) for x in re.findall(r"[-+]?\d+\.?\d*", text.replace("target^2", "").split(" | ...")[0])]
+    assert len(lines) == 6
+    for line in lines:
+        words = re.split(r"[\d+]", line)[0]
+        there = [printed for printed in run.stdout.splitlines() if printed.startswith(words.rstrip())][-1]
+        assert re.sub(r"[\s\d.+-]", "", there).startswith(re.sub(r"[\s\d.+-]", "", line.split(" | ...")[0])), there
+        for said, got in zip(numbers(line), numbers(there)):
+            assert got == pytest.approx(said, rel=0.03, abs=0.05 if line.startswith("step  ") else 2e-3), (line, there)
 
 
 def test_the_readme_explains_every_flag_and_no_other():
@@ -2395,3 +2452,169 @@ def test_every_silent_bug_of_the_readme_is_caught(tmp_path):
     assert clean.wait() == 0 and [process.wait() for process in caught] == [1] * len(BUGS)
     for n, (what, name, line, becomes, test) in enumerate(BUGS, 1):
         assert f"| {n} | {what} | {name} | `{line.strip()}` | `{becomes.strip()}` | {test} |" in README
+
+
+# ------------------------------------------------------- the course: measured tables (`python test_ipo.py NAME` makes them anew)
+
+
+def measured(flags):
+    """{(loss, tau): report} of `python ipo.py FLAGS`, in full."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = cli(*flags.split(), folder=folder)
+        assert run.returncode == 0, (flags, run.stderr)
+        report, args = json.loads(pathlib.Path(folder, "out/report.json").read_text()), ipo.parse(flags.split())
+    keys = list(itertools.product(args.loss, args.tau))
+    return {(loss, tau): report[f"{loss}-{tau:g}"] if len(keys) > 1 else report for loss, tau in keys}
+
+
+def unmeasured(flags):
+    """The same with all numbers 0: the flags are only read."""
+    args = ipo.parse(flags.split())
+    zeros = collections.defaultdict(float, pi=[0.0] * (2 if args.data == "bandit2" else 3))
+    return {key: dict.fromkeys(("before", "after", "optimum", "labels", "nearest"), zeros) for key in itertools.product(args.loss, args.tau)}
+
+
+def show(value, digits=3):
+    return "infinite" if value is None else f"{value:z.{digits}f}"
+
+
+def both(report, key):  # of the policy, and of pi*
+    return ", ".join(show(report[column][key]) for column in ("after", "optimum"))
+
+
+def table_seeds(run):
+    grids = [run(f"--tau 0.1 0.2 0.5 --seed {seed}") for seed in range(5)]
+    for tau in (0.1, 0.2, 0.5):
+        best, before, after = (sorted(grid["ipo", tau][column][key] for grid in grids)
+                               for column, key in (("optimum", "kl_ref"), ("before", "kl_opt"), ("after", "kl_opt")))
+        yield f"{tau:g}", show(best[2]), show(before[2]), f"{show(after[2], 4)} ({show(after[0], 4)} to {show(after[4], 4)})"
+
+
+def table_settings(run):
+    for flags, note in (("--labels soft", "no coin flips"), ("--mu ref", "pairs from the reference"), ("--data cyclic", "intransitive"),
+                        ("--data deterministic", "certain, but for ties"), ("--data lengths", "one to seven tokens"),
+                        ("--loss dpo", "pi* is that of Psi = logit"), ("--data cyclic --loss dpo", "its minimiser is not pi*"),
+                        ("--pairs 2000 --tau 0.1 --steps 300", "few pairs"), ("--pairs 2000 --tau 0.1 --steps 10000", "their noise is learned")):
+        report, = run(flags).values()
+        yield f"`{flags}`: {note}", show(report["after"]["kl_ref"]), show(report["optimum"]["kl_ref"]), show(report["after"]["kl_opt"], 4)
+
+
+def table_grid(run):
+    for (loss, tau), report in run("--loss ipo dpo --tau 0.1 0.2 0.5 1").items():
+        after = report["after"]
+        yield f"{loss}, {tau:g}", both(report, "kl_ref"), show(after["kl_opt"], 4), both(report, "win"), show(after["ratio"], 1), show(after["below"], 4)
+
+
+def table_certain(run):
+    cell = lambda numbers: f"{show(numbers['kl_ref'], 2)}; {show(numbers['ratio'], 1)}"
+    grids = [run(f"--data deterministic --loss ipo dpo --tau 0.1 1 --steps {steps}") for steps in (100, 1000, 10_000)]
+    for loss, tau in grids[0]:
+        yield f"{loss}, {tau:g}", *(cell(grid[loss, tau]["after"]) for grid in grids), cell(grids[0][loss, tau]["optimum"])
+
+
+def table_few(run):
+    four = [("ipo", 0.05), ("ipo", 0.2), ("dpo", 0.2), ("dpo", 1)]
+    for flags, shown in (("--data bt --pairs 1000", four), ("--data bt --pairs 1000 --labels soft", four[1::2]), ("--data bt --pairs 10000", four[1::2]),
+                         ("--data bt --pairs 100000", four[1::2]), ("--data deterministic --pairs 1000", [("ipo", 0.02), *four]),
+                         ("--data deterministic --pairs 10000", four[1::2]), ("--data deterministic --pairs 100000", four[1::2])):
+        taus = sorted({tau for _, tau in shown})
+        reports = run(f"{flags} --loss ipo dpo --tau {' '.join(map(str, taus))}")
+        for loss, tau in shown:
+            r = reports[loss, tau]
+            yield f"`{flags}`", f"{loss}, {tau:g}", both(r, "kl_ref"), show(r["after"]["kl_opt"]), both(r, "win"), show(r["after"]["below"])
+
+
+def table_bandits(run):
+    for data, pairs in D.BANDITS.items():
+        reports = run(f"--data {data} --loss ipo dpo")
+        for tau in (0.1, 0.5, 1.0):
+            pi = lambda loss, column: " ".join(map(show, reports[loss, tau][column]["pi"]))
+            yield f"`{data}`: {pairs}; {tau:g}", pi("ipo", "after"), pi("ipo", "optimum"), pi("dpo", "after")
+
+
+def table_psi(run):
+    for psi in ("identity", "logit", "tanh", "cubic"):
+        report, = run(f"--psi {psi} --labels soft").values()
+        yield psi, show(report["after"]["kl_ref"]), show(report["optimum"]["kl_ref"]), show(report["after"]["kl_opt"], 4)
+
+
+def table_family(run):
+    names = "ipo dpo savage exponential squared_hinge slic exo robust discopop simpo"
+    hard, soft = run(f"--tau 1 --loss {names}"), run(f"--tau 1 --labels soft --loss rebel {names}")
+    gap = lambda reports, name: show(reports[name, 1.0]["after"]["kl_opt"], 4)
+    for name in ("ipo", "dpo", "rebel", *names.split()[2:]):
+        yield name, show(soft[name, 1.0]["optimum"]["kl_ref"]), "refused" if name == "rebel" else gap(hard, name), gap(soft, name)
+    noisy = run("--tau 1 --loss robust dpo --noise 0.1 --label_noise 0.1")
+    for label, reports, name in (("savage, `--lr 3e-4`", run("--tau 1 --loss savage --lr 3e-4"), "savage"),
+                                 ("robust, `--noise 0.1`", noisy, "robust"), ("dpo, `--noise 0.1`", noisy, "dpo")):
+        yield label, show(reports[name, 1.0]["optimum"]["kl_ref"]), gap(reports, name), ""
+
+
+def table_length(run):
+    one = run("--data lengths --mu ref")["ipo", 0.2]["after"]["kl_opt"]
+    yield "sum, 0.2", show(one, 4), show(one, 4), "0", ""
+    for (_, tau), report in run("--data lengths --mu ref --logp mean --tau 0.2 0.5 0.8 1.1 1.5").items():
+        after, near = report["after"], report["nearest"]
+        yield f"mean, {tau:g}", show(after["kl_opt"]), show(after["kl_fit"], 4), show(report["labels"]["kl_opt"]), f"tau {near['tau']:.2f}: {show(near['kl_opt'])}"
+
+
+def table_memory(_):
+    for name, layers, heads, channels in (("124M", 12, 12, 768), ("355M", 24, 16, 1024), ("774M", 36, 20, 1280), ("1.5B", 48, 25, 1600)):
+        with torch.device("meta"):
+            model = M.GPT(M.GPTConfig(n_layer=layers, n_head=heads, n_embd=channels))
+        rows = D.pack(([0] * 512, [i] * 512) for i in range(4))
+        two = D.PairData(*rows, torch.tensor([0, 2]), torch.tensor([1, 3]), torch.ones(2), torch.arange(2), torch.arange(2))
+        per, fits = [], []
+        for model.recompute in (False, True):
+            need = [M.memory(model, two, n, "bfloat16") for n in (1, 2)]
+            per.append((need[1]["activations"] - need[0]["activations"]) / 2**30)
+            fixed, logits = need[1]["weights, gradients, Adam"] / 2**30, need[1]["logits"] / 2**30
+            fits.append([max(0, int((card - 1 - fixed - logits) / per[-1])) for card in (24, 80, 141)])
+        yield name, show(fixed, 1), ", ".join(show(p, 2) for p in per), *(", ".join(map(str, pair)) for pair in zip(*fits))
+
+
+TABLES = {name.removeprefix("table_"): function for name, function in list(globals().items()) if name.startswith("table_")}
+
+
+def readme_tables():
+    """{what stands behind `measured:`: the rows below it, as lists of cells}"""
+    marked = re.findall(r"<!-- measured: (.*?) -->\n+((?:\|.*\n)*)", README)
+    return {command: [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()[2:]] for command, table in marked}
+
+
+def test_every_marked_table_is_the_one_that_its_command_makes():
+    """Rows, labels and kinds of cells; the numbers are left out here, since full runs take minutes: `python test_ipo.py` compares them."""
+    tables = {command.removeprefix("python test_ipo.py "): rows for command, rows in readme_tables().items() if "test_ipo.py" in command}
+    assert tables.keys() == TABLES.keys()
+    shape = lambda cells: [cells[0], *(re.sub(r"-?\d[\d,]*(\.\d+)?|infinite", "#", cell) for cell in cells[1:])]
+    for name, rows in tables.items():
+        assert [shape(row) for row in rows] == [shape(row) for row in TABLES[name](unmeasured)], name
+    assert [list(row) for row in table_memory(None)] == tables["memory"]  # arithmetic: no run
+
+
+def test_tables_are_made_of_reports():
+    """Every number that a table asks of a report is in the report of a run."""
+    short = {"--data d1": "--seeds 2 --steps 3", "--data lengths --logp mean": "--steps 3 --pairs 500 --sft_steps 3"}
+    for flags, cut in short.items():
+        real, fake = measured(f"{flags} {cut}"), unmeasured(flags)
+        assert real.keys() == fake.keys()
+        report = next(iter(real.values()))
+        asked = {"kl_ref", "kl_opt", "win", "ratio", "below"} | ({"pi"} if "d1" in flags else {"kl_fit"})
+        assert asked <= report["after"].keys() and asked - {"below"} <= report["optimum"].keys()
+        assert "d1" in flags or {"tau", "kl_opt"} <= report["nearest"].keys() and "kl_opt" in report["labels"]
+
+
+def remeasure(names):
+    """Runs the tables' commands in full, prints the tables and, of the README's rows, those that differ; returns how many."""
+    ipo.psi, differ, there = identity, 0, readme_tables()
+    for name in names or TABLES:
+        for row, old in itertools.zip_longest(map(list, TABLES[name](measured)), there.get(f"python test_ipo.py {name}", []), fillvalue=[]):
+            print(f"| {' | '.join(row)} |", flush=True)
+            if row != old:
+                print(f"  README: | {' | '.join(old)} |")
+                differ += 1
+    return differ
+
+
+if __name__ == "__main__":
+    sys.exit(min(remeasure(sys.argv[1:]), 1))
