@@ -2235,10 +2235,10 @@ def test_tau_pulls_to_the_reference_whatever_its_entropy():
 
 
 def test_mu_matters_unless_psi_is_logit_under_bradley_terry():
-    world, ref = D.build_world("bt"), random_policies()[0]
-    mus = random_policies(1)[0].exp(), torch.full((4, 400), 1 / 400).double()
-    gap = lambda psi: D.kl(*(D.optimum(ref, world.pstar, mu, psi, 0.2) for mu in mus)).item()
-    assert gap(torch.logit) < 1e-9 and gap(identity) > 1e-4
+    world, (ref, *_) = D.build_world("bt"), random_policies()
+    mus = (8 * world.pstar.mean(-1)).softmax(-1), torch.full((4, 400), 1 / 400).double()  # good responses more often; all alike
+    gap = lambda psi: D.kl(*(D.optimum(ref, world.pstar, mu, psi, 0.1) for mu in mus)).item()
+    assert gap(torch.logit) < 1e-9 and gap(identity) > 0.01
 
 
 def test_a_mean_log_ratio_can_only_fall():
@@ -2402,8 +2402,9 @@ def test_exercise_12_another_mu(monkeypatch):
     assert (mu > 0).all(), "hint: a response that never occurs is in no pair, so nothing fixes its margin; give it some probability"
     minimiser = (ref.log() + tabular_minimiser(p, mu[0], 0.5)).softmax(0)
     assert torch.allclose(minimiser, D.optimum(ref.log()[None], p[None], mu, identity, 0.5)[0].exp(), atol=1e-6)
-    psi, world, log_ref = ipo.PSI[answer("12")], D.build_world("bt"), random_policies()[0]
-    one, other = (D.optimum(log_ref, world.pstar, m, psi, 0.5) for m in (log_ref.exp(), torch.full((4, 400), 1 / 400).double()))
+    psi, world, (log_ref, *_) = ipo.PSI[answer("12")], D.build_world("bt"), random_policies()
+    mus = (8 * world.pstar.mean(-1)).softmax(-1), torch.full((4, 400), 1 / 400).double()  # good responses more often; all alike
+    one, other = (D.optimum(log_ref, world.pstar, m, psi, 0.1) for m in mus)
     assert D.kl(one, other) < 1e-9, f"hint: with {answer('12')} pi* moves by {D.kl(one, other):.4f} nats; which Psi makes of p*(y>y') a difference r - r'?"
 
 
