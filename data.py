@@ -289,7 +289,7 @@ class PairData(NamedTuple):
         start, end = self.start[rows, None], self.start[rows + 1, None]
         t = torch.arange(int((end - start).max()))
         real = start + t < end
-        tokens = self.tokens[(start + t).clamp(max=len(self.tokens) - 1)].long() * real
+        tokens = self.tokens[(start + t).clamp(max=len(self.tokens) - 1)].long() * real  # what lies behind a row: 0
         return tokens, real & (t >= self.prompt_len[rows, None])
 
     def pair_rows(self) -> torch.Tensor:  # -> (2N,)

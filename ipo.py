@@ -9,7 +9,7 @@
 
 Symbols: pi policy, ref frozen reference, mu where responses come from, yw / yl chosen / rejected response, s sigmoid.
 Log-probs and margins are in nats; log pi(y) is a sum over the tokens of y. More tau: closer to ref.
-Sizes: B pairs in a batch, T tokens, R rows (a row is a prompt with one response), X prompts, Y responses in a world,
+Sizes: N pairs, B in a batch, T tokens, R rows (a row is a prompt with one response), X prompts, Y responses in a world,
 K taus and S seeds that a bandit trains at once.
 
   python ipo.py --loss ipo                          the synthetic world: train, then measure the distance to pi*
@@ -52,7 +52,7 @@ def psi(q):  # preference probabilities in [0,1], a tensor of any shape -> their
 
 # ================================================= END OF THE EXERCISE ================================================
 
-PSI = {"yours": lambda q: psi(q),  # --psi NAME; what stands between the banners is the default
+PSI = {"yours": lambda q: psi(q),  # --psi NAME; the default: what stands between the banners, looked up at each call
        "identity": lambda q: q, "logit": torch.logit, "tanh": lambda q: torch.tanh(8 * (q - 0.5)),
        "cubic": lambda q: (2 * q - 1) ** 3}
 
@@ -65,8 +65,8 @@ def check_tau(tau):  # a number or (B,)
 def target(p, tau, psi=PSI["yours"]):  # (B,) -> (B,)
     """The margin in nats that a pair asks for if its first response is preferred with probability p; a tie asks for 0.
 
-    pi* is the least-squares compromise between all pairs. The 1/2 is exact: the two orders of a pair ask h for
-    Psi(p)/tau and -Psi(1-p)/tau (if certain: 1/tau and 0); this is their mean. Raises ValueError unless tau > 0.
+    Read in one order the pair asks h for Psi(p)/tau, in the other -h for Psi(1-p)/tau (if certain: h for 1/tau and for
+    0). This is the mean of both, so its 1/2 is exact. Raises ValueError unless tau > 0.
     """
     check_tau(tau)
     return (psi(p) - psi(1 - p)) / (2 * tau)
@@ -120,12 +120,15 @@ LINK = {  # loss -> the Psi whose target minimises it at p: tau h = argmin over 
     "exo": lambda q: (2 * q - 1) * math.log((1 - EPS) / EPS),
     # EXERCISE 11: "mine": lambda q: ...
 }
-START = {  # loss -> its value at h = 0, which step 0 must have; squared targets have target^2, SimPO has no reference
+START = {  # loss -> f(0), its value at h = 0 for every p, which step 0 must have; squared targets have mean target^2
     "dpo": math.log(2), "robust": math.log(2), "slic": 1.0, "squared_hinge": 1.0, "exponential": 1.0, "savage": 0.25,
     "discopop": (1 + math.log(2)) / 2, "exo": -math.log(2) - math.log(EPS * (1 - EPS)) / 2}
 
 
-def bound(args):  # -> f(h, p, tau) -> (B,)
+HAS_TARGET = {"ipo", *LINK}  # other losses ask a single pair for no margin, or for several
+
+
+def loss_function(args):  # -> f(h, p, tau) -> (B,)
     """The loss of --loss with what it alone needs."""
     own = {"ipo": {"psi": PSI[args.psi]}, "robust": {"label_noise": args.label_noise}, "simpo": {"gamma": args.gamma}}
     return functools.partial(LOSSES[args.loss], **own.get(args.loss, {}))
@@ -136,13 +139,13 @@ def worth(args):
     return PSI[args.psi] if args.loss == "ipo" else LINK.get(args.loss, torch.logit)
 
 
-def margin(logp, ref_logp):  # (2B,), (2B,) -> (B,)
+def margin(logp, ref_logp):  # (2B,), (2B,) or 0 -> (B,)
     """h: how much further, in nats, the policy moved towards the chosen than towards the rejected response."""
     chosen, rejected = (logp - ref_logp).chunk(2)
     return chosen - rejected
 
 
-LOWER = "--lr, or take a --tau or --gamma nearer to 1"  # what diverges less
+LOWER = "--lr, or take a --tau or --gamma nearer to 1"  # what to lower if training diverges
 
 
 class Interrupted(BaseException):
@@ -163,19 +166,21 @@ def signals(handle):
 def train(model, pairs, ref_logp, tau, order, args, log, save=lambda step, parts: None, state=None):
     """Preference training on `pairs` (N), which `order` yields as batches of indices, at tau (N,), against ref_logp
     (R,), the reference's log-probs of all rows, computed beforehand: no second model exists. Calls log(step, numbers)
-    every --log_every steps and after the last; save(step, parts) every --save_every, after the last and after a signal,
-    which then raises Interrupted; `state`: go on from there. Several processes share each batch."""
-    constant = args.bench or args.task == "bandit" and args.batch_size > 0  # Adam circles exact optima at such a rate
-    clip = math.inf if args.task == "bandit" and constant else 1.0  # as the paper's protocol has it
-    update, parts = M.descent(model, args.steps, args.lr, constant, clip, args.dtype)
-    sequence_logp, loss_of, (rank, processes), caught = M.parallel(model), bound(args), M.process(), []
+    every --log_every steps and after the last (of the batch as it was before the update); save(step, parts) every
+    --save_every, after the last and after a signal, which then raises Interrupted; `state`: go on from there. Several
+    processes share each batch."""
+    protocol = args.task == "bandit" and args.batch_size > 0  # the paper's; with all pairs the rate must fall, or Adam
+    clip = math.inf if protocol else 1.0                      # would circle the exact optimum
+    update, parts = M.descent(model, args.steps, args.lr, args.bench or protocol, clip, args.dtype)
+    sequence_logp = M.parallel(model)  # called like M.sequence_logp; with several processes it averages gradients
+    loss_of, (rank, processes), caught = loss_function(args), M.process(), []
     begin, skipped = state["step"] if state else 0, 0
     if state:
         M.restore(parts, state)
     with signals(caught.append):
         rest = tqdm(itertools.islice(order, begin, None), args.loss, args.steps - begin, disable=None, leave=False)
         for step, index in enumerate(rest, begin + 1):
-            model.train()
+            model.train()  # log has scored without dropout
             seen = []  # of each part of the batch; there is one, unless memory is short (--accum)
             for part in index[rank::processes].tensor_split(args.accum):
                 batch = pairs.batch(part)
@@ -185,22 +190,21 @@ def train(model, pairs, ref_logp, tau, order, args, log, save=lambda step, parts
                 h = margin(logp, ref)                                             # (B,)
                 loss = loss_of(h, p, tau_b).sum() / len(index)                    # () mean over the whole batch
                 parts["scaler"].scale(loss * processes).backward()                # loss.backward(), but for float16
-                seen.append(torch.stack([logp.detach(), ref]).view(2, 2, -1))
-            done = update()
+                seen.append(torch.stack([logp.detach(), ref]).view(2, 2, -1))  # pi, ref x chosen, rejected x pairs
+            done = update()  # None: float16 overflowed, and the step is skipped; False: diverged
             skipped += done is None
             if done is False:
                 rows = ", ".join(map(str, pairs.line[index[:20]].tolist())) + ", ..." * (len(index) > 20)
                 raise M.Stopped(f"step {step}: the loss or its gradient is not finite, on the pairs {rows} (lines of a "
                                 f"file); what was saved before stays; lower {LOWER}")
             if step % args.log_every == 0 or step == args.steps:
-                every = ref.new_zeros(2, 2, len(index)).cpu()  # pi, ref x chosen, rejected x pairs; a share each
+                every = torch.zeros(2, 2, len(index), dtype=logp.dtype)  # each process fills in its share
                 every[..., rank::processes] = torch.cat(seen, -1).cpu()
-                logp, ref = M.total(every, args.device).flatten(1)  # (2B,), (2B,)
-                log(step, measure(logp, ref, pairs.p[index], tau[index], args))
+                log(step, measure(*M.total(every, args.device).flatten(1), pairs.p[index], tau[index], args))
             stop = M.total(torch.tensor(float(len(caught))), args.device) > 0  # of any process
             if stop or step == args.steps or args.save_every and step % args.save_every == 0:
                 save(step, parts)
-            if stop and step < args.steps:
+            if stop:  # if no signal came here, another process has one
                 raise Interrupted((caught or [signal.SIGTERM])[0], f"stopped after step {step} of {args.steps}")
     if skipped:
         print(f"{args.dtype}: {skipped} of {args.steps - begin} steps skipped, in which scaled gradients overflowed")
@@ -208,16 +212,15 @@ def train(model, pairs, ref_logp, tau, order, args, log, save=lambda step, parts
 
 # ---------------------------------------------------------------------------------------------------------- measurement
 
-@torch.no_grad()
-def measure(logp, ref_logp, p, tau, args):  # (2B,), (2B,), (B,), number or (B,) -> dict of floats
+def measure(logp, ref_logp, p, tau, args):  # (2B,), (2B,) or 0, (B,), number or (B,) -> dict of floats
     """The numbers of a log line. `win`: the share of pairs whose margin has the label's sign; ties (p = 1/2, or a
     margin under .0005 nats, which may be rounding) count one half. `target`: None if infinite, as DPO's is at p = 1, or
     if the loss has no link."""
     h = margin(logp, ref_logp)
     chosen, rejected = (logp - ref_logp).chunk(2)
-    asked = target(p, tau, worth(args)).mean().item() if args.loss in {"ipo", *LINK} else math.inf
+    asked = target(p, tau, worth(args)).mean().item() if args.loss in HAS_TARGET else math.inf
     win = ((h.round(decimals=3) * (p - 0.5)).sign().mean().item() + 1) / 2
-    return {"loss": bound(args)(h, p, tau).mean().item(), "h": h.mean().item(),
+    return {"loss": loss_function(args)(h, p, tau).mean().item(), "h": h.mean().item(),
             "h_std": h.std(correction=0).item(), "target": asked if math.isfinite(asked) else None,
             "chosen": chosen.mean().item(), "rejected": rejected.mean().item(), "win": win}
 
@@ -241,7 +244,7 @@ def response_distribution(ref, args):  # log ref (X,Y) -> (X,Y)
 
 def theory(world, ref, args):  # log ref (X,Y) -> mu, log pi*, log of the fitted policy (None: pi* itself), (X,Y) each
     """The fitted policy is IPO's minimiser on endless labels of this kind: ref exp(E_mu E[target]), normalised. It is
-    pi* if labels are soft or Psi is affine and noise 0, Psi is odd about 1/2 up to a constant, and log pi is a sum."""
+    pi* if nothing of what `departures` names is the case."""
     mu = response_distribution(ref, args)
     best = D.optimum(ref, world.pstar, mu, psi := worth(args), args.tau)
     if args.loss != "ipo":
@@ -250,8 +253,8 @@ def theory(world, ref, args):  # log ref (X,Y) -> mu, log pi*, log of the fitted
     asked = target(q, args.tau, psi) if args.labels == "soft" else (2 * q - 1) * target(torch.ones(()), args.tau, psi)
     if args.logp == "mean":
         return mu, best, D.mean_optimum(ref, (asked * mu[:, None, :]).sum(-1), world.length)
-    fit = D.optimum(ref, asked, mu, lambda value: value, 1.0)
-    return mu, best, None if torch.allclose(fit, best, atol=1e-9) else fit
+    fit = D.optimum(ref, asked, mu, lambda value: value, 1.0)  # a target stands for Psi(p*)/tau
+    return mu, best, None if torch.allclose(fit, best, rtol=0, atol=1e-9) else fit
 
 
 def check_targets(p, args):
@@ -259,7 +262,7 @@ def check_targets(p, args):
     labels hold; p of any shape."""
     if args.loss not in ("ipo", "rebel"):
         return
-    q, seen = torch.linspace(0, 1, 11), torch.linspace(0, 1, 11)
+    q, seen = torch.linspace(0, 1, 11), torch.linspace(0, 1, 11)  # psi might change `seen` in place
     value = worth(args)(seen)
     if not isinstance(value, torch.Tensor) or value.shape != q.shape or value.dtype == torch.bool or not seen.equal(q):
         raise D.Refused("psi in ipo.py must return a tensor of numbers of q's shape and leave q itself as it is; for a "
@@ -281,11 +284,12 @@ def check_start(model, pairs, ref_logp, args):
     if squared := args.loss in ("ipo", "rebel"):
         due = (target(pairs.p, args.tau, worth(args)) ** 2).mean().item()
     else:  # a loss of your own is taken at its word
-        due = START.get(args.loss, bound(args)(torch.zeros(len(pairs.p)), pairs.p, args.tau).mean().item())
+        due = START.get(args.loss, loss_function(args)(torch.zeros(len(pairs.p)), pairs.p, args.tau).mean().item())
     why = "mean of target^2" if squared else "loss at h = 0"
     print(f"step 0: loss {loss:.6g}, theory {due:.6g} ({why})")
     rounding = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}[args.dtype] * (1 + ref.abs().max().item())
-    if not (off <= rounding and abs(loss - due) <= 1e-5 * due + off * (off + 2 * due ** 0.5 + 4 * args.tau)):
+    slope = 2 * due ** 0.5 + 4 * args.tau / (1 - 2 * args.label_noise)  # of any loss here, near h = 0, at most
+    if not (off <= rounding and abs(loss - due) <= 1e-5 * due + off * (off + slope)):
         raise M.Stopped(f"step 0: margins up to {off:.3g} nats where pi = ref has 0, or the loss is not theory's; "
                         "the cached reference is not the policy that training starts from, or a loss was edited")
 
@@ -314,10 +318,23 @@ def nearest(world, ref, logp, args):
 
 def log_line(kind, step, args, n, extra=""):
     """One line of fixed width; the README says what the columns mean."""
-    asked = "-" if args.loss not in {"ipo", *LINK} else "inf" if n["target"] is None else f"{n['target']:.2f}"
+    asked = "-" if args.loss not in HAS_TARGET else "inf" if n["target"] is None else f"{n['target']:.2f}"
     ratios = f"chosen {n['chosen']:+6.2f} rejected {n['rejected']:+6.2f}"
     tqdm.write(f"{kind} {step:5d}/{args.steps} | loss {n['loss']:8.4f} | h {n['h']:+6.2f} ± {n['h_std']:5.2f} -> "
                f"{asked} | {ratios} | win {n['win']:.2f}{extra}", file=sys.stdout)
+
+
+def departures(args):  # -> list of texts
+    """Why labels may lead IPO elsewhere than to pi*."""
+    q, psi = torch.linspace(0.01, 0.99, 99, dtype=torch.float64), worth(args)
+    even, asked = psi(q) + psi(1 - q), target(q, 1.0, psi)
+    causes = {
+        "log-ratios divided by length have the optimum ref exp(|y| (g/tau + c)); h is per token": args.logp == "mean",
+        "Psi is not odd about 1/2, and only its odd part, (Psi(q) - Psi(1-q))/2, is optimised": even.std() > 1e-6,
+        "a coin flip stands for p* only if that odd part is affine (--labels soft)": args.labels == "hard"
+        and not torch.allclose(asked, (2 * q - 1) * target(torch.ones(()), 1.0, psi), rtol=0, atol=1e-6),
+        "labels are flipped (--noise 0)": args.noise > 0}
+    return [cause for cause, here in causes.items() if here]
 
 
 UNITS = {"kl_ref": "KL(pi||ref), nats", "kl_opt": "KL(pi||pi*), nats", "win": "win rate against mu",
@@ -332,12 +349,7 @@ def print_report(report, args):
     for key in report["after"]:
         print(f"{UNITS[key]:26}" + "".join(show(column[key]) for column in report.values()))
     if "labels" in report:
-        print("labels = where these labels lead IPO, not pi*: " + (
-            "log-ratios divided by length have the optimum ref exp(|y| (g/tau + c)); h is per token"
-            if args.logp == "mean" else
-            "a coin flip stands for p* only if Psi is affine and nothing flips it (--labels soft, --noise 0)"
-            if args.labels == "hard" else
-            "Psi is not odd about 1/2, and only its odd part, (Psi(q) - Psi(1-q))/2, is optimised"))
+        print("labels = where these labels lead IPO, not pi*: " + "; ".join(departures(args)))
     elif args.logp == "mean":
         print("pi* is the sum's; with mean log-probs this loss has an optimum of its own, not computed; h is per token")
     if report["optimum"]["ratio"] is None:
@@ -379,7 +391,7 @@ CARD = (0.5, 0.6, 0.75, 0.9, 0.99, 1.0)
 def print_card(args, p=None, h=None, due=None):  # (N,) each
     """The Psi card: for labels p the margin that a pair asks for, and if given what such pairs got, and what they have
     where the labels lead (pi*, unless the report says otherwise)."""
-    if args.loss not in {"ipo", *LINK}:
+    if args.loss not in HAS_TARGET:
         return
     asked = target(torch.tensor(CARD), args.tau, worth(args)).tolist()
     table = {"p = P(chosen preferred)": CARD, "target(p), nats": asked}
@@ -425,7 +437,7 @@ def plot_runs(results, best, args):
         steps, values = [line["step"] for line in lines], {k: [line["eval"].get(k) for line in lines] for k in names}
         axes[0, 0].plot(steps, values["h"], label=f"{loss}, tau {tau:g}", **look)
         one = argparse.Namespace(**vars(args) | {"loss": loss, "tau": tau})
-        asked = target(torch.ones(()), tau, worth(one)).item() if loss in {"ipo", *LINK} else math.inf
+        asked = target(torch.ones(()), tau, worth(one)).item() if loss in HAS_TARGET else math.inf
         for height, dashes in (asked, (6, 4)), (report.get("optimum", {}).get("h"), (1, 2)):
             if height is not None and math.isfinite(height):
                 axes[0, 0].axhline(height, color=look["color"], linestyle=(0, dashes), linewidth=1.5)
@@ -793,16 +805,15 @@ def run(args):
     if world:
         ref, pairs = pose(model, world, args, generator)
     lap("reference")
-    start, order = copy.deepcopy(model.state_dict()), generator.get_state()
+    initial, order = copy.deepcopy(model.state_dict()), generator.get_state()
     unchanged = digest()
     for one in grid if begun else ():  # all are looked at before metrics.jsonl is written anew
         load_state(model, f"{one.out}/ckpt.pt", state_digest(unchanged, one))
-    model.load_state_dict(start)
     with open(os.devnull if M.process()[0] else f"{args.out}/metrics.jsonl", "w", buffering=1) as metrics:  # 1: by line
         write = lambda line: metrics.write(json.dumps(line) + "\n")
         for one in grid:
             print(f"\n{one.loss}, tau {one.tau:g}" * several)
-            model.load_state_dict(start)
+            model.load_state_dict(initial)
             torch.manual_seed(args.seed)  # for dropout
             problem = Problem(world, ref, pairs, held, ref_logp * (one.loss != "simpo"), tokenizer, unchanged)
             try:
@@ -889,7 +900,8 @@ def bench(args):
     Seconds per step are a median without the first two; total_s is everything but imports. floor_s: what the
     operations that the pairs need take at the rate of large matrix products in this process; padding: its share of
     padded rows."""
-    M.quiet_transformers().AutoModelForCausalLM if args.init_from else None  # imports before the clock starts
+    if args.init_from:
+        M.quiet_transformers().AutoModelForCausalLM  # transformers imports it now, before the clock starts
     begin = time.perf_counter()
     args.loss, args.tau, args.log_every, args.save_every = args.loss[0], args.tau[0], 1, 0
     args.logp = "mean" if args.loss == "simpo" else args.logp
@@ -1090,7 +1102,7 @@ def parse(argv):
             parser.error(f"--{flag} is fixed by the checkpoint of --init_from; leave it out")
     if "export" in given and len(args.loss) * len(args.tau) > 1:
         parser.error("--export names one folder for several runs; leave it out, or give one --loss and one --tau")
-    if task not in ("sample", "bandit") and not args.init_from and args.n_embd % args.n_head:
+    if task != "sample" and not args.init_from and args.n_embd % args.n_head:
         parser.error(f"--n_embd {args.n_embd} is not a multiple of --n_head {args.n_head}; change one of them")
     if "sft_lr" in given and not args.sft_steps:
         parser.error("--sft_lr means nothing without --sft_steps; leave it out or give both")

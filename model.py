@@ -1,6 +1,6 @@
 """A GPT with GPT-2's names and (up to a transpose) shapes, log-probs of responses, SFT, sampling, checkpoint files.
 
-Nothing here trains on a preference. Sizes: N rows, of which M differ, T tokens in a row, C channels, V vocabulary, U
+Nothing here trains on a preference. Sizes: R rows, of which M differ, T tokens in a row, C channels, V vocabulary, U
 distinct prefixes of rows, S scored tokens, L tokens of a response.
 """
 import hashlib
@@ -49,14 +49,14 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.dropout = config.n_head, config.dropout
 
-    def forward(self, x, shared=None):  # (N,T,C) -> (N,T,C); with a Shared: (U,C) -> (U,C)
+    def forward(self, x, shared=None):  # (R,T,C) -> (R,T,C); with a Shared: (U,C) -> (U,C)
         qkv = self.c_attn(x)
         qkv = shared.spread(qkv) if shared else qkv
-        N, T, _ = qkv.shape
-        heads = lambda z: z.view(N, T, self.n_head, -1).transpose(1, 2)  # (N,T,C) -> (N,heads,T,C/heads)
+        R, T, _ = qkv.shape
+        heads = lambda z: z.view(R, T, self.n_head, -1).transpose(1, 2)  # (R,T,C) -> (R,heads,T,C/heads)
         q, k, v = map(heads, qkv.chunk(3, dim=2))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(N, T, -1)
+        y = y.transpose(1, 2).reshape(R, T, -1)
         y = shared.gather(y) if shared else y
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -70,7 +70,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = config.dropout
 
-    def forward(self, x):  # (N,T,C) -> (N,T,C), or (U,C) -> (U,C)
+    def forward(self, x):  # (R,T,C) -> (R,T,C), or (U,C) -> (U,C)
         return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), self.dropout, self.training)
 
 
@@ -84,7 +84,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, shared=None):  # (N,T,C) -> (N,T,C); with a Shared: (U,C) -> (U,C)
+    def forward(self, x, shared=None):  # (R,T,C) -> (R,T,C); with a Shared: (U,C) -> (U,C)
         x = x + self.attn(self.ln_1(x), shared)
         return x + self.mlp(self.ln_2(x))
 
@@ -92,18 +92,21 @@ class Block(nn.Module):
 class Shared:
     """Rows of tokens as U distinct prefixes: under causal attention a position depends on the tokens up to it alone. So
     the prompt of a pair, and whatever else its responses share at the start, is computed once, and padding never;
-    attention alone sees rows. Nothing is approximated: sorted rows show which prefixes are equal."""
+    attention alone sees rows. Sorted rows show which prefixes are equal: nothing is approximated (but dropout, if there
+    is any, draws one mask for what is shared)."""
 
-    def __init__(self, tokens, real):  # (N,T), (N,T) True where the row is not padding
-        rows, self.back = tokens.masked_fill(~real, -1).unique(dim=0, return_inverse=True)  # (M,T) sorted; (N,) into it
+    def __init__(self, tokens, needed):  # (R,T), (R,T) False where nothing is predicted from it: padding
+        rows, self.back = tokens.masked_fill(~needed, -1).unique(dim=0, return_inverse=True)  # (M,T) sorted; (R,) into it
         new = torch.ones_like(rows, dtype=torch.bool)
         new[1:] = (rows[1:] != rows[:-1]).cumsum(1) > 0       # neighbours share a prefix up to where they first differ
         new &= rows >= 0
         self.first = new.flatten().nonzero()[:, 0]            # (U,) in the flat rows
         self.tokens, self.position = rows.flatten()[self.first], self.first % tokens.shape[1]  # (U,)
         number = new.flatten().cumsum(0).view_as(new) - 1
-        self.where = number.masked_fill(~new, 0).cummax(0).values  # (M,T) the last new one above; on padding: any
+        # (M,T) into the U: of those above in its column the last new one (numbers grow, so the largest); on padding: any
+        self.where = number.masked_fill(~new, 0).cummax(0).values
 
+    # F.embedding is x[index] with a faster backward pass
     def spread(self, x):  # (U,C) -> (M,T,C); gradients of many rows must not be summed in bfloat16
         return F.embedding(self.where, x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
 
@@ -134,13 +137,13 @@ class GPT(nn.Module):
     def device(self):
         return self.transformer.wte.weight.device
 
-    def hidden(self, tokens, real=None):  # (N,T), (N,T) -> (N,T,C)
-        """The normalised stream after the last block; with `real`, which is False on padding, the same from less work
-        (see Shared), and anything on padding. Raises ValueError if T exceeds the context."""
+    def hidden(self, tokens, needed=None):  # (R,T), (R,T) -> (R,T,C)
+        """The normalised stream after the last block; with `needed`, False where its value is never used, the
+        same from less work (see Shared), and anything there. Raises ValueError if T exceeds the context."""
         T, t = tokens.shape[1], self.transformer
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens exceed block_size {self.config.block_size}")
-        shared = None if real is None else Shared(tokens, real)
+        shared = None if needed is None else Shared(tokens, needed)
         ids, at = (shared.tokens, shared.position) if shared else (tokens, torch.arange(T, device=tokens.device))
         x = t.wte(ids) + t.wpe(at)
         x = F.dropout(x, self.config.dropout, self.training)
@@ -155,7 +158,7 @@ class GPT(nn.Module):
         weight = self.transformer.wte.weight if self.config.tied else self.lm_head.weight
         return F.linear(x, weight[:self.config.head_size] if self.config.head_size else weight)
 
-    def forward(self, tokens):  # (N,T) -> (N,T,V)
+    def forward(self, tokens):  # (R,T) -> (R,T,V)
         return self.head(self.hidden(tokens))
 
 
@@ -178,14 +181,14 @@ class Pretrained(nn.Module):
     def device(self):
         return self.model.device
 
-    def hidden(self, tokens, real=None):  # (N,T) -> (N,T,C); padding on the right: causal attention is blind to it
+    def hidden(self, tokens, needed=None):  # (R,T) -> (R,T,C); padding on the right: causal attention is blind to it
         return self.model.base_model(tokens, use_cache=False).last_hidden_state
 
     def head(self, x):  # (...,C) -> (...,V)
         logits = self.model.get_output_embeddings()(x)
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
-    def forward(self, tokens):  # (N,T) -> (N,T,V)
+    def forward(self, tokens):  # (R,T) -> (R,T,V)
         return self.head(self.hidden(tokens))
 
 
@@ -281,7 +284,7 @@ class Table(nn.Module):
     def device(self):
         return self.theta.device
 
-    def hidden(self, tokens, real=None):  # (N,T) -> (N,T): what follows depends on the last token alone
+    def hidden(self, tokens, needed=None):  # (R,T) -> (R,T): what follows depends on the last token alone
         return tokens
 
     def head(self, x):  # (...) -> (...,Y)
@@ -293,7 +296,7 @@ CHUNK = 512  # hidden states that meet the vocabulary at once: 512 x 50,257 logi
 
 def token_logp(model, x, ids):  # (S,C), (S,) -> (S,)
     """log-softmax of head(x) at these ids, in CHUNKs whose logits are computed again in the backward pass, so that
-    (S,V) logits never exist; float32 for models of fewer bits."""
+    (S,V) logits never exist; float32 under autocast, too."""
     def picked(x, ids):
         logits = model.head(x)                                # (CHUNK,V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -304,20 +307,20 @@ def token_logp(model, x, ids):  # (S,C), (S,) -> (S,)
                       for part in zip(x.split(CHUNK), ids.split(CHUNK))])
 
 
-def sequence_logp(model, tokens, mask, mean=False):  # (N,T), (N,T) -> (N,)
+def sequence_logp(model, tokens, mask, mean=False):  # (R,T), (R,T) -> (R,)
     """log pi(y|x) of each row in nats: the sum of the log-probs of the tokens where mask is 1 (the response y).
 
     A probability of a whole response is a product, so its log is a SUM; mean=True divides by the number of response
-    tokens, which other tools do and the paper does not. Differentiable; float32 for models of fewer bits.
+    tokens, which other tools do and the paper does not. Differentiable; float32 under autocast, too.
     """
     assert mask.shape == tokens.shape, f"mask {tuple(mask.shape)} and tokens {tuple(tokens.shape)} differ in shape"
     assert not mask[:, 0].any(), "mask[:,0] must be 0: nothing precedes the first token, so nothing predicts it"
     assert mask[:, 1:].any(1).all(), "a row has no response token to score"
     row, t = mask[:, 1:].nonzero(as_tuple=True)               # (S,) S scored tokens, at t + 1 in `tokens` ...
-    real = mask[:, 1:].flip(1).cumsum(1).flip(1) > 0          # (N,T-1) where a later token is scored
-    x = model.hidden(tokens[:, :-1], real)[row, t]            # (S,C) ... each predicted at t: the shift by one
+    needed = mask[:, 1:].flip(1).cumsum(1).flip(1) > 0        # (R,T-1) where a later token is scored
+    x = model.hidden(tokens[:, :-1], needed)[row, t]            # (S,C) ... each predicted at t: the shift by one
     logp = token_logp(model, x, tokens[row, t + 1])           # (S,)
-    total = logp.new_zeros(len(tokens)).index_add(0, row, logp)  # (N,)
+    total = logp.new_zeros(len(tokens)).index_add(0, row, logp)  # (R,)
     return total / mask.sum(1) if mean else total
 
 
@@ -442,7 +445,7 @@ class Scored(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens, mask, mean=False):  # (N,T), (N,T) -> (N,)
+    def forward(self, tokens, mask, mean=False):  # (R,T), (R,T) -> (R,)
         return sequence_logp(self.model, tokens, mask, mean)
 
 
@@ -459,12 +462,13 @@ def autocast(model, dtype):
 
 @torch.no_grad()
 def score(model, data, rows, batch, dtype="float32", mean=False):  # (R,) -> (R,), on the CPU
-    """`sequence_logp` of rows of data (a data.PairData), without gradient or dropout, `batch` rows at a time; rows with
-    equal prompts stay together, to share them. Several processes take turns."""
+    """`sequence_logp` of rows of data (a data.PairData), without gradient or dropout, `batch` rows at a time: like
+    lengths, and within them the rows of a pair, stay together, to share prompts. Several processes take turns."""
     model.eval()
     rank, processes = process()
     logp = torch.zeros(len(rows), dtype=next(model.parameters()).dtype)
-    for part in data.prompt_len[rows].argsort(stable=True).split(batch)[rank::processes]:
+    order = rows.argsort(stable=True)  # neighbours have the same prompt
+    for part in order[data.prompt_len[rows[order]].argsort(stable=True)].split(batch)[rank::processes]:
         tokens, mask = (z.to(model.device) for z in data.rows(rows[part]))
         with autocast(model, dtype):
             logp[part] = sequence_logp(model, tokens, mask, mean).cpu()
@@ -477,8 +481,8 @@ def descent(model, steps, lr, constant=False, clip=1.0, dtype="float32"):
     usual beta_2). It returns whether it did: False if they are not finite, None if only their scale is at fault. parts:
     what has a state to save. Gradients must be those of parts["scaler"].scale(loss): float16 would round small ones to
     0; for other dtypes that is the loss itself."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.999 if constant else 0.99), weight_decay=0.0,
-                                  fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.999 if constant else 0.99), fused=True,
+                                  weight_decay=0.0)  # decay would pull to 0, not to the reference
     warmup = min(50, steps // 2)
     factor = lambda s: 1.0 if constant else max(0.0, min((s + 1) / (warmup + 1), (steps - s) / (steps - warmup)))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -1225,6 +1225,9 @@ def test_a_psi_that_is_not_odd_is_said_to_be(tmp_path, monkeypatch):
     assert report["labels"]["kl_opt"] > 1e-4 and report["labels"]["kl_fit"] == pytest.approx(0, abs=1e-9) and report["after"]["kl_fit"] > 0
     for psi in ("tanh", "yours"):  # of sqrt, too, hard labels see sqrt(1) - sqrt(0) only
         assert "a coin flip stands for p*" in cli("--overwrite", *SHORT, "--psi", psi, folder=tmp_path).stdout
+    monkeypatch.setattr(ipo, "psi", torch.square)  # its odd part is affine, so coin flips are not at fault
+    assert "a coin flip" not in (said := cli("--overwrite", *SHORT, "--noise", 0.1, folder=tmp_path).stdout)
+    assert "pi*: Psi is not odd about 1/2, and only its odd part, (Psi(q) - Psi(1-q))/2, is optimised; labels are flipped (--noise 0)\n" in said
     assert "divided by length" in cli("--overwrite", *SHORT, "--logp", "mean", folder=tmp_path).stdout
     other = cli("--overwrite", *SHORT, "--loss", "savage", "--logp", "mean", folder=tmp_path).stdout
     assert "this loss has an optimum of its own, not computed" in other and "nearest" not in other
@@ -1959,6 +1962,17 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, monkeypatch, number, sta
         patch.setattr(ipo, "fit_reference", lambda *_: os.kill(os.getpid(), number))
         early = cli(*WORLD_RUN, "--out", "early", folder=tmp_path)
     assert early.returncode == status and early.stderr == "ipo.py: stopped outside training; nothing is saved yet\n"
+
+
+def test_a_signal_in_the_last_step_ends_a_grid(tmp_path, monkeypatch):
+    """It is not lost between two runs: the second starts with --resume only, and ends as if nothing had happened."""
+    grid, batch, calls = ["--loss", "ipo", "dpo", *WORLD_RUN], D.PairData.batch, []
+    assert cli(*grid, "--out", "whole", folder=tmp_path).returncode == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(D.PairData, "batch", lambda pairs, index: (calls.append(1), len(calls) == 24 and os.kill(os.getpid(), signal.SIGINT), batch(pairs, index))[2])
+        run = cli(*grid, folder=tmp_path)
+    assert run.returncode == 130 and "stopped after step 24 of 24" in run.stderr and not (tmp_path / "out/dpo-0.2/ckpt.pt").exists()
+    assert cli("--resume", folder=tmp_path).returncode == 0 and outcome(tmp_path / "out") == outcome(tmp_path / "whole")
 
 
 def test_steps_may_be_raised(tmp_path):
