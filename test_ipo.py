@@ -1972,7 +1972,10 @@ def test_a_signal_in_the_last_step_ends_a_grid(tmp_path, monkeypatch):
         patch.setattr(D.PairData, "batch", lambda pairs, index: (calls.append(1), len(calls) == 24 and os.kill(os.getpid(), signal.SIGINT), batch(pairs, index))[2])
         run = cli(*grid, folder=tmp_path)
     assert run.returncode == 130 and "stopped after step 24 of 24" in run.stderr and not (tmp_path / "out/dpo-0.2/ckpt.pt").exists()
-    assert cli("--resume", folder=tmp_path).returncode == 0 and outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+    assert cli("--resume", folder=tmp_path).returncode == 0
+    for name in ("ipo-0.2", "dpo-0.2"):
+        weights = [torch.load(tmp_path / out / name / "ckpt.pt", weights_only=True)["model"].values() for out in ("whole", "out")]
+        assert M.digest(weights[0]) == M.digest(weights[1])
 
 
 def test_steps_may_be_raised(tmp_path):
