@@ -1553,6 +1553,9 @@ def test_links_and_pictures_and_names_of_the_readme():
     for line, image in re.findall(r"(.*)\n!\[.*?\]\((.*?)\)", README):
         command = re.fullmatch(r"<!-- measured: python ipo.py (.*) -->", line)
         assert command and ipo.parse(shlex.split(command[1])).plot, image
+    for inline in re.findall(r"`python ipo.py( [^`]*)`", README):  # those of the shell blocks are run
+        if not inline.endswith(("--data", "--help")) and "--loss mine" not in inline:
+            ipo.parse(shlex.split(inline))
     for command in re.findall(r"<!-- measured: (.*?) -->", README):
         assert re.fullmatch(r"python test_ipo.py \w+", command) or "--plot" in command or command in " ".join(commands), command
 
