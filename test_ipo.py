@@ -604,16 +604,24 @@ def reports(folder):
     return report["before"], report["after"], report["optimum"]
 
 
-def test_training_brings_the_language_model_to_the_optimum(tmp_path):
-    """A tenth of the default run removes nine tenths of the distance to pi*; the report is complete and consistent."""
-    run = cli("--steps", 250, "--out", "run", folder=tmp_path, process=True)
+@pytest.fixture(scope="session")
+def default_run(tmp_path_factory):
+    """(folder, what is printed) of `python ipo.py`, in full."""
+    folder = tmp_path_factory.mktemp("default")
+    run = cli("--out", "run", folder=folder, process=True)
     assert run.returncode == 0, run.stderr
+    return folder, run
+
+
+def test_training_brings_the_language_model_to_the_optimum(default_run):
+    """The default run removes 98 % of the distance to pi*; the report is complete and consistent."""
+    tmp_path, run = default_run
     before, after, best = reports(tmp_path / "run")
-    assert before["kl_ref"] == pytest.approx(0, abs=1e-6) and after["kl_opt"] < before["kl_opt"] / 10 and best["kl_opt"] == 0
-    assert best["objective"] - after["objective"] == pytest.approx(0.2 * after["kl_opt"], rel=1e-4)
+    assert before["kl_ref"] == pytest.approx(0, abs=1e-6) and after["kl_opt"] < before["kl_opt"] / 50 and best["kl_opt"] == 0
+    assert best["objective"] - after["objective"] == pytest.approx(0.2 * after["kl_opt"], rel=1e-3)
     assert "step 0: loss 6.25, theory 6.25" in run.stdout and "probabilities sum to 1.000000" in run.stdout
     log = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log] == [200, 250] and log[-1]["eval"]["kl_opt"] == after["kl_opt"]
+    assert [line["step"] for line in log] == list(range(200, 2001, 200)) and log[-1]["eval"]["kl_opt"] == after["kl_opt"]
     assert json.loads((tmp_path / "run/config.json").read_text())["tau"] == 0.2
     model, extra = M.load_checkpoint(tmp_path / "run/ckpt.pt")
     ref, _ = M.load_checkpoint(tmp_path / "run/ref.pt")
@@ -1560,17 +1568,15 @@ def test_links_and_pictures_and_names_of_the_readme():
         assert re.fullmatch(r"python test_ipo.py \w+", command) or "--plot" in command or command in " ".join(commands), command
 
 
-def test_the_first_command_prints_what_the_readme_says(tmp_path):
-    """The default run in full: every number of the README's six lines, within 3 % or .002 (.02 for a single batch)."""
-    run = cli(folder=tmp_path, process=True)
-    assert run.returncode == 0, run.stderr
+def test_the_first_command_prints_what_the_readme_says(default_run):
+    """The default run in full: every number of the README's six lines, within 3 % or .002 (.05 for a single batch)."""
+    _, run = default_run
     lines = re.search(r"<!-- measured: python ipo.py --loss ipo -->\n```\n(.*?)```", README, re.S)[1].splitlines()
     numbers = lambda text: [float(x) for x in re.findall(r"[-+]?\d+\.?\d*", text.replace("target^2", "").split(" | ...")[0])]
     assert len(lines) == 6
+    words = lambda text: re.sub(r"[\s\d.+-]", "", text.split(" | ...")[0])
     for line in lines:
-        words = re.split(r"[\d+]", line)[0]
-        there = [printed for printed in run.stdout.splitlines() if printed.startswith(words.rstrip())][-1]
-        assert re.sub(r"[\s\d.+-]", "", there).startswith(re.sub(r"[\s\d.+-]", "", line.split(" | ...")[0])), there
+        there = [printed for printed in run.stdout.splitlines() if words(printed).startswith(words(line))][-1]
         for said, got in zip(numbers(line), numbers(there)):
             assert got == pytest.approx(said, rel=0.03, abs=0.05 if line.startswith("step  ") else 2e-3), (line, there)
 
