@@ -254,7 +254,7 @@ def theory(world, ref, args):  # log ref (X,Y) -> mu, log pi*, log of the fitted
     if args.logp == "mean":
         return mu, best, D.mean_optimum(ref, (asked * mu[:, None, :]).sum(-1), world.length)
     fit = D.optimum(ref, asked, mu, lambda value: value, 1.0)  # a target stands for Psi(p*)/tau
-    return mu, best, None if torch.allclose(fit, best, rtol=0, atol=1e-9) else fit
+    return mu, best, None if torch.allclose(fit, best, rtol=1e-9, atol=1e-9) else fit
 
 
 def check_targets(p, args):
@@ -263,10 +263,20 @@ def check_targets(p, args):
     if args.loss not in ("ipo", "rebel"):
         return
     q, seen = torch.linspace(0, 1, 11), torch.linspace(0, 1, 11)  # psi might change `seen` in place
-    value = worth(args)(seen)
-    if not isinstance(value, torch.Tensor) or value.shape != q.shape or value.dtype == torch.bool or not seen.equal(q):
+    try:
+        value = worth(args)(seen)
+    except Exception as error:  # whatever a student's line may raise
+        why = " ".join(str(error).split())[:80]
+        raise D.Refused(f"psi in ipo.py raises {type(error).__name__} ({why}) on a tensor of probabilities; mend "
+                        "it") from None
+    if not isinstance(value, torch.Tensor) or value.shape != q.shape or not value.is_floating_point() \
+            or not seen.equal(q):
         raise D.Refused("psi in ipo.py must return a tensor of numbers of q's shape and leave q itself as it is; for a "
                         "condition write (q > 0.5).float(), for a constant 0 * q + 1")
+    if value.isnan().any():
+        raise D.Refused(f"psi in ipo.py is not a number at q = {q[value.isnan()][0]:g}; mend it")
+    if (value.diff() < 0).any():
+        print("psi falls somewhere: there it asks for the response that fewer prefer")
     if not (finite := target(p, 1.0, worth(args)).isfinite()).all():
         worst = p[~finite].max().item()
         raise D.Refused(f"--loss {args.loss}: its target psi({worst:g}) - psi({1 - worst:g}) is not finite: an "
@@ -328,11 +338,12 @@ def departures(args):  # -> list of texts
     """Why labels may lead IPO elsewhere than to pi*."""
     q, psi = torch.linspace(0.01, 0.99, 99, dtype=torch.float64), worth(args)
     even, asked = psi(q) + psi(1 - q), target(q, 1.0, psi)
+    rounding = 1e-6 * asked.abs().max()
     causes = {
         "log-ratios divided by length have the optimum ref exp(|y| (g/tau + c)); h is per token": args.logp == "mean",
-        "Psi is not odd about 1/2, and only its odd part, (Psi(q) - Psi(1-q))/2, is optimised": even.std() > 1e-6,
+        "Psi is not odd about 1/2, and only its odd part, (Psi(q) - Psi(1-q))/2, is optimised": even.std() > rounding,
         "a coin flip stands for p* only if that odd part is affine (--labels soft)": args.labels == "hard"
-        and not torch.allclose(asked, (2 * q - 1) * target(torch.ones(()), 1.0, psi), rtol=0, atol=1e-6),
+        and not torch.allclose(asked, (2 * q - 1) * target(torch.ones(()), 1.0, psi), rtol=1e-6, atol=rounding.item()),
         "labels are flipped (--noise 0)": args.noise > 0}
     return [cause for cause, here in causes.items() if here]
 
@@ -537,7 +548,8 @@ def refuse_taken(folders, args):
     real = os.path.realpath
     if args.export and os.path.isdir(args.init_from) and real(args.export) == real(args.init_from):
         raise D.Refused(f"--export {args.export}: --init_from is the same folder; name another")
-    taken = [folder for folder in folders if any(os.path.exists(f"{folder}/{name}") for name in FILES)]
+    left = [name for name in FILES if name != "config.json"]  # which a run that was stopped early leaves, alone
+    taken = [folder for folder in folders if any(os.path.exists(f"{folder}/{name}") for name in left)]
     if args.export and os.path.exists(f"{args.export}/config.json") and not args.overwrite and not args.resume:
         raise D.Refused(f"--export {args.export}: holds a model; replace it (--overwrite) or name another folder")
     if taken and not args.overwrite and not args.resume and M.process()[0] == 0:
@@ -671,7 +683,7 @@ def train_one(model, problem, args, generator, write):
     begin = state["step"] if state else 0
     if state:
         lines = state["lines"]
-        print(f"resumed after step {begin}")
+        print(f"resumed after step {begin}" + ", the last; raise --steps to train on" * (begin == args.steps))
         for line in lines[1:]:
             write({"run": [args.loss, args.tau], **line})
     spent = lines[-1].get("seconds", 0.0)  # on training, until now
@@ -1171,6 +1183,8 @@ def main(argv=None):
             status, message = 3, f"process {M.process()[0]}: another has ended ({str(error).splitlines()[0][:80]})"
     saved = os.path.exists(f"{args.out or ''}/ref.pt")
     how = f"; go on with: python ipo.py --resume --out {args.out}" if saved else "; nothing is saved yet"
+    if saved and args.overwrite:  # it may have been stopped before it replaced anything
+        how = f"; python ipo.py --resume --out {args.out} goes on with the run whose flags {args.out}/config.json holds"
     print(f"ipo.py: {message}" + how * (status > 2), file=sys.stderr)
     return status
 

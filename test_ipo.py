@@ -646,7 +646,7 @@ def test_in_the_deterministic_world_dpo_never_stops(tmp_path):
     assert calm["kl_ref"] < 0.1 and calm["kl_opt"] < 0.02 and best["ratio"] < 1
 
 
-PSIS_THAT_ARE_NONE = {"bool": lambda q: q > 0.5, "number": lambda q: 0.5, "numpy": lambda q: q.numpy(), "mean": lambda q: q.mean(), "nothing": lambda q: None,
+PSIS_THAT_ARE_NONE = {"bool": lambda q: q > 0.5, "int": lambda q: (q > 0.5).int(), "raises": lambda q: 1 / 0, "nan": lambda q: (q - 0.5).sqrt(), "number": lambda q: 0.5, "numpy": lambda q: q.numpy(), "mean": lambda q: q.mean(), "nothing": lambda q: None,
                       "in place": lambda q: q.mul_(2)}
 
 
@@ -655,7 +655,14 @@ def test_a_psi_that_is_no_function_of_a_tensor_is_refused(tmp_path, monkeypatch,
     monkeypatch.setattr(ipo, "psi", PSIS_THAT_ARE_NONE[name])
     for more in ([], ["--labels", "soft"], ["--data", "d1"]):
         run = cli(*more, folder=tmp_path)
-        assert run.returncode == 2 and "must return a tensor of numbers of q's shape" in run.stderr and run.stderr.count("\n") == 1
+        says = {"raises": "raises ZeroDivisionError (division by zero)", "nan": "not a number at q = 0", "numpy": "psi in ipo.py"}
+        assert run.returncode == 2 and says.get(name, "must return a tensor of numbers of q's shape") in run.stderr and run.stderr.count("\n") == 1
+
+
+def test_a_psi_that_falls_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(ipo, "psi", lambda q: 1 - q)
+    assert "psi falls somewhere" in cli(*SHORT, folder=tmp_path).stdout
+    assert "psi falls" not in cli("--overwrite", "--psi", "tanh", *SHORT, folder=tmp_path).stdout
 
 
 def test_a_refused_grid_leaves_an_earlier_run_alone(tmp_path):
@@ -1971,7 +1978,10 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, monkeypatch, number, sta
     with monkeypatch.context() as patch:
         patch.setattr(ipo, "fit_reference", lambda *_: os.kill(os.getpid(), number))
         early = cli(*WORLD_RUN, "--out", "early", folder=tmp_path)
+        again = cli("--overwrite", *WORLD_RUN, "--out", "whole", folder=tmp_path)
     assert early.returncode == status and early.stderr == "ipo.py: stopped outside training; nothing is saved yet\n"
+    assert again.returncode == status and "go on with: " not in again.stderr
+    assert cli(*WORLD_RUN, "--out", "early", folder=tmp_path).returncode == 0  # a folder with flags alone is free
 
 
 def test_a_signal_in_the_last_step_ends_a_grid(tmp_path, monkeypatch):
