@@ -96,14 +96,14 @@ class Shared:
     is any, draws one mask for what is shared)."""
 
     def __init__(self, tokens, needed):  # (R,T), (R,T) False where nothing is predicted from it: padding
-        rows, self.back = tokens.masked_fill(~needed, -1).unique(dim=0, return_inverse=True)  # (M,T) sorted; (R,) into it
+        rows, self.back = tokens.masked_fill(~needed, -1).unique(dim=0, return_inverse=True)  # (M,T) sorted; (R,) in it
         new = torch.ones_like(rows, dtype=torch.bool)
         new[1:] = (rows[1:] != rows[:-1]).cumsum(1) > 0       # neighbours share a prefix up to where they first differ
         new &= rows >= 0
         self.first = new.flatten().nonzero()[:, 0]            # (U,) in the flat rows
         self.tokens, self.position = rows.flatten()[self.first], self.first % tokens.shape[1]  # (U,)
         number = new.flatten().cumsum(0).view_as(new) - 1
-        # (M,T) into the U: of those above in its column the last new one (numbers grow, so the largest); on padding: any
+        # (M,T) into the U: of those above in its column the last new one, whose number is largest; on padding: any
         self.where = number.masked_fill(~new, 0).cummax(0).values
 
     # F.embedding is x[index] with a faster backward pass
