@@ -2681,4 +2681,6 @@ def remeasure(names):
 
 
 if __name__ == "__main__":
+    if unknown := set(sys.argv[1:]) - TABLES.keys():
+        sys.exit(f"test_ipo.py: no table {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
     sys.exit(min(remeasure(sys.argv[1:]), 1))
