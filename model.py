@@ -318,7 +318,7 @@ def sequence_logp(model, tokens, mask, mean=False):  # (R,T), (R,T) -> (R,)
     assert mask[:, 1:].any(1).all(), "a row has no response token to score"
     row, t = mask[:, 1:].nonzero(as_tuple=True)               # (S,) S scored tokens, at t + 1 in `tokens` ...
     needed = mask[:, 1:].flip(1).cumsum(1).flip(1) > 0        # (R,T-1) where a later token is scored
-    x = model.hidden(tokens[:, :-1], needed)[row, t]            # (S,C) ... each predicted at t: the shift by one
+    x = model.hidden(tokens[:, :-1], needed)[row, t]          # (S,C) ... each predicted at t: the shift by one
     logp = token_logp(model, x, tokens[row, t + 1])           # (S,)
     total = logp.new_zeros(len(tokens)).index_add(0, row, logp)  # (R,)
     return total / mask.sum(1) if mean else total

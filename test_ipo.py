@@ -768,6 +768,15 @@ def test_scoring_drops_nothing_out():
     assert torch.allclose(M.score(model.train(), data, torch.arange(4), 3), expected, atol=1e-5)
 
 
+def test_the_rows_of_a_pair_are_scored_together(monkeypatch):
+    """In one batch they share their prompt; all chosen come first in `pair_rows`, so that must be arranged."""
+    data, seen, rows = encoded(*(pair(prompt=f"question {i}? ") for i in range(6))), [], D.PairData.rows
+    monkeypatch.setattr(D.PairData, "rows", lambda self, part: (seen.append(part.tolist()), rows(self, part))[1])
+    scores = M.score(tiny(V=257, T=32), data, data.pair_rows(), 4)
+    assert sorted(map(sorted, seen)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert torch.allclose(scores, M.score(tiny(V=257, T=32), data, data.pair_rows(), 1), atol=1e-5)
+
+
 def test_the_learning_rate_rises_and_falls_to_zero():
     """Under a constant gradient Adam moves by the learning rate: a third, two thirds, all of it, a half, for four steps."""
     model = torch.nn.Linear(1, 1, bias=False)
@@ -2287,6 +2296,16 @@ def test_a_mean_log_ratio_can_only_fall():
     world, (ref, *_) = D.build_world("bt"), random_policies()
     best = D.optimum(ref, world.pstar, ref.exp(), identity, 0.2)
     assert (ref.exp() * (best - ref)).sum(-1).mean().item() == pytest.approx(-D.kl(ref, best).item()) and D.kl(ref, best) > 0.1
+
+
+@pytest.mark.parametrize("name", ["bt", "deterministic", "cyclic"])
+def test_log_ratios_of_ipos_optimum_are_at_most_one_over_tau_apart(name):
+    """g is a mean of probabilities; DPO's optimum, under Bradley-Terry, has (r - r')/tau."""
+    world, (ref, *_), mu = D.build_world(name), random_policies(), torch.full((4, 400), 1 / 400).double()
+    apart = lambda psi: (lambda f: (f.amax(-1) - f.amin(-1)).max().item())(D.optimum(ref, world.pstar, mu, psi, 0.2) - ref)
+    assert 0.5 / 0.2 < apart(identity) <= 1 / 0.2
+    if name == "bt":  # the largest and the smallest reward: three times "superb", three times "awful"
+        assert apart(torch.logit) == pytest.approx((2.7 + 2.7) / 0.2, rel=1e-6)
 
 
 def test_the_scaled_square_is_another_loss():
