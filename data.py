@@ -201,7 +201,7 @@ def split(data, holdout, generator):
     held = torch.zeros(n, dtype=torch.bool)
     held[torch.randperm(n, generator=generator)[:min(round(holdout * n), n - 1)]] = True
     held = held[data.prompt]
-    return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
+    return torch.where(~held)[0], torch.where(held)[0]
 
 
 def batches(n, size, steps, generator):
@@ -269,10 +269,10 @@ class World:
         """Gives self.pairs n pairs: y, y' independent draws from mu (X,Y), made again while they are equal.
 
         labels "hard": the winner is drawn from p*, flipped with probability noise, and stands first, p = 1;
-        "soft": as drawn, p = p*. (Equals have margin 0 and target 0, so leaving them out moves no optimum.)
+        "soft": as drawn, p = that probability. (Equals have margin and target 0: no optimum misses them.)
         """
         X, Y = self.reward.shape
-        if mu.square().sum(-1).max() > 0.999:  # the chance that two draws are equal
+        if mu.max() > 0.999:  # two draws that differ would take too long
             raise Refused("--mu ref: this reference always says the same: no pairs; use --mu uniform")
         each = -(-n // X)  # rounded up
         y = torch.zeros(X, each, 2, dtype=torch.int64)
@@ -286,7 +286,7 @@ class World:
             wins = torch.rand(n, generator=generator) < p
             wins ^= torch.rand(n, generator=generator) < noise
             first, second = torch.where(wins, first, second), torch.where(wins, second, first)
-            p = torch.ones(n)
+        p = torch.ones(n) if labels == "hard" else p + noise * (1 - 2 * p)
         self.pairs.chosen = x * Y + first
         self.pairs.rejected = x * Y + second
         self.pairs.p, self.pairs.prompt = p.float(), x
@@ -299,8 +299,8 @@ def preference(name, reward, first):  # (X,Y), (Y,) number of the first word, or
     if name == "deterministic":
         return (gap.sign() + 1) / 2
     if name == "cyclic":
-        beats = torch.tensor([0, 1, -1])[(first[:, None] - first[None, :]) % 3]
-        gap = gap + 2 * beats * ((first[:, None] >= 0) & (first[None, :] >= 0))
+        beats = torch.tensor([0, 1, -1])[(first[:, None] - first) % 3]
+        gap = gap + 2 * beats * ((first[:, None] >= 0) & (first >= 0))
     return gap.sigmoid()
 
 
