@@ -104,7 +104,7 @@ def parse_line(line, where, notes):
             raise Refused(f"{where}: {key!r} is not a text; write a string (messages: use lab/hf.py)")
     p = item.get("p", 1.0)
     if type(p) not in (int, float) or not 0 <= p <= 1:
-        raise Refused(f"{where}: 'p' is {str(p)[:20]}; it is the probability that chosen is preferred")
+        raise Refused(f"{where}: 'p' is {str(p)[:20]}; it is P(chosen is preferred), from 0 to 1")
     notes.update(f"lines with key {key!r}, not used" for key in item.keys() - set(Pair._fields[:4]))
     if "prompt" not in item:
         item |= split_dialogues(item["chosen"], item["rejected"], where)

@@ -177,9 +177,9 @@ def train(policy, batches, args, evaluate=lambda policy: {}):
             numbers = measure(logp.detach(), ref_logp, batch.p, args)  # of the batch, before its update
             lines.append({"step": step, "batch": numbers, "eval": evaluate(policy)})
             print(log_line(args.steps, **lines[-1]), flush=True)
+            Path(f"{args.out}/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             model.save(path, policy, tokenizer=args.tokenizer, step=step, lines=lines,
                        optimizer=optimizer.state_dict())
-            Path(f"{args.out}/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 # ------------------------------------------------------------------------------------------------ measurement
@@ -362,7 +362,7 @@ def parse(argv=None):
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     for flag, value in vars(args).items():
-        if saved.get(flag, value) != value:
+        if flag in saved and saved[flag] != value:
             raise Refused(f"--{flag} {value} contradicts the run in {args.out}/: {saved[flag]}; leave it out")
         low = 0 if flag in ("noise", "holdout", "sft_steps", "seed", "temperature") else 1e-9
         high = 1 if flag in ("noise", "holdout") else 1e9

@@ -1,20 +1,20 @@
-"""Where do preference methods end, exactly? A policy as a table, and what each fixed point is, by enumeration.
+"""Where do preference methods end, exactly? A policy as a table, and each fixed point by enumeration.
 
-A world has X prompts and Y responses, so a policy is log pi(y|x), (X,Y): `Table` reads it off any language model,
-differentiably, each distinct prefix once (2 ms; sequence by sequence sampling costs 1.2 ms a response). On tables:
+A world has X prompts and Y responses, so a policy is log pi(y|x), (X,Y). `Table` reads it off any language
+model, differentiably, each distinct prefix once (1.5 ms; token by token a response costs 1.2 ms). On tables:
 
-  minimise     any differentiable objective of log pi, by LBFGS in float64: the answer that training only approximates
-  expected     the exact mean of a pair's cost over y, y' ~ mu, y != y', and over the label, a coin flip with p*
-  nash         pi = ref exp(E_{y'~pi} p*(y>y') / tau) / Z: the regularised Nash policy, where online IPO ends (Azar et
-               al. 2023 call it self-play; Munos et al. 2023). Unique: the game is strictly concave-convex.
-  mirror       IPO-MD's answer: both responses from the normalised pi^(1-b) ref^b
-  rewards      Bradley-Terry's maximum-likelihood fit to endless pairs, also where no reward is true
+  minimise   any differentiable objective of log pi, LBFGS in float64: the answer that training approximates
+  expected   the exact mean of a pair's cost over y, y' ~ mu, y != y', and over the label, a coin flip with p*
+  nash       pi = ref exp(E_{y'~pi} p*(y>y') / tau) / Z, the regularised Nash policy, where online IPO ends
+             (Munos et al. 2023, arXiv:2312.00886). Unique: the game is strictly concave-convex.
+  mirror     IPO-MD's answer: both responses from the normalised pi^(1-b) ref^b
+  rewards    Bradley-Terry's maximum-likelihood fit to endless pairs, also where no reward is true
 
 Trap: the undamped iteration pi <- ref exp(P pi / tau) / Z converges only where the spectral radius of
 (diag pi - pi pi^T)(P - 1/2) is below tau: always in bt, not in cyclic at tau .1, not in deterministic at .1.
 `python -m lab.tabular --data deterministic --tau 0.2` prints the answers of one world.
-Answer: with the base distribution as reference and mu uniform, at tau .2 offline IPO's optimum is .0082 (bt), .012
-(cyclic) and .16 nats (deterministic) from the Nash policy; IPO-MD's answer (b .5) .0018, .0029 and .063.
+Answer: with the base distribution as reference and mu uniform, at tau .2 offline IPO's optimum is .0082 (bt),
+.012 (cyclic) and .16 nats (deterministic) from the Nash policy; IPO-MD's answer (b .5) .0018, .0029 and .063.
 """
 import argparse
 import json
@@ -54,7 +54,7 @@ class Table:
 
 
 def minimise(objective, start, steps=3000):  # start (X,Y) -> log pi (X,Y), float64
-    """The table that minimises objective(log pi), from the log-probs `start`; a saddle or a plateau may stop it."""
+    """The table that minimises objective(log pi), from the log-probs `start`; a plateau may stop it."""
     theta = start.double().clone().requires_grad_()
     optimizer = torch.optim.LBFGS([theta], max_iter=steps, max_eval=2 * steps, history_size=30,
                                   tolerance_grad=1e-11, tolerance_change=1e-15, line_search_fn="strong_wolfe")
@@ -76,8 +76,8 @@ def weights(mu):  # (X,Y) -> (X,Y,Y)
 
 
 def expected(cost, pstar, mu):  # (X,Y,Y), (X,Y,Y), (X,Y) -> ()
-    """Mean over prompts of E cost(winner, loser): cost[x,y,y'] is what a pair costs that y won. By symmetry p*(y>y')
-    stands for both orders, twice."""
+    """Mean over prompts of E cost(winner, loser); cost[x,y,y'] is what a pair costs that y won. By symmetry
+    p*(y>y') stands for both orders, twice."""
     return 2 * (weights(mu) * pstar * cost).sum((1, 2)).mean()
 
 
@@ -111,7 +111,7 @@ def mirror(ref_logp, pstar, tau, b):  # -> log pi (X,Y), log mu (X,Y)
 
 
 def exploitability(logp, ref_logp, pstar, tau):  # -> (), at least 0, and 0 only for Nash
-    """What the best response wins against pi beyond what pi does: max_pi' E[p*] - tau KL(pi'||ref), less the same of pi."""
+    """What the best response to pi gains over pi itself, in E[p*] - tau KL(.||ref)."""
     wins = against(pstar, logp.exp())
     best = tau * (ref_logp + wins / tau).logsumexp(-1)
     own = (logp.exp() * (wins - tau * (logp - ref_logp))).sum(-1)
@@ -134,10 +134,11 @@ def rewards(pstar, mu):  # -> (X,Y), mean 0
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--data", choices=data.WORLDS, default="deterministic", help="world [deterministic]")
     parser.add_argument("--tau", type=float, default=0.2, help="pull to the reference [0.2]")
-    parser.add_argument("--b", type=float, default=0.5, help="share of the reference in IPO-MD's mixture [0.5]")
+    parser.add_argument("--b", type=float, default=0.5, help="share of ref in IPO-MD's mixture [0.5]")
     parser.add_argument("--seed", type=int, default=0, help="nothing here is drawn: for the form's sake [0]")
     parser.add_argument("--out", default="out/tabular", help="folder of report.json [out/tabular]")
     args = parser.parse_args(argv)
@@ -145,7 +146,7 @@ def main(argv=None):
         print("tabular: --tau must be > 0, --b from 0 to below 1", file=sys.stderr)
         return 2
     world = data.World(args.data)
-    ref = (world.base + 1e-4).log().expand_as(world.reward).log_softmax(-1)  # a full support: "" has probability 0
+    ref = (world.base + 1e-4).log().expand_as(world.reward).log_softmax(-1)  # or "" would have probability 0
     uniform = torch.full_like(ref, 1 / ref.shape[1])
     best = data.optimum(ref, world.pstar, uniform, args.tau)
     equal, residual = nash(ref, world.pstar, args.tau)

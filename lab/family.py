@@ -1,0 +1,112 @@
+"""Where do all methods end on one picture: how often do they win, how far from the reference?
+
+Reads the report.json files that the programs of lab/ and ipo.py left in FOLDER/*/ (of one world and seed, so
+of one reference), draws win rate E p*(y>y'), y from the policy, y' uniform, against KL(pi||ref), and prints
+a table. No policy lies above the frontier, the optima of eq. 7 for Psi = identity over all tau; `lost` is
+how far below it a policy lies, at its KL.
+
+  for loss in ipo dpo; do python ipo.py --loss $loss --out out/all/$loss; done
+  python -m lab.online --out out/all/online; python -m lab.lora --out out/all/lora ...
+  python -m lab.family out/all --out out/all
+Trap: runs of another world, seed or --mu have another frontier; they are skipped, and named.
+Answer: ANSWER
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy
+import torch
+
+import data
+import ipo
+import model
+from lab import tabular
+
+
+def read(folder, args):  # -> numbers by name, or None
+    """What a finished run says of itself; None, with a line, if it does not belong to this picture."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        report = json.loads((folder / "report.json").read_text())
+        numbers = {"name": config["loss"], "seconds": None, **report.get("after", report)}
+        numbers.setdefault("kl", numbers.get("kl_labels", numbers.get("kl_opt")))
+        theirs = [config[key] for key in ("data", "seed", "mu")]
+        found = {key: numbers[key] for key in ("name", "kl", "kl_ref", "win", "seconds")}
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        print(f"{folder}: skipped, no finished run ({type(error).__name__})")
+        return None
+    if theirs != [args.data, args.seed, "uniform"]:
+        print(f"{folder}: skipped, a run in another world: {theirs}")
+        return None
+    return found | {"folder": folder}
+
+
+def frontier(world):  # -> KL(pi||ref), win rate, by rising KL
+    """Eq. 7's optima for Psi = identity: no policy wins more at this KL."""
+    wins = tabular.against(world.pstar, world.mu)  # (X,Y)
+    kls, rates = [], []
+    for tau in torch.logspace(3, -2.5, 300).tolist():
+        best = (world.ref + wins / tau).log_softmax(-1)
+        kls.append(data.kl(best, world.ref).item())
+        rates.append((best.exp() * wins).sum(-1).mean().item())
+    return kls, rates
+
+
+def picture(runs, kl, win, path):
+    """Win rate against KL of the runs, numbered as in the table, on the frontier."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(kl, win, "k-", label="frontier")
+    for number, run in enumerate(runs, 1):
+        x, y = run["kl_ref"], run["win"]
+        axis.plot(x, y, "o", color=f"C{number % 10}", label=f"{number} {run['name']}")
+        axis.annotate(str(number), (x, y), (3, -10), textcoords="offset points", fontsize=8)
+    axis.set(xlabel="KL(pi||ref), nats", ylabel="win rate against uniform mu")
+    axis.set(xlim=(0, 1.1 * max(run["kl_ref"] for run in runs)))
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=110)
+
+
+def table(runs):
+    """A row a run, in Markdown."""
+    print("| | method | KL to its exact answer | KL to ref | win rate | lost | CPU s |\n" + "|---" * 7 + "|")
+    for number, run in enumerate(runs, 1):
+        seconds = "-" if run["seconds"] is None else f"{run['seconds']:.0f}"
+        figures = f"{run['kl_ref']:.3f} | {run['win']:.3f} | {run['lost']:.4f} | {seconds}"
+        print(f"| {number} | {run['name']} | {ipo.show(run['kl'])} | {figures} |")
+
+
+def main(argv=None):
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("folder", help="its folders hold the runs")
+    parser.add_argument("--data", default="bt", choices=data.WORLDS, help="world of the runs [bt]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the runs [0]")
+    parser.add_argument("--out", default="out/family", help="folder of its own files [out/family]")
+    args = parser.parse_args(argv)
+    try:
+        folders = sorted(path.parent for path in Path(args.folder).glob("*/report.json"))
+        runs = [run for run in (read(folder, args) for folder in folders) if run]
+        if not runs:
+            raise data.Refused(f"{args.folder}: holds no finished run of {args.data}, seed {args.seed}")
+        world = ipo.WorldSource(ipo.parse(["--data", args.data]))
+        world.ref = world.enumerate(model.load(runs[0]["folder"] / "ref.pt")[0])
+        world.mu = torch.full_like(world.ref, 1 / world.ref.shape[1])
+        kl, win = frontier(world)
+        for run in runs:
+            run["lost"] = float(numpy.interp(run["kl_ref"], kl, win)) - run["win"]
+        table(runs)
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        Path(f"{args.out}/report.json").write_text(json.dumps(runs, indent=1, default=str))
+        picture(runs, kl, win, f"{args.out}/family.png")
+        return 0
+    except (data.Refused, model.Refused, OSError, ImportError) as error:
+        print("family:", error, file=sys.stderr)
+        return 2 if isinstance(error, (data.Refused, model.Refused)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

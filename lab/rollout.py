@@ -1,0 +1,129 @@
+"""What does a policy say to the prompts of a file, and what does a reward model think of it?
+
+Responses are sampled token by token, all rows at once. Each row's next token is read at its own last token:
+prompts of any length stand side by side, padded on the right, and samples of a prompt share its computation.
+Traps: a row that ended must not go on; <|endoftext|> is part of the response, and so of its log-prob; one that
+met --longest has no end, and the reward model saw no such thing in training.
+  python -m lab.rlhf --data FILE --init_from gpt2     leaves OUT/ckpt.pt, OUT/ref.pt and OUT/reward.pt
+  python -m lab.rollout --data FILE --run OUT         prints --k responses to held-out prompts, best first
+ANSWER
+"""
+import sys
+from typing import Any, NamedTuple
+
+import torch
+
+import data
+import ipo
+import model
+from lab import reward
+from lab import start as begin
+
+
+class Drawn(NamedTuple):
+    """k responses to each of P prompts."""
+    where: Any              # by which `logp` finds them again
+    ref_logp: torch.Tensor  # (P,k)
+    reward: torch.Tensor    # (P,k)
+
+
+def pick(probs, n, generator):  # (R,V) -> (R,n)
+    if not probs.isfinite().all():
+        raise ipo.Stopped("the policy is not finite; lower --lr or raise --tau")
+    return torch.multinomial(probs, n, replacement=True, generator=generator)
+
+
+@torch.no_grad()
+def sample(policy, prompts, eot, longest, generator):  # R lists of ids -> (R,T), (R,T)
+    """Tokens and response mask: all rows at once, up to <|endoftext|>, `longest` tokens or a full context."""
+    device = next(policy.parameters()).device
+    length = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (R,)
+    end = (length + longest).clamp(max=policy.config.block_size)
+    tokens = torch.zeros(len(prompts), int(end.max()), dtype=torch.int64, device=device)
+    t = torch.arange(tokens.shape[1], device=device)
+    for row, prompt in enumerate(prompts):
+        tokens[row, :len(prompt)] = torch.tensor(prompt)
+    begin, going = length.clone(), (length < end).nonzero().flatten()
+    while len(going):
+        width = int(length[going].max())
+        wanted = t[:width] == length[going, None] - 1  # the last token of each row
+        x = policy.hidden(tokens[going, :width], wanted)[wanted]
+        new = pick(policy.head(x).softmax(-1, dtype=torch.float32), 1, generator)[:, 0]
+        tokens[going, length[going]] = new
+        length[going] += 1
+        going = going[(new != eot) & (length[going] < end[going])]
+    mask = (t >= begin[:, None]) & (t < length[:, None])
+    width = int(length.max())
+    return tokens[:, :width], mask[:, :width]
+
+
+class Sampled:
+    """Prompts of a FileSource, by the rows that begin with them; responses judged by a reward model."""
+
+    def __init__(self, source, reference, judge, args):
+        self.source, self.reference, self.judge, self.args = source, reference, judge, args
+        self.rows = source.pairs.chosen[source.train]
+
+    def draw(self, policy, generator, rows=None):  # -> Drawn
+        if rows is None:
+            rows = self.rows[torch.randperm(len(self.rows))[:self.args.prompts]]
+        prompts = [self.source.pairs.prompt_ids(row) for row in rows.repeat_interleave(self.args.k)]
+        eot = self.source.tokenizer.eot_token
+        where = sample(policy, prompts, eot, self.args.longest, generator)
+        with torch.no_grad():
+            judged = self.judge(*where).view(-1, self.args.k)
+            return Drawn(where, self.logp(self.reference, where), judged)
+
+    def logp(self, policy, where):  # -> (P,k), differentiable
+        with ipo.autocast(self.args):
+            return ipo.sequence_logp(policy, *where).view(-1, self.args.k)
+
+    @torch.no_grad()
+    def numbers(self, policy):
+        """Estimates on held-out prompts; win: against the reference's samples, by the reward model."""
+        rows = self.source.pairs.chosen[self.source.eval][:4 * self.args.prompts]
+        same = torch.Generator(self.args.device)  # the same luck for both
+        theirs = self.draw(self.reference, same.manual_seed(self.args.seed), rows)
+        mine = self.draw(policy, same.manual_seed(self.args.seed), rows)
+        kl = self.logp(policy, mine.where) - mine.ref_logp
+        win = (mine.reward - theirs.reward).sigmoid()
+        return data.finite({"reward": mine.reward.mean(), "kl_ref": kl.mean(), "win": win.mean()})
+
+    def show(self, policy, rows, seed):
+        """The samples of each of these prompts, best first."""
+        drawn = self.draw(policy, torch.Generator(self.args.device).manual_seed(seed), rows)
+        decode, (tokens, mask) = self.source.tokenizer.decode, drawn.where
+        for number, row in enumerate(rows):
+            print(f"\n{decode(self.source.pairs.prompt_ids(row))[-99:]!r}")
+            for i in drawn.reward[number].argsort(descending=True).tolist():
+                sampled = number * self.args.k + i
+                text = decode(tokens[sampled][mask[sampled]].tolist())
+                print(f"  {drawn.reward[number, i]:+7.3f} {text!r}")
+
+
+def flags(doc):
+    parser = reward.flags(doc)
+    parser.add_argument("--k", type=int, default=64, help="samples of a prompt [world: 64, file: 8]")
+    parser.add_argument("--prompts", type=int, default=4, help="file: prompts at once [4]")
+    parser.add_argument("--longest", type=int, default=64, help="file: tokens of a response at most [64]")
+    return parser
+
+
+def run(argv):
+    parser = flags(__doc__)
+    parser.add_argument("--run", default="out/rlhf", help="folder that lab.rlhf left [out/rlhf]")
+    args = begin.parse(parser, argv, "", "--k 8 --out out/rollout")
+    if args.data in data.WORLDS:
+        raise data.Refused(f"--data {args.data}: a world is enumerated, not sampled; name a JSONL file")
+    policy, saved = model.load(f"{args.run}/ckpt.pt")
+    reference, _ = model.load(f"{args.run}/ref.pt")
+    judge = reward.load(f"{args.run}/reward.pt")
+    args.tokenizer, args.block_size = saved["tokenizer"], policy.config.block_size
+    source = ipo.FileSource(args)
+    task = Sampled(source, reference.to(args.device), judge.to(args.device), args)
+    task.show(policy.to(args.device), source.pairs.chosen[source.eval][:args.prompts], args.seed)
+    return args, task.numbers(policy)
+
+
+if __name__ == "__main__":
+    sys.exit(begin.report("rollout", run, sys.argv[1:]))
