@@ -265,9 +265,9 @@ class WorldSource(data.World):
         print(f"world {args.data}: {args.pairs:,} {args.labels} pairs, mu {args.mu}{known}")
 
     def numbers(self, logp):  # (X,Y) -> numbers by name
-        """Of all pairs, then the exact ones."""
-        ratios = (logp - self.ref).flatten()[self.pairs.pair_rows(self.train)]
-        n = measure(ratios.float(), torch.zeros(()), self.pairs.p, self.args)
+        """Of all pairs (sums: not under --logp mean), then the exact ones."""
+        ratios = (logp - self.ref).flatten()[self.pairs.pair_rows(self.train)].float()
+        n = measure(ratios, torch.zeros(()), self.pairs.p, self.args) if self.args.logp == "sum" else {}
         return n | data.exact(logp, self.ref, self.exact, self.pstar, self.mu, self.worth, self.args.tau)
 
     def evaluate(self, policy):

@@ -1,7 +1,7 @@
-"""How does one ask any loss for values, its slope, its stop and its link? The tool of lab/identify.py: a function found by name, wrapped as loss(h, p).
+"""How does one ask any loss for its values, slope, stop and link? The tool of lab/identify.py.
 
 Each value comes from a batch of one pair, so that a mean over the batch hides nothing, through torch.vmap.
-Answer: 13 losses of three signatures (four log-probs, h alone, h with p and tau), means included, are read alike.
+Answer: 17 losses of three signatures (four log-probs, h alone, h with p and tau), means included, read alike.
 """
 import importlib
 import importlib.util
@@ -29,7 +29,7 @@ def load(spec):
             module = importlib.import_module(place)
         return getattr(module, name)
     except Exception as error:  # whatever their module raises
-        raise Unusable(f"{spec}: cannot be imported ({error}); write module:function or file.py:function") from None
+        raise Unusable(f"cannot be imported ({error}); write module:function or file.py:function") from None
 
 
 class Loss:
@@ -42,8 +42,8 @@ class Loss:
         self.takes_p = len(names) > 1 and names[1] == "p"
         self.logps = len(names) == 4
         if not self.logps and len(names) not in (1, 2, 3):
-            raise Unusable(f"takes {len(names)} arguments ({', '.join(names)}); write (h,), (h, p, tau) or the four "
-                           "log-probs of chosen, rejected, and the reference's of both")
+            raise Unusable(f"takes {len(names)} arguments ({', '.join(names)}); write (h,), (h, p, tau) or "
+                           "the four log-probs of chosen, rejected, and the reference's of both")
         self.tau = value if len(names) == 3 else None
 
     def ask(self, *tensors):  # of one pair -> ()
@@ -88,7 +88,7 @@ def margin_only(loss):
 
 
 def stop(loss):
-    """Where a certain pair stops: the first zero of the slope, from below to above; None if it never stops."""
+    """Where a certain pair stops: the first zero of the slope, from below; None if it never stops."""
     h = torch.linspace(-1000, 1000, 40001, dtype=torch.float64)
     s = slope(loss, h)
     turns = torch.where((s[:-1] < -1e-100) & (s[1:] >= 0))[0]  # not what underflow made 0

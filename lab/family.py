@@ -30,7 +30,7 @@ def read(folder, args):  # -> numbers by name, or None
     try:
         config = json.loads((folder / "config.json").read_text())
         report = json.loads((folder / "report.json").read_text())
-        numbers = {"name": config["loss"], "seconds": None, **report.get("after", report)}
+        numbers = {"name": folder.name, "seconds": None} | report.get("after", {}) | report
         numbers.setdefault("kl", numbers.get("kl_labels", numbers.get("kl_opt")))
         theirs = [config[key] for key in ("data", "seed", "mu")]
         found = {key: numbers[key] for key in ("name", "kl", "kl_ref", "win", "seconds")}

@@ -1,18 +1,17 @@
 """What does this loss optimise? Which IPO, if any, is yours?
 
-`python -m lab.identify module:function` (or file.py:function) takes a loss of
-  (chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp), of (h,), or of (h, p, tau), all tensors, and asks
-it for values: is it a function of the margin h alone, where does it stop for a certain pair, is it (h - 1/(2 tau))^2,
-eq. 17, for any tau, or a known other loss; its link (argmin over h of p f(h) + (1-p) f(-h), Azar et al. 2023 and
-Tang et al. 2024, arXiv:2402.05749), and with it the Psi whose optimum it aims at; is it convex; is it finite for |h|
-up to 1e4; does it honour soft labels; and how far its exact minimiser in a world (lab/tabular.py) is from pi*.
-`--tau NAME[=VALUE]` names the keyword that carries tau: the verdict says whether the target is eq. 17's at that tau.
+`python -m lab.identify module:function` (or file.py:function) takes a loss of (chosen_logp, rejected_logp,
+ref_chosen_logp, ref_rejected_logp), of (h,), or of (h, p, tau), all tensors, and asks it for values. Is it a
+function of the margin h alone? Where does a certain pair stop? Is it (h - 1/(2 tau))^2, eq. 17, for some tau,
+or a known other loss? What is its link, argmin over h of p f(h) + (1-p) f(-h) (Tang et al. 2024,
+arXiv:2402.05749), and so the Psi whose optimum it aims at? Is it convex, finite for |h| up to 1e4, are soft
+labels honoured, and how far is its exact minimiser in a world (lab/tabular.py) from the nearest pi*? `--tau
+NAME[=VALUE]` names the keyword that carries tau.
 
-Traps: a mean over the batch hides the pairs, so each value comes from a batch of one; a loss without reference looks
-like one of the margin until the reference moves. Nothing is guessed: what fits nothing is "none of these".
-Answer: TRL's formula (logits - 1/(2 beta))^2 on sums is IPO with tau = beta, largest difference 0; its default sigmoid
-is DPO; (beta h - 1/(2 beta))^2 asks for 50 nats at beta .1 where eq. 17 asks for 5.
-"""
+Traps: a mean over the batch hides the pairs, so each value comes from a batch of one; a loss without
+reference looks like one of the margin until the reference moves. What fits nothing is "none of these", with
+its numbers. Answer: (logits - 1/(2 beta))^2 on sums is IPO with tau = beta, largest difference 7e-13;
+log-sigmoid is DPO; (beta h - 1/(2 beta))^2 asks for 50 nats at beta .1, where eq. 17 asks for 5."""
 import argparse
 import json
 import math
@@ -106,11 +105,12 @@ def sentence(report):
     """The verdict in words."""
     verdict, tau, asked = report["verdict"], report["tau"], report["asked_by_eq_17"]
     if not report["margin_only"]:
-        return "no function of the margin alone: it is not IPO, nor DPO (no reference, or lengths, or more terms)"
+        return "no function of the margin alone: neither IPO nor DPO (no reference, lengths, or more terms)"
     if verdict == "none":
         return "none of these: neither IPO nor DPO, hinge, exponential, Savage; its numbers:"
     if verdict.startswith("ipo"):
-        text = f"this is IPO with tau = {tau:.4g}, times {report['factor']:.4g}: it asks for {1 / (2 * tau):.4g} nats"
+        text = f"this is IPO with tau = {tau:.4g}, times {report['factor']:.4g}: "
+        text += f"it asks for {1 / (2 * tau):.4g} nats"
         return text + (f", eq. 17 at the tau named for {asked:.4g}" if asked else "")
     return f"this is {verdict} with beta = {tau:.4g}, not IPO: a certain pair stops at {report['stops_at']}"
 

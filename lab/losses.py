@@ -2,10 +2,10 @@
 
 f(z), z = tau h, is what a pair costs whose first response surely won; if it wins with probability p, the pair
 costs p f(z) + (1-p) f(-z): a coin flip may stand for p. f, a loss on the margin, and Psi, a map on preference
-probabilities, are different objects, linked by argmin_z p f(z) + (1-p) f(-z). If the link of p* is a difference
-of two scores (logit's is, under Bradley-Terry) or f is a square (averaging is linear), the minimiser is pi* of
-eq. 7 for Psi = link, which ipo.WORTH holds; else it is no pi*. discopop and simpo have no link; robust has
-logit's if labels are flipped as often as --label_noise says.
+probabilities, are different objects, linked by argmin_z p f(z) + (1-p) f(-z). If the link of p* is a
+difference of two scores (logit's is, under Bradley-Terry) or f is a square (averaging is linear), the
+minimiser is pi* of eq. 7 for Psi = link, which ipo.WORTH holds; else it is no pi*. discopop and simpo have no
+link; robust has logit's if labels are flipped as often as --label_noise says.
 
   python -m lab.losses --loss savage --tau 1     ipo.py with nine more losses; other flags are ipo.py's
   python -m lab.losses --table                   every loss at tau 1, hard and soft labels: 5 minutes

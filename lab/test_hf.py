@@ -64,11 +64,12 @@ def random_model(folder, family="llama", **more):
 
 
 def byte_tokenizer(folder, bos=True, template=CHATML, eos="<|im_end|>"):
-    """Byte-level BPE with two merges and ChatML's control tokens."""
+    """Byte-level BPE with some merges, of line breaks, too, and ChatML's control tokens."""
+    merges = [("e", "s"), ("Y", "es"), ("\u010a", "\u010a"), (".", "\u010a"), (":", "\u010a")]
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    ids = {letter: i for i, letter in enumerate([*alphabet, "es", "Yes"])}
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE(ids, [("e", "s"), ("Y", "es")]))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ids = {token: i for i, token in enumerate([*alphabet, *map("".join, merges)])}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(ids, merges))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = tokenizers.decoders.ByteLevel()
     inner.add_special_tokens(["<s>", "<|im_start|>", "<|im_end|>", "<|end|>"])
     return finished(inner, folder, bos, template, eos)
@@ -174,12 +175,12 @@ def test_what_a_run_saves_is_whole(tmp_path):
 
 def test_several_ends_of_text_are_kept(tmp_path):
     """Where the model's list of ends holds the tokenizer's, nothing is replaced."""
-    theirs = random_model(tmp_path / "in", eos_token_id=[7, 260])
-    theirs.generation_config.eos_token_id = [7, 260]
+    theirs = random_model(tmp_path / "in", eos_token_id=[7, 263])
+    theirs.generation_config.eos_token_id = [7, 263]
     tokenizer = byte_tokenizer(tmp_path / "in")
-    assert tokenizer.eot_token == 260
+    assert tokenizer.eot_token == 263
     hf.export(hf.Policy(theirs), tokenizer, str(tmp_path / "out"))
-    assert Auto.from_pretrained(tmp_path / "out").generation_config.eos_token_id == [7, 260]
+    assert Auto.from_pretrained(tmp_path / "out").generation_config.eos_token_id == [7, 263]
 
 
 def test_samples_are_transformers_own(tmp_path):
@@ -250,7 +251,7 @@ def test_tokenizers_that_cannot_be_used_are_refused_in_a_line(tmp_path, capsys):
     cases = ["tokenizer cannot be used (there is none)"]
     assert hf.main(flags(tmp_path)) == 2
     byte_tokenizer(tmp_path / "in")
-    cases += ["its tokenizer has 262 ids, more than its model"]
+    cases += ["its tokenizer has 265 ids, more than its model"]
     assert hf.main(flags(tmp_path)) == 2
     settings = json.loads((tmp_path / "in/tokenizer_config.json").read_text())
     (tmp_path / "in/tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
@@ -312,6 +313,16 @@ def test_no_space_appears_before_a_response(tmp_path, scheme):
     assert tokens("a", " Blue") == [["\u2581", "a"], ["\u2581Bl", "ue", "</s>"]]
     assert tokens("a\u2603", "\u2603b") == [["\u2581", "a", "<unk>"], ["<unk>", "b", "</s>"]]
     assert tokens("", "Blue") == [["</s>"], ["\u2581Bl", "ue", "</s>"]]
+
+
+def test_bytes_are_never_joined_over_the_border(tmp_path):
+    """A line break that this tokenizer joins with whatever precedes it stands alone at the start of a response."""
+    tokenizer = byte_tokenizer(tmp_path / "in")
+    assert tokenizer.hf.convert_ids_to_tokens(tokenizer.ids(".\n\n:\n")) == [".\u010a", "\u010a", ":\u010a"]
+    item = {"prompt": "Where?\n", "chosen": "\nYes", "rejected": "Yes"}
+    found = pair_ids(tmp_path, tokenizer, item)
+    prompt, chosen, rejected = (tokenizer.hf.convert_ids_to_tokens(ids) for ids in found)
+    assert prompt[-1] == "\u010a" and chosen == ["\u010a", "Yes", "<|im_end|>"] and rejected == chosen[1:]
 
 
 def test_a_word_level_tokenizer_works(tmp_path):
@@ -511,7 +522,7 @@ def test_command_lines_that_make_no_sense_are_refused(tmp_path, capsys):
     assert hf.main(flags(tmp_path)) == 0
     out = str(tmp_path / "out")
     shutil.copytree(tmp_path / "in", tmp_path / "a/export")
-    wrong = [["--init_from", "x"], flags(tmp_path, "--sample", "Hi"),
+    wrong = [["--init_from", "x"], flags(tmp_path, "--sample", "Hi", "--out", str(tmp_path / "new")),
              ["--data", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "new")],
              flags(tmp_path, "--init_from", str(tmp_path / "a/export"), "--out", str(tmp_path / "a")),
              flags(tmp_path), flags(tmp_path, "--tau", "-1"), flags(tmp_path, "--data", "nothing.jsonl"),

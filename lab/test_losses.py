@@ -216,8 +216,8 @@ def test_rebel_needs_uncertain_labels(tmp_path, capsys):
 
 
 def test_the_table_is_made_of_runs(tmp_path, capsys):
-    """Every loss with hard and soft labels; each cell is its run's, measured against its own link's pi*. What an
-    interrupted table left is made again."""
+    """Every loss with hard and soft labels; each cell is its run's, measured against its own link's pi*.
+    What an interrupted table left is made again."""
     (tmp_path / "t/ipo-hard").mkdir(parents=True)
     (tmp_path / "t/ipo-hard/ref.pt").touch()
     assert losses.main(["--table", "--out", str(tmp_path / "t"), *FAST]) == 0

@@ -316,16 +316,18 @@ def test_the_family_stands_below_the_frontier_and_says_what_it_skips(tmp_path, c
     assert family.main([str(tmp_path), "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     runs = {run["name"]: run for run in json.loads((tmp_path / "report.json").read_text())}
-    assert set(runs) == {"ipo", "on it", "off it"}
+    assert set(runs) == {"core", "on it", "off it"}
     assert abs(runs["on it"]["lost"]) < 1e-3 and abs(runs["off it"]["lost"] - 0.05) < 1e-3
-    assert runs["ipo"]["kl"] == report["after"]["kl_labels"] and runs["ipo"]["lost"] > -1e-6
+    assert runs["core"]["kl"] == report["after"]["kl_labels"] and runs["core"]["lost"] > -1e-6
     assert "seed: skipped" in said and "broken: skipped" in said
     assert family.main([f"{tmp_path}/none", "--out", str(tmp_path)]) == 2
 
 
 def test_pictures_are_drawn_from_files(tmp_path):
     pytest.importorskip("matplotlib")
-    finished(tmp_path, online, "one", "--steps", "2")
+    report = finished(tmp_path, online, "one", "--steps", "2")
     for program, flags in ((online, ["--plot", f"{tmp_path}/one"]), (family, [str(tmp_path), "--data", "deterministic"])):
         assert program.main([*flags, "--out", f"{tmp_path}/pictures"]) == 0
     assert {path.name for path in (tmp_path / "pictures").glob("*.png")} == {"online.png", "family.png"}
+    [run] = json.loads((tmp_path / "pictures/report.json").read_text())
+    assert all(run[key] == report[key] for key in ("name", "kl", "kl_ref", "win", "seconds"))
