@@ -1,17 +1,20 @@
-"""How fast is a training step, how near the machine's limit, in how much memory, and what does TRL need for the same?
+"""How fast is a training step, how near the machine's limit, in how much memory, and what does TRL need for
+the same?
 
     python -m lab.bench --data pairs.jsonl --init_from gpt2 --logp mean --lr 1e-5 --steps 5 --batch_size 4
     python -m lab.bench ... --against trl        the same beside TRL's DPOTrainer (lab/peer.py)
 
-Trains on the pairs in file order at a constant rate, writes no files, prints a line of JSON: step_s, the median of a
-step's seconds without the first two (so --steps 3 or more); tokens_per_s, padding not counted; peak_gib of this
-process, or of the GPU; matmul_gflops, 1e9 operations a second of large matrix products here and now; floor_s, what the
-operations that these pairs need take at that rate: 6 for each matrix parameter and token, forward and backward, causal
-attention, the head on response tokens, a pair's prompt once; times_floor, step_s / floor_s; losses of every step.
+Trains on the pairs in file order at a constant rate, writes no files, prints a line of JSON: step_s, the
+median of a step's seconds without the first two (so --steps 3 or more); tokens_per_s, padding not counted;
+peak_gib of this process, or of the GPU; matmul_gflops, 1e9 operations a second of large matrix products here
+and now; floor_s, what the operations that these pairs need take at that rate: 6 for each matrix parameter and
+token, forward and backward, causal attention, the head on response tokens, a pair's prompt once; times_floor,
+step_s / floor_s; losses of every step.
 
---against trl: fresh processes take turns, --rounds times: ours, TRL as it comes, TRL at its best (reference log-probs
-computed beforehand, no recomputation). Same pairs, weights, optimiser, rate: losses must agree. TRL's IPO is the mean
-form. What else runs on the machine disturbs seconds: believe ratios, and user_s, the processor's seconds of a step.
+--against trl: fresh processes take turns, --rounds times: ours, TRL as it comes, TRL at its best (reference
+log-probs computed beforehand, no recomputation). Same pairs, weights, optimiser, rate: losses must agree.
+TRL's IPO is the mean form. What else runs on the machine disturbs seconds: believe ratios, and user_s, the
+processor's seconds of a step.
 
 ANSWER
 """
@@ -39,7 +42,7 @@ def prepare(args):
     source = ipo.FileSource(args)
     policy = policy or model.GPT(model.GPTConfig(*source.sizes, args.n_layer, args.n_head, args.n_embd))
     if policy.config.vocab_size < source.sizes[1]:
-        raise data.Refused(f"--init_from {args.init_from}: its model knows other words than --data {args.data}")
+        raise data.Refused(f"--init_from {args.init_from}: its model knows other words than {args.data}")
     if args.steps * args.batch_size > len(source.train):
         raise data.Refused(f"--steps {args.steps} of --batch_size {args.batch_size}: there are only "
                            f"{len(source.train)} pairs; lower one of the two")
@@ -47,7 +50,7 @@ def prepare(args):
 
 
 def train(policy, pairs, ref_logp, args):
-    """Yields the loss of each step, after it: ipo.train's body on pairs in order, rate and Adam's betas TRL's."""
+    """Yields the loss of each step, after it: ipo.train's body on pairs in order; rate and betas TRL's."""
     optimizer = ipo.adamw(policy)
     optimizer.param_groups[0]["betas"] = 0.9, 0.999
     for index in torch.arange(args.steps * args.batch_size).split(args.batch_size):
@@ -66,7 +69,7 @@ def clocks():
 
 
 def medians(marks):
-    """step_s, user_s: medians of a step's seconds, without the first two. marks: clocks() before the first step
+    """step_s, user_s: medians of a step's seconds, without the first two. marks: clocks() before the first
     and after each."""
     wall, processor = zip(*marks)
     seconds = {"step_s": wall, "user_s": processor}
@@ -138,7 +141,7 @@ def parse(argv):
     if args.data in data.WORLDS:
         raise data.Refused(f"--data {args.data}: a world's model is too small to time; name a JSONL file")
     if args.against and not (args.init_from and args.loss == "ipo" and args.logp == "mean"):
-        raise data.Refused("--against trl: TRL's IPO divides by lengths and starts from a folder or hub id of "
+        raise data.Refused("--against trl: TRL's IPO divides by lengths and starts from a folder or id of "
                            "transformers; give --loss ipo --logp mean --init_from FOLDER")
     torch.set_num_threads(args.threads or torch.get_num_threads())
     return args

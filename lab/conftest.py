@@ -1,4 +1,5 @@
-"""Where do lab's tests find the core? One folder up, wherever pytest is started."""
+"""Where do lab's tests find the core? One folder up, wherever pytest is started.
+"""
 import sys
 from pathlib import Path
 

@@ -1,9 +1,10 @@
 """Where do all methods end on one picture: how often do they win, how far from the reference?
 
-Reads the report.json files that the programs of lab/ and ipo.py left in FOLDER/*/ (of one world and seed, so
-of one reference), draws win rate E p*(y>y'), y from the policy, y' uniform, against KL(pi||ref), and prints
-a table. No policy lies above the frontier, the optima of eq. 7 for Psi = identity over all tau; `lost` is
-how far below it a policy lies, at its KL.
+Reads the report.json files that ipo.py and the programs of lab/ left in these folders and in the folders in
+them (of one world and seed, so of one reference), draws win rate E p*(y>y'), y from the policy, y' uniform,
+against KL(pi||ref), and prints a table. No policy lies above the frontier, the optima of eq. 7 for Psi =
+identity over all tau; `lost` is how far below it a policy lies, at its KL. A method without a name of its
+own goes by its folder's.
 
   for loss in ipo dpo; do python ipo.py --loss $loss --out out/all/$loss; done
   python -m lab.online --out out/all/online; python -m lab.lora --out out/all/lora ...
@@ -23,6 +24,12 @@ import data
 import ipo
 import model
 from lab import tabular
+
+
+def held(folders):  # -> paths
+    """These folders where they hold a report, and the folders in them that do, sorted."""
+    paths = [path for folder in folders for path in (folder, *sorted(Path(folder).glob("*")))]
+    return [Path(path) for path in paths if (Path(path) / "report.json").exists()]
 
 
 def read(folder, args):  # -> numbers by name, or None
@@ -82,16 +89,16 @@ def table(runs):
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("folder", help="its folders hold the runs")
+    parser.add_argument("folders", nargs="+", help="a run's each, or a folder of such folders")
     parser.add_argument("--data", default="bt", choices=data.WORLDS, help="world of the runs [bt]")
     parser.add_argument("--seed", type=int, default=0, help="seed of the runs [0]")
     parser.add_argument("--out", default="out/family", help="folder of its own files [out/family]")
     args = parser.parse_args(argv)
     try:
-        folders = sorted(path.parent for path in Path(args.folder).glob("*/report.json"))
-        runs = [run for run in (read(folder, args) for folder in folders) if run]
+        found = [read(folder, args) for folder in held(args.folders)]
+        runs = [run for run in found if run]
         if not runs:
-            raise data.Refused(f"{args.folder}: holds no finished run of {args.data}, seed {args.seed}")
+            raise data.Refused(f"{args.folders}: no finished run of {args.data}, seed {args.seed}, here")
         world = ipo.WorldSource(ipo.parse(["--data", args.data]))
         world.ref = world.enumerate(model.load(runs[0]["folder"] / "ref.pt")[0])
         world.mu = torch.full_like(world.ref, 1 / world.ref.shape[1])

@@ -3,17 +3,18 @@
   python -m lab.grid                                    both losses at four taus, in two minutes
   python -m lab.grid --data deterministic --tau 0.1 1 --steps 100 1000 10000          certain preferences
   python -m lab.grid --tau 0.2 1 --pairs 1000 10000 100000                            few pairs
-  python -m lab.grid --loss ipo --tau 0.1 0.2 0.5 --seed 0 1 2 3 4                    how sure are the numbers?
+  python -m lab.grid --loss ipo --tau 0.1 0.2 0.5 --seed 0 1 2 3 4                    how sure are the
+    numbers?
 
-A grid over the flags that are given several values (--loss, --tau, --steps, --pairs, --seed); the others are ipo.py's
-and hold for all. A run is ipo.run with its flags in OUT/LOSS-TAU: runs of one seed share reference, pairs and order
-bit for bit. A row is a median over seeds. "of pi*" is the optimum of the loss's Psi (for dpo logit); "below" how far
-the win rate lies below the highest at the run's own KL(pi||ref), which is lab/plot.py's frontier.
-Trap: at one tau the losses stand at different places. Compare them at equal KL; "below" does.
-Pictures: python -m lab.plot OUT. With --resume runs that were started go on, the others start.
-Answer: bt, 500,000 pairs: all eight end within .0021 of the frontier, so neither loss wins more at its KL. At tau .1
-IPO moves 1.16 nats, DPO 5.18, and if preferences are certain DPO's largest log-ratio grows from 14 to 671 with the
-steps, IPO's not.
+A grid over the flags that are given several values (--loss, --tau, --steps, --pairs, --seed); the others are
+ipo.py's and hold for all. A run is ipo.run with its flags in OUT/LOSS-TAU: runs of one seed share reference,
+pairs and order bit for bit. A row is a median over seeds. "of pi*" is the optimum of the loss's Psi (for dpo
+logit); "below" how far the win rate lies below the highest at the run's own KL(pi||ref), which is
+lab/plot.py's frontier. Trap: at one tau the losses stand at different places. Compare them at equal KL;
+"below" does. Pictures: python -m lab.plot OUT. With --resume runs that were started go on, the others start.
+Answer: bt, 500,000 pairs: all eight end within .0021 of the frontier, so neither loss wins more at its KL. At
+tau .1 IPO moves 1.16 nats, DPO 5.18, and if preferences are certain DPO's largest log-ratio grows from 14 to
+671 with the steps, IPO's not.
 """
 import argparse
 import contextlib
@@ -42,7 +43,7 @@ def short(text):
 
 
 def plan(grid, rest, out):  # -> {name of a row: [flags of its run with each seed]}
-    """All runs of the grid {flag: texts}; their flags are checked before the first one starts. Raises Refused."""
+    """All runs of the grid {flag: texts}; flags are checked before the first one starts. Raises Refused."""
     grid = {flag: values for flag, values in grid.items() if values}
     shown = [flag for flag, values in grid.items() if len(values) > 1 or flag in ("loss", "tau")]
     rows = {}
@@ -58,9 +59,10 @@ def plan(grid, rest, out):  # -> {name of a row: [flags of its run with each see
 
 
 def measured(out):
-    """Numbers by name of the finished run in this folder; in a world also how far it is below the frontier."""
+    """Numbers by name of the finished run in this folder; in a world also how far below the frontier."""
     run = plot.read(out)
-    numbers = {f"opt {name}": value for name, value in run.report.get("opt", {}).items()} | run.report["after"]
+    optimum = run.report.get("opt", {})
+    numbers = {f"opt {name}": value for name, value in optimum.items()} | run.report["after"]
     if run.config["data"] in data.WORLDS:
         best = np.interp(numbers["kl_ref"], *plot.frontier(plot.source_of(out)))
         numbers["below"] = best - numbers["win"]
@@ -73,7 +75,7 @@ def spread(numbers, name):  # -> lowest, median, highest of the runs; None, whic
 
 
 def run(rows, columns, out):
-    """Every run, and a line of the table as soon as its seeds are done. Returns 1 if a run had to stop, else 0."""
+    """Every run, and a line of the table as soon as its seeds are done. Returns 1 if a run stopped, else 0."""
     report, status, ranged = {}, 0, "kl_opt" if "kl_opt" in columns else "h"
     print(f"{'median':16}" + "".join(f"{title:>11}" for title in columns.values()))
     for row, runs in rows.items():
@@ -97,20 +99,21 @@ def run(rows, columns, out):
 
 def main(argv=None):
     """The command line. Returns the exit status."""
-    parser = ipo.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = ipo.Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--loss", nargs="+", default=["ipo", "dpo"], help="losses [ipo dpo]")
-    parser.add_argument("--tau", nargs="+", type=short, default=["0.1", "0.2", "0.5", "1"], help="[0.1 0.2 0.5 1]")
+    parser.add_argument("--tau", nargs="+", type=short, default=["0.1", "0.2", "0.5", "1"], help="[.1 .2 .5 1]")
     parser.add_argument("--steps", nargs="+", help="steps of preference training, one number or several")
     parser.add_argument("--pairs", nargs="+", help="world: pairs to draw, one number or several")
     parser.add_argument("--seed", nargs="+", help="one or several: rows are medians over these [0]")
-    parser.add_argument("--out", default="out/grid", help="folder of the runs' folders and of report.json [out/grid]")
+    parser.add_argument("--out", default="out/grid", help="folder of the runs and report.json [out/grid]")
     try:
         grid, rest = parser.parse_known_args(argv)
         out = vars(grid).pop("out")
         rows = plan(vars(grid), rest, out)
         whole = ipo.parse([*rest, "--out", out])
         if whole.sample:
-            raise ipo.Refused("--sample means nothing for a grid; name a run: python ipo.py --sample ... --out OUT/ipo-0.2")
+            raise ipo.Refused("--sample means nothing for a grid; name a run: ipo.py --sample ... --out OUT/ipo-0.2")
         ipo.claim(whole)
         return run(rows, WORLD if whole.data in data.WORLDS else FILE, out)
     except (ipo.Refused, model.Refused, OSError, KeyboardInterrupt) as error:

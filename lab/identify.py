@@ -10,8 +10,10 @@ NAME[=VALUE]` names the keyword that carries tau.
 
 Traps: a mean over the batch hides the pairs, so each value comes from a batch of one; a loss without
 reference looks like one of the margin until the reference moves. What fits nothing is "none of these", with
-its numbers. Answer: (logits - 1/(2 beta))^2 on sums is IPO with tau = beta, largest difference 7e-13;
-log-sigmoid is DPO; (beta h - 1/(2 beta))^2 asks for 50 nats at beta .1, where eq. 17 asks for 5."""
+its numbers.
+Answer: (logits - 1/(2 beta))^2 on sums is IPO with tau = beta, largest difference 7e-13; log-sigmoid is DPO;
+(beta h - 1/(2 beta))^2 asks for 50 nats at beta .1, where eq. 17 asks for 5.
+"""
 import argparse
 import json
 import math

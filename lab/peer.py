@@ -3,11 +3,12 @@
     python -m lab.bench [flags] --against trl      ours and TRL in turns; the medians of both
     python -m lab.peer  [flags] [--best]           one run of TRL, in bench's form; all flags are bench's
 
-TRL's loss_type "ipo": log-ratios divided by the response's length, the core's --logp mean. Pairs in file order, no
-dropout, constant rate, AdamW, clipping at 1, beta = tau. --best: what makes TRL fastest here, reference log-probs
-computed beforehand and activations kept; without it both are as TRL sets them (a second model, recomputation).
-TRL keeps tokens and reference log-probs in a cache: each process gets an empty one, or the second would be faster.
-Its losses must be ours, or two different computations are timed: float32 to 1e-6, bfloat16 to 1e-3.
+TRL's loss_type "ipo": log-ratios divided by the response's length, the core's --logp mean. Pairs in file
+order, no dropout, constant rate, AdamW, clipping at 1, beta = tau. --best: what makes TRL fastest here,
+reference log-probs computed beforehand and activations kept; without it both are as TRL sets them (a second
+model, recomputation). TRL keeps tokens and reference log-probs in a cache: each process gets an empty one, or
+the second would be faster. Its losses must be ours, or two different computations are timed: float32 to 1e-6,
+bfloat16 to 1e-3.
 
 ANSWER
 """

@@ -3,15 +3,16 @@
   python -m lab.plot OUT [OUT ...]     a run's --out each, or a grid's, which stands for its runs
   python -m lab.plot out/a out/b --out pictures
 
-runs.png: the margin h against the step, in a world KL(pi||ref) against the step and win rate against KL, for a file
-the accuracy on its held-out pairs. Colours are losses, line styles the runs of a loss in their order. Dashed: the mean
-target of the pairs, with hard labels what a certain pair asks for (none if infinite). Diamond: the exact pi*.
-Nothing is measured here but the frontier, the highest E p*(y>y') at each KL(pi||ref): pi* of Psi = identity maximises
-E p* - tau KL, so those of all taus are the frontier, whatever Psi or loss the runs had. It needs ref.pt, beside the
-config.json, metrics.jsonl and report.json that the curves are read from.
-Trap: in a world h is a mean over coin flips that contradict each other. At the optimum it is at the diamond, not at
-the dashed line. With soft labels pairs stand as drawn, so h averages to about 0.
-Answer: in bt, tau .1 to 1, IPO and DPO end on one curve, at most .0021 below the frontier; tau says where on it.
+runs.png: the margin h against the step, in a world KL(pi||ref) against the step and win rate against KL, for
+a file the accuracy on its held-out pairs. Colours are losses, line styles the runs of a loss in their order.
+Dashed: the mean target of the pairs, with hard labels what a certain pair asks for (none if infinite).
+Diamond: the exact pi*. Nothing is measured here but the frontier, the highest E p*(y>y') at each KL(pi||ref):
+pi* of Psi = identity maximises E p* - tau KL, so those of all taus are the frontier, whatever Psi or loss the
+runs had. It needs ref.pt, beside the config.json, metrics.jsonl and report.json that the curves are read
+from. Trap: in a world h is a mean over coin flips that contradict each other. At the optimum it is at the
+diamond, not at the dashed line. With soft labels pairs stand as drawn, so h averages to about 0.
+Answer: in bt, tau .1 to 1, IPO and DPO end on one curve, at most .0021 below the frontier; tau says where on
+it.
 """
 import argparse
 import contextlib
@@ -67,7 +68,7 @@ def read(out):
 
 
 def source_of(out):
-    """The world of the run in this folder with its reference, mu, pairs and optima, bit for bit as they were."""
+    """The world of the run in this folder with its reference, mu, pairs, optima, bit for bit as they were."""
     args = argparse.Namespace(**ipo.saved_flags(out))
     reference, saved = model.load(f"{out}/ref.pt")
     generator = torch.Generator()

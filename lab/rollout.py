@@ -2,8 +2,8 @@
 
 Responses are sampled token by token, all rows at once. Each row's next token is read at its own last token:
 prompts of any length stand side by side, padded on the right, and samples of a prompt share its computation.
-Traps: a row that ended must not go on; <|endoftext|> is part of the response, and so of its log-prob; one that
-met --longest has no end, and the reward model saw no such thing in training.
+Traps: a row that ended must not go on; <|endoftext|> is part of the response, and so of its log-prob; one
+that met --longest has no end, and the reward model saw no such thing in training.
   python -m lab.rlhf --data FILE --init_from gpt2     leaves OUT/ckpt.pt, OUT/ref.pt and OUT/reward.pt
   python -m lab.rollout --data FILE --run OUT         prints --k responses to held-out prompts, best first
 ANSWER

@@ -1,4 +1,5 @@
-"""The checks of lab/exercises.py: right answers in several forms, wrong ones, and answers of odd kinds."""
+"""The checks of lab/exercises.py: right answers in several forms, wrong ones, and answers of odd kinds.
+"""
 import inspect
 import math
 import re
@@ -237,6 +238,12 @@ def test_one_psi_stands_for_three_exercises(psi, states, monkeypatch):
     result = exercises.grades()
     assert [result[n][0] for n in (4, 5, 7)] == states.split()
     assert {result[n][0] for n in result if n not in (4, 5, 7)} == {"open"} and ipo.psi is psi
+
+
+def test_checks_see_the_psi_of_the_paper(monkeypatch):
+    """Whatever stands between the banners, right answers to other exercises are right."""
+    monkeypatch.setattr(ipo, "psi", torch.sign)
+    assert {exercises.grade(n, RIGHT[n][0])[0] for n in (1, 9)} == {"solved"}
 
 
 def test_a_psi_is_kept_under_its_number(monkeypatch):

@@ -1,4 +1,5 @@
-"""Claims of lab/identify.py: losses whose answer is known are named, and what fits nothing is not."""
+"""Claims of lab/identify.py: losses whose answer is known are named, and what fits nothing is not.
+"""
 import json
 import math
 

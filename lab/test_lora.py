@@ -1,4 +1,5 @@
-"""Claims of lab/lora.py: where adapters start, what they may move, what they can reach."""
+"""Claims of lab/lora.py: where adapters start, what they may move, what they can reach.
+"""
 import copy
 import json
 

@@ -1,4 +1,5 @@
-"""Claims of lab/losses.py: values, slopes, links, large margins, and what a run of the command does."""
+"""Claims of lab/losses.py: values, slopes, links, large margins, and what a run of the command does.
+"""
 import itertools
 import json
 import math

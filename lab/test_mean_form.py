@@ -1,4 +1,5 @@
-"""Claims of lab/mean_form.py: where the mean form leads, what its report says, the nearest sum."""
+"""Claims of lab/mean_form.py: where the mean form leads, what its report says, the nearest sum.
+"""
 import json
 
 import pytest

@@ -1,4 +1,5 @@
-"""Claims of lab/show.py: what it prints of a run is what the run's loss saw, token by token."""
+"""Claims of lab/show.py: what it prints of a run is what the run's loss saw, token by token.
+"""
 import json
 import re
 
@@ -136,6 +137,31 @@ def test_a_run_of_lab_hf_is_shown(tmp_path, capsys):
     assert all((a - b).abs().max() > 1e-2 for a, b in zip(ref, pi))
 
 
+def test_a_run_from_another_run_has_its_tokenizer_and_context(tmp_path, capsys):
+    """Those of the weights, not of the flags: prompts are cut as in the run."""
+    run(tmp_path, *FILE, "--data", pairs_file(tmp_path))
+    (tmp_path / "out").rename(tmp_path / "first")
+    start = ["--init_from", str(tmp_path / "first/ckpt.pt"), "--data", pairs_file(tmp_path)]
+    out = run(tmp_path, *start, "--steps", "3", "--batch_size", "2")
+    capsys.readouterr()
+    assert show.main(["--out", out, "--pairs", "1"]) == 0
+    assert "8 prompts cut from the left to fit 40 tokens" in capsys.readouterr().out
+
+
+def test_a_run_in_bfloat16_is_scored_in_bfloat16(tmp_path, monkeypatch):
+    """Every logit that show reads has the dtype of the run's matrix products."""
+    out = run(tmp_path, *FILE, "--data", pairs_file(tmp_path), "--dtype", "bfloat16")
+    head, seen = model.GPT.head, set()
+
+    def watched(self, x):
+        logits = head(self, x)
+        seen.add(logits.dtype)
+        return logits
+    monkeypatch.setattr(model.GPT, "head", watched)
+    show.rescore(out, 3)
+    assert seen == {torch.bfloat16}
+
+
 def test_what_cannot_be_shown_is_refused_in_a_line(tmp_path, capsys):
     """No run, no number, an unfinished run, a file with another word or fewer lines, or without the file."""
     path = pairs_file(tmp_path)
@@ -150,7 +176,7 @@ def test_what_cannot_be_shown_is_refused_in_a_line(tmp_path, capsys):
     refused("--pairs 0", "--out", out, "--pairs", "0")
     refused("unrecognized arguments", "--out", out, "--tau", "1")
     text = open(path).read()
-    for edited in text.replace("abc", "abx"), text[text.index("\n") + 1:]:
+    for edited in text.replace("abc", "abx"), text[text.index("\n") + 1:], text + text.replace("Q", "A"):
         open(path, "w").write(edited)
         refused(f"--data {path} has changed since the run", "--out", out)
     open(path, "w").write(text)

@@ -1,16 +1,21 @@
 """How do I run the paper's IPO on my own models: on several GPUs, with LoRA, in 4 bits?
 
-    python -m lab.trl_ipo --model_name_or_path M --data pairs.jsonl --beta 0.1 --output_dir out/trl [flags of TRL]
-    accelerate launch --num_processes 2 -m lab.trl_ipo ...    also with FSDP or DeepSpeed, by accelerate's --config_file
-    ... --use_peft --lora_r 16                                LoRA; --load_in_4bit --use_peft: QLoRA (bitsandbytes)
+    python -m lab.trl_ipo --model_name_or_path M --data pairs.jsonl --beta 0.1 --output_dir out/trl [flags of
+      TRL]
+    accelerate launch --num_processes 2 -m lab.trl_ipo ...    also with FSDP or DeepSpeed, by accelerate's
+      --config_file
+    ... --use_peft --lora_r 16                                LoRA; --load_in_4bit --use_peft: QLoRA
+      (bitsandbytes)
 
-TRL 1.16 trains; the loss is the core's: h from SUMS over tokens (TRL's loss_type "ipo" divides by lengths), p from a
-column "p" (1 where there is none), any ipo.psi, any of ipo.LOSSES (--loss); --beta is tau. Every flag of DPOConfig and
-ModelConfig is TRL's own, but those that would change its loss are refused. The reference is scored once, before
-training, as in the core; at step 0 the margins must be 0. Pairs are TRL's, too: texts or lists of messages.
+TRL 1.16 trains; the loss is the core's: h from SUMS over tokens (TRL's loss_type "ipo" divides by lengths), p
+from a column "p" (1 where there is none), any ipo.psi, any of ipo.LOSSES (--loss); --beta is tau. Every flag
+of DPOConfig and ModelConfig is TRL's own, but those that would change its loss are refused. The reference is
+scored once, before training, as in the core; at step 0 the margins must be 0. Pairs are TRL's, too: texts or
+lists of messages.
 
-Traps: TRL trains in bfloat16 and recomputes activations unless --bf16 False --gradient_checkpointing False. Its batch
-is --per_device_train_batch_size x processes x --gradient_accumulation_steps. It reads prompt + response as one text.
+Traps: TRL trains in bfloat16 and recomputes activations unless --bf16 False --gradient_checkpointing False.
+Its batch is --per_device_train_batch_size x processes x --gradient_accumulation_steps. It reads prompt +
+response as one text.
 
 ANSWER
 """
@@ -84,7 +89,7 @@ def main(argv=None):
                                   "revision": m.model_revision} | (args.model_init_kwargs or {})
         pairs = datasets.load_dataset("json", data_files=flags.data, split="train")
         if "p" in pairs.column_names and not all(q is None or 0 <= q <= 1 for q in pairs["p"]):
-            raise ipo.Refused(f"--data {flags.data}: 'p' is the probability that chosen is preferred, from 0 to 1")
+            raise ipo.Refused(f"--data {flags.data}: 'p' is P(chosen is preferred), from 0 to 1")
         trainer = IPOTrainer(m.model_name_or_path, args, pairs, flags.loss, peft_config=trl.get_peft_config(m),
                              quantization_config=trl.get_quantization_config(m))
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
