@@ -276,7 +276,7 @@ class World:
             raise Refused("--mu ref: this reference always says the same: no pairs; use --mu uniform")
         each = -(-n // X)  # rounded up
         y = torch.zeros(X, each, 2, dtype=torch.int64)
-        while (y[..., 0] == y[..., 1]).any():
+        while (y[..., 0] == y[..., 1]).any():  # both responses of such pairs are drawn again
             fresh = torch.multinomial(mu, 2 * each, replacement=True, generator=generator).view(X, each, 2)
             y = torch.where(y[..., :1] == y[..., 1:], fresh, y)
         x = torch.arange(X).repeat(each)[:n]  # the prompts take turns

@@ -35,6 +35,7 @@ from data import Refused
 
 
 def psi(q):  # preference probabilities in [0,1], a tensor of any shape -> their worth, same shape
+    # hard labels are coin flips and see psi(0), psi(1) alone: --labels soft; then compare kl_opt, kl_labels
     return q
 
 
@@ -45,7 +46,8 @@ def target(p, tau):  # (B,) -> (B,)
     """The margin in nats that a pair asks for if its first response is preferred with probability p (tie: 0).
 
     Read in one order the pair asks h for Psi(p)/tau, in the other -h for Psi(1-p)/tau (if certain: h for
-    1/tau, and for 0). This is the mean of both, so its 1/2 is exact.
+    1/tau, and for 0). This is the mean of both, so its 1/2 is exact. Hard labels, the default, are recorded
+    coin flips with p*: the winner stands first and p = 1 for every pair. With --labels soft p is p* itself.
     """
     return (psi(p) - psi(1 - p)) / (2 * tau)
 
@@ -76,12 +78,13 @@ def sequence_logp(policy, tokens, mask, mean=False):  # (R,T), (R,T) -> (R,)
     assert mask[:, 1:].any(1).all(), "a row has no response token to score"
     row, t = mask[:, 1:].nonzero(as_tuple=True)             # (S,), (S,) a scored token stands at t + 1 ...
     x = policy.hidden(tokens[:, :-1], mask[:, 1:])[row, t]  # (S,C) ... predicted at t: the shift by one
+    # (hidden's second argument is no attention mask: it names the positions that are read, for speed only)
 
     def token_logp(x, ids):  # (S,C), (S,) -> (S,)
         logits = policy.head(x)  # (S,V)
         return logits.log_softmax(-1, dtype=torch.float32).gather(1, ids[:, None])[:, 0]
 
-    logp = model.in_chunks(token_logp, x, tokens[row, t + 1])
+    logp = model.in_chunks(token_logp, x, tokens[row, t + 1])    # (S,) all of them, in pieces: less memory
     total = logp.new_zeros(len(tokens)).index_add(0, row, logp)  # (R,)
     return total / mask.sum(1) if mean else total
 
@@ -110,7 +113,7 @@ def adamw(policy):
 
 def descend(policy, optimizer, step, steps, peak):
     """A step on the gradients that are there, their norm at most 1. The learning rate rises for 50 steps, or
-    half of all, to its peak, then falls linearly to 0."""
+    half of all, to its peak, then falls linearly towards 0."""
     warmup = min(50, steps // 2)
     for group in optimizer.param_groups:
         group["lr"] = peak * min(step / (warmup + 1), (steps - step + 1) / (steps - warmup))
@@ -138,7 +141,7 @@ def finetune(policy, source, args, generator):
 def score(policy, pairs, rows, args, mean=False):  # (R,) -> (R,), on the CPU
     """log pi(y|x) of these rows of a PairData, in nats, computed as the loop does."""
     logp = torch.zeros(len(rows))
-    order = (pairs.prompt_len[rows] * len(pairs.start) + rows).argsort()  # pairs stay together
+    order = (pairs.prompt_len[rows] * len(pairs.start) + rows).argsort()  # by prompt length, then row: pairs
     for part in order.split(8 * args.batch_size):
         tokens, mask = pairs.padded(rows[part], args.device)
         with autocast(args):
@@ -202,12 +205,13 @@ def measure(logp, ref_logp, p, args):  # (2B,), (2B,), (B,) -> numbers by name
 
 
 def show(value):
-    """A number for people; - for None."""
+    """A number for people (z: no -0.0000); - for None."""
     return "-" if value is None else f"{value:z.4f}"
 
 
 def log_line(steps, step, batch, eval):
-    """One line: the batch before its update, then what `evaluate` says of the policy after it."""
+    """One line: the batch before its update, then what `evaluate` says of the policy after it: in a world
+    both KLs, for a file h and accuracy."""
     names = {"kl_ref": "KL", "kl_opt": "to pi*", "h": "eval h", "accuracy": "acc"}
     known = [f"{name} {show(eval[key])}" for key, name in names.items() if key in eval]
     return (f"step {step:5d}/{steps} | loss {batch['loss']:8.4f} | h {batch['h']:+6.2f} ± "
@@ -223,7 +227,8 @@ def print_report(report):
 
 
 def check_start(h, loss, logp, p, args):
-    """Step 0: pi = ref, so margins are 0 and the loss is known. Raises Stopped if the cache is wrong."""
+    """Step 0: pi = ref, so margins are 0, or the cache is wrong: Stopped. The loss then is what it is at h = 0,
+    for eq. 17 1/(4 tau^2); compare. Raises Refused if that is infinite."""
     theory = LOSSES[args.loss](torch.zeros_like(h), p, args.tau).mean()
     if not theory.isfinite():
         raise Refused("psi asks for an infinite margin at p = 1: DPO's over-fitting, in one number; use "
@@ -233,6 +238,10 @@ def check_start(h, loss, logp, p, args):
         raise Stopped(f"step 0: margins up to {h.abs().max():.3g} nats where pi = ref has 0: the cached "
                       "reference is not the policy that training starts from")
 
+
+# A source has: pairs (a PairData), tokenizer, sizes of a model, prompts to sample from (ids), sft_rows(n,
+# generator); pose(policy, ref_logp, generator), called once when the reference is ready; then train (N,), indices
+# of the pairs to train on, evaluate(policy) -> numbers by name, and exact, policies that numbers(logp) measures.
 
 class WorldSource(data.World):
     """A synthetic world: pairs, and how far a policy, as its log-probs (X,Y), is from the exact optimum."""
@@ -247,9 +256,10 @@ class WorldSource(data.World):
         return logp.view_as(self.reward).double()
 
     def pose(self, policy, ref_logp, generator):
-        """Given the reference: mu, the pairs, pi* ("opt"), and where endless labels of this kind lead with
-        this target ("labels"): ref exp(E_mu E[target]), normalised. That is pi* if Psi(q) + Psi(1-q) is
-        constant and, with hard labels, Psi is affine; --noise moves it, too."""
+        """Sets what the reference policy fixes (ref_logp, perhaps of means, is not needed): ref, mu, the pairs,
+        and exact: "opt" is pi* (eq. 7), "labels" where endless labels of this kind lead with this target, ref
+        exp(E_mu E[target]) normalised. That is pi* if Psi(q) + Psi(1-q) is constant and, with hard labels, Psi
+        is affine; --noise moves it, too."""
         args, self.ref = self.args, self.enumerate(policy)
         uniform = torch.full_like(self.ref, 1 / len(self.responses))  # EXERCISE: another mu; rows sum to 1
         self.mu = uniform if args.mu == "uniform" else self.ref.exp()
@@ -257,15 +267,16 @@ class WorldSource(data.World):
         self.train, self.worth = torch.arange(args.pairs), WORTH.get(args.loss, no_worth)
         self.exact = {"opt": data.optimum(self.ref, self.worth(self.pstar), self.mu, args.tau)}
         if args.loss == "ipo" and args.logp == "sum":
-            q = self.pstar + args.noise * (1 - 2 * self.pstar)
+            q = self.pstar + args.noise * (1 - 2 * self.pstar)  # (X,Y,Y) P(the label says y)
             certain = target(torch.ones_like(q), args.tau)  # a coin flip asks for this or, lost, for -this
             asked = target(q, args.tau) if args.labels == "soft" else (2 * q - 1) * certain
-            self.exact["labels"] = data.optimum(self.ref, asked, self.mu, 1.0)
+            self.exact["labels"] = data.optimum(self.ref, asked, self.mu, 1.0)  # asked is in nats: no tau
         known = "" if args.loss in WORTH else "; pi* is unknown: ipo.WORTH has no Psi for this loss"
         print(f"world {args.data}: {args.pairs:,} {args.labels} pairs, mu {args.mu}{known}")
 
     def numbers(self, logp):  # (X,Y) -> numbers by name
-        """Of all pairs (sums: not under --logp mean), then the exact ones."""
+        """Means over all pairs (not under --logp mean: logp is a sum), then the exact ones."""
+        # log pi/ref already, so that measure's reference is 0
         ratios = (logp - self.ref).flatten()[self.pairs.pair_rows(self.train)].float()
         n = measure(ratios, torch.zeros(()), self.pairs.p, self.args) if self.args.logp == "sum" else {}
         return n | data.exact(logp, self.ref, self.exact, self.pstar, self.mu, self.worth, self.args.tau)
@@ -353,7 +364,7 @@ def flags():
 def parse(argv=None):
     """The flags of a run, checked. Raises Refused."""
     parser = flags()
-    given = parser.parse_args(argv)
+    given = parser.parse_args(argv)  # once to learn which defaults hold, below once more with them
     if given.data not in data.WORLDS:
         parser.set_defaults(**FOR_A_FILE)
     if given.init_from:
@@ -444,8 +455,7 @@ def run(args, policy=None, source=None):
 
 
 def main(argv=None):
-    """The command line. Exit status 0; 1 if a run had to stop, 2 for bad input, with one line on stderr."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal or pipe may lack a sample's characters
+    """The command line. Exit status 0; 1 if a run had to stop, 2 for unusable input; one line on stderr."""
     try:
         args = parse(argv)
         sample(args) if args.sample else run(args)
@@ -456,4 +466,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal or pipe may lack a sample's characters
     sys.exit(main())

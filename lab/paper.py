@@ -29,29 +29,142 @@ from lab import plot
 BANDITS = {"bandit2": "ab", "d1": "ab bc ac", "d2": "ab bc ca", "d3": "ab ba", "d3prime": "ac bc"}
 
 
-def pairs_of(name):  # -> (N,), (N,)
-    """Winners and losers of a bandit's pairs, as numbers of actions."""
+def bandit(name):  # -> (N,), (N,), (1,Y,Y)
+    """Winners and losers of the pairs, as numbers of actions, and p* as the pairs say."""
     pairs = [["abc".index(action) for action in pair] for pair in BANDITS[name].split()]
-    return torch.tensor(pairs).T
+    winner, loser = torch.tensor(pairs).T
+    Y = 1 + max(map(max, pairs))
+    wins = torch.zeros(1, Y, Y, dtype=torch.float64)
+    wins[0, winner, loser] = 1
+    return winner, loser, (wins / (wins + wins.mT)).nan_to_num(0.5)
 
 
-def optimum(winner, loser, loss, tau):  # (N,), (N,) -> (Y,)
-    """pi* of the loss's Psi, eq. 7 with uniform reference and mu; a limit where Psi is infinite, nan if unknown."""
-    actions = 1 + int(torch.cat([winner, loser]).max())
-    wins = torch.zeros(actions, actions, dtype=torch.float64)
-    wins[winner, loser] = 1
-    pstar = (wins / (wins + wins.T)).nan_to_num(0.5)[None]  # (1,Y,Y)
-    uniform = torch.full((1, actions), 1 / actions, dtype=torch.float64)
-    worth = ipo.WORTH.get(loss, ipo.no_worth)(pstar)
-    return data.optimum(uniform.log(), worth, uniform, tau)[0].exp()
-
-
-def train(args):
-    """Yields (step, log pi (losses, taus, seeds, Y), h of every pair (losses, taus, seeds, N)). Raises Stopped."""
-    winner, loser = pairs_of(args.data)
-    losses, taus, N = len(args.loss), torch.tensor(args.tau, dtype=torch.float64)[:, None, None], len(winner)
+def train(args, winner, loser, Y):
+    """Yields (step, log pi (L,K,S,Y)), first the reference: L losses, K taus, S seeds. Raises Stopped."""
+    L, K, S, N = len(args.loss), len(args.tau), args.seeds, len(winner)
     generator = torch.Generator().manual_seed(args.seed)
-    shape = losses, len(taus), args.seeds, 1 + int(torch.cat([winner, loser]).max())
-    theta = torch.zeros(shape, dtype=torch.float64, requires_grad=True)  # pi = ref at first
+    tau = torch.tensor(args.tau, dtype=torch.float64)[:, None, None]
+    theta = torch.zeros(L, K, S, Y, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([theta], args.lr)
-    every = torch.arange(N).expand(*shape[:2], args.seeds, N)
+    certain = torch.ones((), dtype=torch.float64)
+    pairs = torch.arange(N).expand(K, S, N)
+    for step in range(args.steps):
+        logp = theta.log_softmax(-1)
+        if step % args.log_every == 0:
+            yield step, logp.detach()
+        if args.batch_size:
+            pairs = torch.randint(N, (K, S, args.batch_size), generator=generator)
+        else:
+            optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
+        drawn = pairs.expand(L, -1, -1, -1)
+        h = logp.gather(-1, winner[drawn]) - logp.gather(-1, loser[drawn])  # the uniform reference cancels
+        costs = [ipo.LOSSES[loss](h[i], certain, tau) for i, loss in enumerate(args.loss)]
+        total = torch.stack(costs).mean(-1).sum()  # a sum: policies share nothing
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        if not theta.isfinite().all():
+            raise ipo.Stopped(f"step {step + 1}: a logit is not finite; lower --lr or raise --tau")
+    yield args.steps, theta.detach().log_softmax(-1)
+
+
+def evaluate(logp, winner, loser):  # (S,Y), (N,), (N,) -> numbers by name
+    """Over seeds: mean probabilities, 1.96 standard errors of these, mean margin of the pairs; None: infinite."""
+    pi, h = logp.exp(), logp[:, winner] - logp[:, loser]
+    error = 1.96 * pi.std(0) / len(pi) ** 0.5
+    return {**data.finite({"h": h.mean()}), "pi": pi.mean(0).tolist(), "interval": error.tolist()}
+
+
+def pose(loss, tau, winner, loser, pstar):  # -> Run
+    """What a loss is to do at one tau: its pi* and target. Raises Refused if the target is infinite and squared."""
+    uniform = torch.full_like(pstar[0, :1], 1 / pstar.shape[1])
+    worth, certain = ipo.WORTH[loss], torch.ones(1)
+    best = data.optimum(uniform.log(), worth(pstar), uniform, tau)
+    target = (worth(certain) - worth(1 - certain)) / (2 * tau)
+    start = ipo.LOSSES[loss](torch.zeros(1), certain, tau)
+    if not start.isfinite():
+        raise ipo.Refused("psi asks for an infinite margin at p = 1, and these pairs are certain; edit it")
+    print(f"{loss}, tau {tau:g}: loss {start.item():.6g} at step 0, where h = 0")
+    report = {"before": data.finite({"target": target}), "opt": evaluate(best.expand(2, -1), winner, loser)}
+    return plot.Run(f"{loss}, tau {tau:g}", {"loss": loss, "tau": tau}, [], [], report)
+
+
+def print_table(runs):
+    """A line for each action."""
+    print(f"{'':18}{'mean':>10}{'1.96 s.e.':>11}{'optimum':>10}{'difference':>12}")
+    for run in runs:
+        after, best = run.evals[-1], run.report["opt"]["pi"]
+        for action, pi, error, exact in zip("abc", after["pi"], after["interval"], best):
+            print(f"{run.out + ': ' + action:18}{pi:10.6f}{error:11.6f}{exact:10.6f}{pi - exact:+12.1e}")
+
+
+def draw_actions(runs, path, rows):
+    """Figures 1 and 2: probabilities against the step, a row per tau, a column per loss; dashed: the optimum."""
+    figure, axes = plot.panels(rows, len(runs) // rows)
+    for axis, run in zip(axes.T.flatten(), runs):
+        pi = torch.tensor([numbers["pi"] for numbers in run.evals]).T  # (Y, points)
+        error = torch.tensor([numbers["interval"] for numbers in run.evals]).T
+        for action, best in enumerate(run.report["opt"]["pi"]):
+            colour, style = plot.COLOURS[action], plot.STYLES[action]
+            low, high = pi[action] - error[action], pi[action] + error[action]
+            axis.plot(run.steps, pi[action], style, color=colour, label="abc"[action])
+            axis.fill_between(run.steps, low, high, color=colour, alpha=0.3, linewidth=0)
+            axis.axhline(best, color=colour, **plot.DASHED)
+        axis.set(title=run.out, ylim=(-0.03, 1.03))
+    figure.supxlabel("step")
+    figure.supylabel("probability")
+    axes[0, 0].legend(title="action")
+    plot.save(figure, path)
+
+
+def experiment(args):
+    """Trains all policies at once; leaves report.json, metrics.jsonl, actions.png and margins.png in --out."""
+    winner, loser, pstar = bandit(args.data)
+    runs = [pose(loss, tau, winner, loser, pstar) for loss in args.loss for tau in args.tau]
+    if os.path.exists(f"{args.out}/report.json"):  # made again in seconds, so replaced if it is a bandit's
+        args.overwrite = ipo.saved_flags(args.out).get("data") in BANDITS
+    ipo.claim(args)
+    for step, logp in train(args, winner, loser, pstar.shape[1]):
+        for run, policies in zip(runs, logp.flatten(0, 1)):
+            run.steps.append(step)
+            run.evals.append(evaluate(policies, winner, loser))
+    report = {run.out: run.report | {"after": run.evals[-1]} for run in runs}
+    Path(f"{args.out}/report.json").write_text(json.dumps(report, indent=1))
+    print_table(runs)
+    draw_actions(runs, f"{args.out}/actions.png", len(args.tau))
+    plot.draw_runs(runs, f"{args.out}/margins.png")
+
+
+def main(argv=None):
+    """The command line. Returns the exit status."""
+    parser = ipo.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add_argument(flag, default, meaning, **more):
+        more.setdefault("type", type(default))
+        parser.add_argument(flag, default=default, help=f"{meaning} [{default}]", **more)
+
+    add_argument("--data", "d1", "the bandit", choices=BANDITS)
+    add_argument("--loss", ["ipo", "dpo"], "losses", nargs="+", type=str, choices=ipo.WORTH)
+    add_argument("--tau", [0.1, 0.5, 1.0], "taus", nargs="+", type=float)
+    add_argument("--steps", 18_000, "steps of training")
+    add_argument("--batch_size", 9, "pairs in a step, drawn with replacement; 0: all, and the rate falls")
+    add_argument("--lr", 0.01, "Adam's learning rate")
+    add_argument("--seeds", 10, "policies for each loss and tau")
+    add_argument("--seed", 0, "fixes the draws of all")
+    add_argument("--log_every", 100, "steps from one point of the curves to the next")
+    add_argument("--out", "out/paper", "folder of report.json and pictures")
+    parser.set_defaults(resume=False, overwrite=False)
+    try:
+        args = parser.parse_args(argv)
+        least = min(*args.tau, args.lr, args.steps, args.log_every, args.seeds - 1)
+        if not least > 0 or args.batch_size < 0:
+            raise ipo.Refused("numbers must be above 0, --seeds above 1; --batch_size may be 0")
+        experiment(args)
+        return 0
+    except (ipo.Refused, ipo.Stopped, OSError, KeyboardInterrupt) as error:
+        print("paper.py:", str(error) or "interrupted", file=sys.stderr)
+        return 2 if isinstance(error, ipo.Refused) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -31,8 +31,11 @@ import model
 
 COLOURS = 2 * ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
 STYLES = ["-", "--", ":", "-."]
+DASHED = {"linestyle": (0, (6, 4)), "linewidth": 1.5}
+DIAMOND = {"marker": "D", "markersize": 12, "markerfacecolor": "none", "linestyle": "none"}
 NAMES = {"step": "step", "h": "margin h, nats", "kl_ref": "KL(pi||ref), nats", "win": "win rate against mu",
          "accuracy": "accuracy, held out"}
+PANELS = [("step", "h"), ("step", "kl_ref"), ("kl_ref", "win"), ("step", "accuracy")]  # the first three there are
 
 
 class Run(NamedTuple):
@@ -95,8 +98,8 @@ def panels(rows, columns, width=6.5, height=3.8):  # -> figure, axes (rows, colu
         import matplotlib.figure
     except ImportError:
         raise ipo.Refused("no picture without matplotlib: pip install -r lab/requirements.txt") from None
-    matplotlib.rcParams.update({"font.size": 18, "legend.fontsize": 16, "lines.linewidth": 2.5})
-    matplotlib.rcParams.update({"axes.grid": True, "grid.alpha": 0.3})
+    matplotlib.rcParams |= {"font.size": 18, "legend.fontsize": 16, "lines.linewidth": 2.5}
+    matplotlib.rcParams |= {"axes.grid": True, "grid.alpha": 0.3}
     size = width * columns, 2 + height * rows
     figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
@@ -113,40 +116,40 @@ def draw_curve(axis, run, x, y, **look):
     across = run.steps if x == "step" else [numbers[x] for numbers in run.evals]
     axis.plot(across, [numbers[y] for numbers in run.evals], **look)
     if optimum.get(x) is not None and optimum.get(y) is not None:
-        axis.plot(optimum[x], optimum[y], "D", color=look["color"], markerfacecolor="none", markersize=12)
+        axis.plot(optimum[x], optimum[y], color=look["color"], **DIAMOND)
     axis.set(xlabel=NAMES[x], ylabel=NAMES[y])
 
 
 def draw_runs(runs, path):
     """The picture of several runs that the docstring above describes."""
-    world = all("kl_ref" in run.evals[-1] for run in runs)
-    figure, axes = panels(1, 3 if world else 2)
+    shown = [(x, y) for x, y in PANELS if all(y in run.evals[-1] for run in runs)][:3]
+    figure, axes = panels(1, len(shown), width=10 if len(shown) == 1 else 6.5)
     losses = [run.config["loss"] for run in runs]
     colours = dict(zip(dict.fromkeys(losses), COLOURS))
     for i, (run, loss) in enumerate(zip(runs, losses)):
         colour, style = colours[loss], STYLES[losses[:i].count(loss) % 4]
         look = {"color": colour, "linestyle": style}
-        draw_curve(axes[0, 0], run, "step", "h", label=f"{loss}, tau {run.config['tau']:g}", **look)
-        draw_curve(axes[0, 1], run, "step", "kl_ref" if world else "accuracy", **look)
-        if world:
-            draw_curve(axes[0, 2], run, "kl_ref", "win", **look)
+        for axis, (x, y) in zip(axes[0], shown):
+            draw_curve(axis, run, x, y, **look)
+        axes[0, 0].plot([], [], label=f"{loss}, tau {run.config['tau']:g}", **look)
         asked = run.report.get("before", {}).get("target")
         if asked is not None:
-            axes[0, 0].axhline(asked, color=colour, linestyle=(0, (6, 4)), linewidth=1)
-    if world:
-        axes[0, 0].plot([], [], "D", color="gray", markerfacecolor="none", markersize=12, label="exact pi*")
+            axes[0, 0].axhline(asked, color=colour, **DASHED)
+    axes[0, 0].plot([], [], color="gray", label="mean target", **DASHED)
+    if any("opt" in run.report for run in runs):
+        axes[0, 0].plot([], [], color="gray", label="exact pi*", **DIAMOND)
+    if ("kl_ref", "win") in shown:
         draw_frontiers(axes[0, 2], runs)
-    figure.legend(loc="outside upper center", ncols=5)
+    figure.legend(loc="outside upper center", ncols=1 + 2 * len(shown))
     save(figure, path)
 
 
 def draw_frontiers(axis, runs):
     """The exact frontier of each world, reference and mu among these runs, as far as they went."""
     worlds = [run.out for run in runs if run.config["data"] in data.WORLDS]
-    curves = {frontier(source_of(out)) for out in worlds}
-    for i, curve in enumerate(curves):
-        label = None if i else "exact frontier"
-        axis.plot(*curve, color="black", linewidth=1.5, label=label, zorder=0)
+    for kls, wins in {frontier(source_of(out)) for out in worlds}:
+        axis.plot(kls, wins, color="black", linewidth=1.5, zorder=0)
+    axis.plot([], [], color="black", linewidth=1.5, label="exact frontier")
     far = max(numbers["kl_ref"] for run in runs for numbers in run.evals)
     axis.set_xlim(-0.03 * far, 1.1 * far + 1e-6)
 

@@ -70,7 +70,8 @@ def report(name, run, argv):
         args, figures = run(argv)
         os.makedirs(args.out, exist_ok=True)
         Path(f"{args.out}/report.json").write_text(json.dumps(figures, indent=1))
-        print("\n" + "".join(f"{key:10} {ipo.show(value):>10}\n" for key, value in figures.items()))
+        for key, value in figures.items():
+            print(f"{key:12} {value if isinstance(value, str) else ipo.show(value):>10}")
         return 0
     except (data.Refused, model.Refused, ipo.Stopped, OSError, KeyboardInterrupt) as error:
         print(f"{name}:", str(error) or "interrupted", file=sys.stderr)

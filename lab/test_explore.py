@@ -122,7 +122,8 @@ def test_formulas_are_parsed_never_executed():
         assert not text or explore.formula(text)
 
 
-@pytest.mark.parametrize("values", [{}, {"place": "bandit D1: a > b > c", "tau": 0.5}, {"loss": "dpo", "labels": "soft", "tau": 1}], ids=str)
+@pytest.mark.parametrize("values", [{}, {"place": "bandit D1: a > b > c", "tau": 0.5}, {"loss": "dpo", "labels": "soft", "tau": 1},
+                                    {"kind": "", "own": "q ** 4"}], ids=str)
 def test_the_button_trains_the_policy(values, monkeypatch):
     """A line for each evaluation, from pi = ref (KL 0) to nearer to pi*; the core's psi is as before."""
     before = ipo.psi
@@ -133,7 +134,8 @@ def test_the_button_trains_the_policy(values, monkeypatch):
     assert run.lines[-1]["kl_opt"] < 0.7 * run.lines[0]["kl_opt"] and ipo.psi is before
     said = run.progress().text
     assert f"step 100; h {run.lines[-1]['h']:.4f} (exact: " in said
-    ends = run.numbers(run.exact.get("labels", run.exact["opt"]))
+    ends = run.numbers(run.exact["opt" if "loss" in values else "labels"])
+    assert (ends["kl_opt"] > 0.01) == ("own" in values)  # hard labels see psi(1) - psi(0) alone
     assert f"kl_ref {run.lines[-1]['kl_ref']:.4f} (exact: {ends['kl_ref']:.4f})" in said
 
 

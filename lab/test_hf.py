@@ -317,7 +317,7 @@ def test_no_space_appears_before_a_response(tmp_path, scheme):
 
 
 def test_bytes_are_never_joined_over_the_border(tmp_path):
-    """A line break that this tokenizer joins with what precedes it stands alone where it begins a response."""
+    """A line break that this tokenizer joins with what precedes it stands alone at a response's start."""
     tokenizer = byte_tokenizer(tmp_path / "in")
     assert [len(tokenizer.ids(text)) for text in ("\n\n", ".\n", ":\n", "a\n")] == [1, 1, 1, 2]
     item = {"prompt": "Where?\n", "chosen": "\nYes", "rejected": "Yes"}
