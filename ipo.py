@@ -227,8 +227,8 @@ def print_report(report):
 
 
 def check_start(h, loss, logp, p, args):
-    """Step 0: pi = ref, so margins are 0, or the cache is wrong: Stopped. The loss then is what it is at h = 0,
-    for eq. 17 1/(4 tau^2); compare. Raises Refused if that is infinite."""
+    """Step 0: pi = ref, so margins are 0, or the cache is wrong: Stopped. The loss then is what it is at
+    h = 0, for eq. 17 1/(4 tau^2); compare. Raises Refused if that is infinite."""
     theory = LOSSES[args.loss](torch.zeros_like(h), p, args.tau).mean()
     if not theory.isfinite():
         raise Refused("psi asks for an infinite margin at p = 1: DPO's over-fitting, in one number; use "
@@ -240,8 +240,8 @@ def check_start(h, loss, logp, p, args):
 
 
 # A source has: pairs (a PairData), tokenizer, sizes of a model, prompts to sample from (ids), sft_rows(n,
-# generator); pose(policy, ref_logp, generator), called once when the reference is ready; then train (N,), indices
-# of the pairs to train on, evaluate(policy) -> numbers by name, and exact, policies that numbers(logp) measures.
+# generator); pose(policy, ref_logp, generator), called once when the reference is ready; then train (N,),
+# indices of the pairs to train on, evaluate(policy) -> numbers by name, exact: policies for numbers(logp).
 
 class WorldSource(data.World):
     """A synthetic world: pairs, and how far a policy, as its log-probs (X,Y), is from the exact optimum."""
@@ -256,10 +256,10 @@ class WorldSource(data.World):
         return logp.view_as(self.reward).double()
 
     def pose(self, policy, ref_logp, generator):
-        """Sets what the reference policy fixes (ref_logp, perhaps of means, is not needed): ref, mu, the pairs,
-        and exact: "opt" is pi* (eq. 7), "labels" where endless labels of this kind lead with this target, ref
-        exp(E_mu E[target]) normalised. That is pi* if Psi(q) + Psi(1-q) is constant and, with hard labels, Psi
-        is affine; --noise moves it, too."""
+        """Sets what the reference fixes (ref_logp, perhaps of means, is not needed): ref, mu, pairs, and
+        exact: "opt" is pi* (eq. 7), "labels" where endless labels of this kind lead with this target, ref
+        exp(E_mu E[target]) normalised. That is pi* if Psi(q) + Psi(1-q) is constant and, with hard labels,
+        Psi is affine; --noise moves it, too."""
         args, self.ref = self.args, self.enumerate(policy)
         uniform = torch.full_like(self.ref, 1 / len(self.responses))  # EXERCISE: another mu; rows sum to 1
         self.mu = uniform if args.mu == "uniform" else self.ref.exp()

@@ -1,5 +1,4 @@
-"""How fast is a training step, how near the machine's limit, in how much memory, and what does TRL need for
-the same?
+"""How fast is a training step, how near the machine's limit, how much memory, against TRL?
 
     python -m lab.bench --data pairs.jsonl --init_from gpt2 --logp mean --lr 1e-5 --steps 5 --batch_size 4
     python -m lab.bench ... --against trl        the same beside TRL's DPOTrainer (lab/peer.py)
@@ -16,7 +15,8 @@ log-probs computed beforehand, no recomputation). Same pairs, weights, optimiser
 TRL's IPO is the mean form. What else runs on the machine disturbs seconds: believe ratios, and user_s, the
 processor's seconds of a step.
 
-ANSWER
+Answer: against the core before its rewrite, processor seconds a step .92 (7M parameters, batch 8), 1.00
+(GPT-2 124M, batch 4) and 1.02 (the same, bfloat16), peak memory 1.01, 1.00 and 1.01, losses equal to the last digit.
 """
 import argparse
 import contextlib

@@ -10,7 +10,7 @@ own goes by its folder's.
   python -m lab.online --out out/all/online; python -m lab.lora --out out/all/lora ...
   python -m lab.family out/all --out out/all
 Trap: runs of another world, seed or --mu have another frontier; they are skipped, and named.
-Answer: ANSWER
+Answer: no method lies above the exact frontier; which tau or lambda it had says where below it.
 """
 import argparse
 import json

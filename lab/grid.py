@@ -75,7 +75,7 @@ def spread(numbers, name):  # -> lowest, median, highest of the runs; None, whic
 
 
 def run(rows, columns, out):
-    """Every run, and a line of the table as soon as its seeds are done. Returns 1 if a run stopped, else 0."""
+    """Every run, and a line of the table as soon as its seeds are done. 1 if a run stopped, else 0."""
     report, status, ranged = {}, 0, "kl_opt" if "kl_opt" in columns else "h"
     print(f"{'median':16}" + "".join(f"{title:>11}" for title in columns.values()))
     for row, runs in rows.items():
@@ -102,7 +102,7 @@ def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = ipo.Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--loss", nargs="+", default=["ipo", "dpo"], help="losses [ipo dpo]")
-    parser.add_argument("--tau", nargs="+", type=short, default=["0.1", "0.2", "0.5", "1"], help="[.1 .2 .5 1]")
+    parser.add_argument("--tau", nargs="+", type=short, default=["0.1", "0.2", "0.5", "1"], help="taus")
     parser.add_argument("--steps", nargs="+", help="steps of preference training, one number or several")
     parser.add_argument("--pairs", nargs="+", help="world: pairs to draw, one number or several")
     parser.add_argument("--seed", nargs="+", help="one or several: rows are medians over these [0]")
@@ -113,7 +113,7 @@ def main(argv=None):
         rows = plan(vars(grid), rest, out)
         whole = ipo.parse([*rest, "--out", out])
         if whole.sample:
-            raise ipo.Refused("--sample means nothing for a grid; name a run: ipo.py --sample ... --out OUT/ipo-0.2")
+            raise ipo.Refused("--sample means nothing for a grid; name a run of it to ipo.py --sample")
         ipo.claim(whole)
         return run(rows, WORLD if whole.data in data.WORLDS else FILE, out)
     except (ipo.Refused, model.Refused, OSError, KeyboardInterrupt) as error:

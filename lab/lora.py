@@ -11,7 +11,8 @@ B starts at 0, so the policy starts at the reference. All from one reference, on
 Why lora fails in a world: ln_f fixes the length of what the head reads, so two words' logits differ by no
 more than `reach`, sqrt(C) times their vectors' difference, and SFT leaves these vectors short.
 Trap: the word vectors are one tensor for input and head; peft's modules_to_save would copy and untie them.
-Answer: ANSWER
+Answer: with the word vectors (wte) trained, too: KL(pi||pi*) .0042, .0052, .0050 (rank 4, seeds
+0 to 2), .0050 (rank 1); with adapters alone .4547, and .24 where KL(pi||pi*) itself is minimised.
 """
 import copy
 import json

@@ -13,7 +13,8 @@ Traps: the sampler has no gradient; both responses are independent draws; a mixt
 mixture; rejection needs the largest reward of all, not that of its candidates, and what its pairs rarely hold
 is not taught: a few of the reference's own cure that (--from_ref).
 `python -m lab.online --plot FOLDER FOLDER ... --out OUT` draws OUT/online.png from finished runs.
-Answer: ANSWER
+Answer: at the Nash policy. Tau .2, seeds 0 to 2, KL(pi||Nash): bt .0032 .0039 .0039, cyclic .0022 .0022
+.0023, deterministic .0028 .0031 .0031; tau .1: .0109 to .0126, .0087 to .0093, .0118 to .0147.
 """
 import json
 import sys

@@ -10,7 +10,7 @@ model, recomputation). TRL keeps tokens and reference log-probs in a cache: each
 the second would be faster. Its losses must be ours, or two different computations are timed: float32 to 1e-6,
 bfloat16 to 1e-3.
 
-ANSWER
+Answer: before that rewrite TRL 1.16 took 15 times (7M) and 4.4 times (124M) our seconds (float32).
 """
 import contextlib
 import json
@@ -47,7 +47,7 @@ def compare(args, argv):
 
 
 def summary(lines, ours):
-    """Medians of one side's runs: seconds, GiB, and both over ours in the same turn; the largest difference of a
+    """Medians of one side's runs: seconds, GiB, both over ours in the same turn; the largest difference of a
     loss from ours."""
     numbers = {}
     for key in ("step_s", "user_s", "peak_gib"):

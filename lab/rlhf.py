@@ -4,16 +4,16 @@ The objective E_pi[r] - tau KL(pi||ref) has the exact answer ref exp(r/tau) / Z.
 draw k responses to each prompt; R = r - tau log(pi/ref) of each, a number without gradient, less the mean R
 of the others, times grad log pi. --clip and --epochs make it PPO's surrogate (Schulman et al. 2017).
   --kl reward  as above
-  --kl grad    the mean of log(pi/ref) in the loss, differentiated: its gradient is 0 on average, nothing
-    pulls
-               back, all goes to the best response
-  --kl k3      ref/pi - 1 - log(ref/pi) in the loss: the gradient of KL(ref||pi), which ends at tau ref/(nu -
-    r)
+  --kl grad    the mean of log(pi/ref) in the loss, differentiated: its gradient is 0 on average, so
+               nothing pulls back: all goes to the best response
+  --kl k3      ref/pi - 1 - log(ref/pi) in the loss: the gradient of KL(ref||pi), it ends at tau ref/(nu-r)
 --reward true takes the world's own reward, model learns r-hat from its pairs (lab/reward.py). With --data
 FILE responses are sampled token by token (lab/rollout.py) and judged by a reward model of the file's pairs.
   python -m lab.rlhf [--reward model] [--tau 0.2] [--kl k3] [--clip 0.2 --epochs 4]
   python -m lab.rlhf --data FILE --init_from gpt2
-Trap: a mean that holds the sample itself is a baseline (k-1)/k as strong; Adam hides it. ANSWER
+Trap: a mean that holds the sample itself is a baseline (k-1)/k as strong; Adam hides it.
+Answer: a learned reward (soft labels) and RLOO end .0001, .0004 and .0002 nats from the exact answer of the
+true reward (bt, tau .5, seeds 0 to 2).
 """
 import copy
 import json

@@ -6,7 +6,7 @@ Traps: a row that ended must not go on; <|endoftext|> is part of the response, a
 that met --longest has no end, and the reward model saw no such thing in training.
   python -m lab.rlhf --data FILE --init_from gpt2     leaves OUT/ckpt.pt, OUT/ref.pt and OUT/reward.pt
   python -m lab.rollout --data FILE --run OUT         prints --k responses to held-out prompts, best first
-ANSWER
+Answer: it prints samples; the only figure is the reward model's.
 """
 import sys
 from typing import Any, NamedTuple

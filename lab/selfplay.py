@@ -14,7 +14,7 @@ steps, stands beside it.
 Traps: chosen and rejected are independent draws; with a small lambda, such as .1, a round must end long
 before its answer.
 `python -m lab.selfplay --tau 1 [--lam 0.1]`
-Answer: ANSWER
+Answer: with lambda 1 yes: .0013, .0022, .0015 nats from it (seeds 0 to 2); with lambda .1 it diverges (2.7).
 """
 import copy
 import functools

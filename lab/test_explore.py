@@ -32,6 +32,10 @@ def page(**values):
     return explore.app.run(defs=controls)
 
 
+def said(outputs):
+    return " ".join(output.text for output in outputs if output is not None)
+
+
 def test_the_page_runs_as_it_is():
     """All cells, marimo's own controls; every control has the name that the tests give values to."""
     outputs, definitions = explore.app.run()
@@ -66,15 +70,23 @@ def test_what_is_shown_is_exact(values, monkeypatch):
             assert torch.allclose(shown["policies"][name].exp(), theirs.exp(), atol=1e-9), name
             assert rows[name]["kl_ref"] == ipo.show(source.numbers(theirs)["kl_ref"])
             assert rows[name]["win"] == ipo.show(source.numbers(theirs)["win"])
+    assert all(torch.allclose(logp.exp().sum(-1), torch.ones(()).double()) for logp in shown["policies"].values())
     for name, f in (("IPO's pi*: q", lambda q: q), ("DPO's pi*: logit", torch.logit)):
         assert torch.equal(shown["policies"][name], data.optimum(ref, f(source.pstar), source.mu, value.tau))
+
+
+@pytest.mark.parametrize("place, g", [("bandit D1: a > b > c", [2.5, 1.5, 0.5]), ("bandit D3': a, b > c", [2.0, 2.0, 0.5])])
+def test_bandits_are_the_papers(place, g):
+    """pi* is the softmax of E_mu p* / tau: means over three opponents, counted by hand."""
+    _, shown = page(place=place, tau=0.5)
+    assert torch.allclose(shown["policies"][explore.OPT].exp(), (torch.tensor([g]).double() / 3 / 0.5).softmax(-1))
 
 
 def test_a_certain_pair_runs_away_under_logit_alone():
     """The margins asked for at p = .9, .99, .999, 1: closed forms 2 logit(p) / (2 tau) and (2p - 1) / (2 tau)."""
     def asked(**values):
         outputs, _ = page(**values)
-        return re.search("asks for (.*?) nats", outputs[-2].text)[1]
+        return re.search("asks for (.*?) nats", said(outputs))[1]
     assert asked(kind="logit(q)") == "10.99, 22.98, 34.53, inf"
     assert asked(kind="q") == "2.00, 2.45, 2.50, 2.50"
     assert asked(kind="q", tau=1) == "0.40, 0.49, 0.50, 0.50"
@@ -110,7 +122,7 @@ def test_a_bad_formula_is_shown_and_stops_the_rest():
     """Cells behind it have no output and no definitions."""
     for own in ("import os", "1 - q", "q.real"):
         outputs, definitions = page(kind="", own=own, button=True)
-        assert "Psi: " in outputs[-1].text and "rows" not in definitions and "run" not in definitions
+        assert "Psi: " in said(outputs) and "asks for" not in said(outputs) and "rows" not in definitions and "run" not in definitions
 
 
 def test_formulas_are_parsed_never_executed():
@@ -132,20 +144,22 @@ def test_the_button_trains_the_policy(values, monkeypatch):
     steps = [0, 20, 40, 60, 80, 100, 100]
     assert len(run.lines) == len(steps) and run.lines[0]["kl_ref"] == pytest.approx(0, abs=1e-6)
     assert run.lines[-1]["kl_opt"] < 0.7 * run.lines[0]["kl_opt"] and ipo.psi is before
-    said = run.progress().text
-    assert f"step 100; h {run.lines[-1]['h']:.4f} (exact: " in said
+    for name in ("tau", "labels", "pairs", "loss", "steps"):
+        assert getattr(run.args, name) == (CONTROLS | {"pairs": 10_000} | values)[name]
+    text = run.progress().text
+    assert f"step 100; h {run.lines[-1]['h']:.4f} (exact: " in text
     ends = run.numbers(run.exact["opt" if "loss" in values else "labels"])
     assert (ends["kl_opt"] > 0.01) == ("own" in values)  # hard labels see psi(1) - psi(0) alone
-    assert f"kl_ref {run.lines[-1]['kl_ref']:.4f} (exact: {ends['kl_ref']:.4f})" in said
+    assert f"kl_ref {run.lines[-1]['kl_ref']:.4f} (exact: {ends['kl_ref']:.4f})" in text
 
 
 def test_a_run_that_cannot_be_is_said_in_the_page(monkeypatch):
     """Psi = logit and hard labels: the core's refusal is the output, and psi is put back."""
-    said = []
-    monkeypatch.setattr(explore.mo.output, "replace", said.append)
+    put = []
+    monkeypatch.setattr(explore.mo.output, "replace", put.append)
     before = ipo.psi
     page(kind="logit(q)", button=True)
-    assert "over-fitting" in said[-1].text and ipo.psi is before
+    assert "over-fitting" in put[-1].text and ipo.psi is before
 
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
