@@ -1,13 +1,15 @@
 """Where do losses end that are no function of IPO's margin, and DPO's with smoothed labels?
 
-w, l: log pi of winner and loser; |.|: tokens; s: sigmoid; beta is --tau. Each minimiser is exact: LBFGS on a table
-of logits, the expectation over pairs and labels enumerated (lab/tabular.py).
-  cpo    -log s(beta (w - l)) - lam w                                    Xu et al. 2024: DPO without a reference
-  orpo   -w/|w| - lam log s(odds(w/|w|) - odds(l/|l|))                   Hong et al. 2024; odds(m) = log e^m/(1 - e^m)
+w, l: log pi of winner and loser; |.|: tokens; s: sigmoid; beta is --tau. Each minimiser is exact: LBFGS on a
+table of logits, the expectation over pairs and labels enumerated (lab/tabular.py).
+  cpo    -log s(beta (w - l)) - lam w                                    Xu et al. 2024: DPO without a
+    reference
+  orpo   -w/|w| - lam log s(odds(w/|w|) - odds(l/|l|))                   Hong et al. 2024; odds(m) = log
+    e^m/(1 - e^m)
   slic   max(0, delta - w + l) - lam log pi(an SFT response)             Zhao et al. 2023
   dpo    -log s(beta h);  cdpo  the same, each label e times the other   Rafailov et al. 2023; Mitchell 2023
-Traps: cpo, orpo and slic know no reference: tau or lam hold them near the data instead, not near ref. --noise e
-flips labels: dpo then has cdpo's expectation, with more noise. The hinge alone has no smooth minimiser.
+Traps: cpo, orpo and slic know no reference: tau or lam hold them near the data instead, not near ref. --noise
+e flips labels: dpo then has cdpo's expectation, with more noise. The hinge alone has no smooth minimiser.
 Answer: at their own minimisers. Bt, beta .5, seed 0: KL(pi||minimiser) .0021 (cpo), .0039 (orpo).
 """
 import json
@@ -92,8 +94,7 @@ def train(policy, source, ref_logp, args, generator):
             lines.append({"step": step, "batch": {"loss": loss.item()}, "eval": source.evaluate(policy)})
             print(f"step {step:5d}/{args.steps} | loss {loss:8.4f}", flush=True)
             model.save(f"{args.out}/ckpt.pt", policy, tokenizer=args.tokenizer, step=step)
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            Path(f"{args.out}/metrics.jsonl").write_text(text)
+            Path(f"{args.out}/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def objective(world, args):

@@ -5,14 +5,16 @@
   python -m lab.paper --data d1 --batch_size 0           all pairs in every step: the exact optimum
   python -m lab.paper --data bandit2 --tau 0.1 --steps 2000
 
-Azar et al. 2023, section 5: three actions, no prompt, one logit for each, certain pairs (winner first), a uniform
-reference; Adam at .01, 18,000 steps of 9 pairs drawn with replacement. A policy for each loss, tau and seed, all in
-one table. Printed: mean over seeds, 1.96 standard errors of it, eq. 7's optimum with p* as the pairs say (1/2 for
-actions that never meet), mean minus optimum. With all pairs the rate falls to 0, or Adam would circle the optimum.
-Trap: the D3 that is printed, {ab, ba}, cannot give figure 2. c is in no pair and a, b balance, so all three stay at
-1/3 for either loss. The text around the figure (one action never wins, two stay balanced) fits d3prime = {ac, bc}.
-Trap: DPO is greedy on d1 at every tau, in the end: at tau 10 these steps bring it to pi(a) = .82 only.
-Answer: yes. d1, tau .1, .5, 1: IPO's pi(a) ends at .964, .562, .450 (optimum .964, .563, .448), DPO's at 1.000 each.
+Azar et al. 2023, section 5: three actions, no prompt, one logit for each, certain pairs (winner first), a
+uniform reference; Adam at .01, 18,000 steps of 9 pairs drawn with replacement. A policy for each loss, tau
+and seed, all in one table. Printed: mean over seeds, 1.96 standard errors of it, eq. 7's optimum with p* as
+the pairs say (1/2 for actions that never meet), mean minus optimum. With all pairs the rate falls to 0, or
+Adam would circle the optimum. Trap: the D3 that is printed, {ab, ba}, cannot give figure 2. c is in no pair
+and a, b balance, so all three stay at 1/3 for either loss. The text around the figure (one action never wins,
+two stay balanced) fits d3prime = {ac, bc}. Trap: DPO is greedy on d1 at every tau, in the end: at tau 10
+these steps bring it to pi(a) = .82 only.
+Answer: yes. d1, tau .1, .5, 1: IPO's pi(a) ends at .964, .562, .450 (optimum .964, .563, .448), DPO's at
+1.000 each.
 """
 import argparse
 import json
@@ -46,7 +48,6 @@ def train(args, winner, loser, Y):
     tau = torch.tensor(args.tau, dtype=torch.float64)[:, None, None]
     theta = torch.zeros(L, K, S, Y, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([theta], args.lr)
-    certain = torch.ones((), dtype=torch.float64)
     pairs = torch.arange(N).expand(K, S, N)
     for step in range(args.steps):
         logp = theta.log_softmax(-1)
@@ -58,10 +59,9 @@ def train(args, winner, loser, Y):
             optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
         drawn = pairs.expand(L, -1, -1, -1)
         h = logp.gather(-1, winner[drawn]) - logp.gather(-1, loser[drawn])  # the uniform reference cancels
-        costs = [ipo.LOSSES[loss](h[i], certain, tau) for i, loss in enumerate(args.loss)]
-        total = torch.stack(costs).mean(-1).sum()  # a sum: policies share nothing
+        costs = [ipo.LOSSES[loss](h[i], torch.ones(()), tau) for i, loss in enumerate(args.loss)]
         optimizer.zero_grad()
-        total.backward()
+        torch.stack(costs).mean(-1).sum().backward()  # a sum: policies share nothing
         optimizer.step()
         if not theta.isfinite().all():
             raise ipo.Stopped(f"step {step + 1}: a logit is not finite; lower --lr or raise --tau")
@@ -69,14 +69,14 @@ def train(args, winner, loser, Y):
 
 
 def evaluate(logp, winner, loser):  # (S,Y), (N,), (N,) -> numbers by name
-    """Over seeds: mean probabilities, 1.96 standard errors of these, mean margin of the pairs; None: infinite."""
+    """Over seeds: mean probabilities, 1.96 standard errors, mean margin of the pairs; None: infinite."""
     pi, h = logp.exp(), logp[:, winner] - logp[:, loser]
     error = 1.96 * pi.std(0) / len(pi) ** 0.5
     return {**data.finite({"h": h.mean()}), "pi": pi.mean(0).tolist(), "interval": error.tolist()}
 
 
 def pose(loss, tau, winner, loser, pstar):  # -> Run
-    """What a loss is to do at one tau: its pi* and target. Raises Refused if the target is infinite and squared."""
+    """What a loss is to do at one tau: its pi* and target. Raises Refused if a squared target is infinite."""
     uniform = torch.full_like(pstar[0, :1], 1 / pstar.shape[1])
     worth, certain = ipo.WORTH[loss], torch.ones(1)
     best = data.optimum(uniform.log(), worth(pstar), uniform, tau)
@@ -99,7 +99,7 @@ def print_table(runs):
 
 
 def draw_actions(runs, path, rows):
-    """Figures 1 and 2: probabilities against the step, a row per tau, a column per loss; dashed: the optimum."""
+    """Figures 1 and 2: probabilities against the step, a row per tau, a column per loss; dashed: pi*."""
     figure, axes = plot.panels(rows, len(runs) // rows)
     for axis, run in zip(axes.T.flatten(), runs):
         pi = torch.tensor([numbers["pi"] for numbers in run.evals]).T  # (Y, points)
@@ -112,18 +112,17 @@ def draw_actions(runs, path, rows):
             axis.axhline(best, color=colour, **plot.DASHED)
         axis.set(title=run.out, ylim=(-0.03, 1.03))
     figure.supxlabel("step")
-    figure.supylabel("probability")
     axes[0, 0].legend(title="action")
     plot.save(figure, path)
 
 
 def experiment(args):
-    """Trains all policies at once; leaves report.json, metrics.jsonl, actions.png and margins.png in --out."""
+    """Trains all policies at once; leaves report.json, actions.png and margins.png in --out."""
     winner, loser, pstar = bandit(args.data)
     runs = [pose(loss, tau, winner, loser, pstar) for loss in args.loss for tau in args.tau]
-    if os.path.exists(f"{args.out}/report.json"):  # made again in seconds, so replaced if it is a bandit's
-        args.overwrite = ipo.saved_flags(args.out).get("data") in BANDITS
-    ipo.claim(args)
+    # a bandit's files are made again in seconds, so they are replaced
+    again = os.path.exists(f"{args.out}/report.json") and ipo.saved_flags(args.out).get("data") in BANDITS
+    ipo.claim(argparse.Namespace(**vars(args), resume=False, overwrite=again))
     for step, logp in train(args, winner, loser, pstar.shape[1]):
         for run, policies in zip(runs, logp.flatten(0, 1)):
             run.steps.append(step)
@@ -153,11 +152,9 @@ def main(argv=None):
     add_argument("--seed", 0, "fixes the draws of all")
     add_argument("--log_every", 100, "steps from one point of the curves to the next")
     add_argument("--out", "out/paper", "folder of report.json and pictures")
-    parser.set_defaults(resume=False, overwrite=False)
     try:
         args = parser.parse_args(argv)
-        least = min(*args.tau, args.lr, args.steps, args.log_every, args.seeds - 1)
-        if not least > 0 or args.batch_size < 0:
+        if not min(*args.tau, args.lr, args.steps, args.log_every, args.seeds - 1, args.batch_size + 1) > 0:
             raise ipo.Refused("numbers must be above 0, --seeds above 1; --batch_size may be 0")
         experiment(args)
         return 0

@@ -35,15 +35,15 @@ DASHED = {"linestyle": (0, (6, 4)), "linewidth": 1.5}
 DIAMOND = {"marker": "D", "markersize": 12, "markerfacecolor": "none", "linestyle": "none"}
 NAMES = {"step": "step", "h": "margin h, nats", "kl_ref": "KL(pi||ref), nats", "win": "win rate against mu",
          "accuracy": "accuracy, held out"}
-PANELS = [("step", "h"), ("step", "kl_ref"), ("kl_ref", "win"), ("step", "accuracy")]  # the first three there are
+PANELS = [("step", "h"), ("step", "kl_ref"), ("kl_ref", "win"), ("step", "accuracy")]  # at most three
 
 
 class Run(NamedTuple):
     """What a run left, as read from its files."""
     out: str      # its folder
     config: dict  # its flags
-    steps: list   # of the evaluations; 0 is the reference, once the run is finished
-    evals: list   # numbers by name, one dict a step
+    steps: list   # when it was evaluated; step 0, the reference, is known once the run is finished
+    evals: list   # numbers by name, a dict for each of these steps
     report: dict  # {} before it is finished
 
 
@@ -58,13 +58,12 @@ def folders(out):
 
 def read(out):
     """The Run in a folder. Raises Refused."""
-    config, report = ipo.saved_flags(out), {}
+    config, report = ipo.saved_flags(out), Path(f"{out}/report.json")
     try:
         lines = [json.loads(line) for line in Path(f"{out}/metrics.jsonl").read_text().splitlines()]
-        steps, evals = [line["step"] for line in lines], [line["eval"] for line in lines]
-        if os.path.exists(f"{out}/report.json"):
-            report = json.loads(Path(f"{out}/report.json").read_text())
-            steps, evals = [0, *steps], [report["before"], *evals]
+        report = json.loads(report.read_text()) if report.exists() else {}
+        before = [{"step": 0, "eval": report["before"]}] if report else []
+        steps, evals = zip(*[(line["step"], line["eval"]) for line in before + lines])
         return Run(out, config, steps, evals, report)
     except (ValueError, KeyError) as error:
         raise ipo.Refused(f"{out}: not the files of a run ({error!r}); name its --out") from None
@@ -84,12 +83,12 @@ def source_of(out):
 
 def frontier(source):
     """(KL(pi||ref), win rate against mu), two tuples by rising KL: no policy wins more often at that KL."""
-    wins = (source.pstar * source.mu[:, None, :]).sum(-1)  # (X,Y)
-    points = []
-    for tau in (3000 * 1e-6 ** torch.linspace(0, 1, 300)).tolist():
-        best = (source.ref + wins / tau).log_softmax(-1)
-        points.append((data.kl(best, source.ref).item(), (best.exp() * wins).sum(-1).mean().item()))
-    return tuple(zip(*points))
+    wins = (source.pstar * source.mu[:, None, :]).sum(-1)       # (X,Y)
+    tau = 3000 * 1e-6 ** torch.linspace(0, 1, 300)[:, None, None]
+    best = (source.ref + wins / tau).log_softmax(-1)            # (300,X,Y)
+    kls = (best.exp() * (best - source.ref)).sum(-1).mean(-1)   # (300,)
+    rates = (best.exp() * wins).sum(-1).mean(-1)
+    return tuple(kls.tolist()), tuple(rates.tolist())
 
 
 def panels(rows, columns, width=6.5, height=3.8):  # -> figure, axes (rows, columns)
@@ -111,10 +110,10 @@ def save(figure, path):
 
 
 def draw_curve(axis, run, x, y, **look):
-    """Number y against x (a number or "step"); a diamond at pi*, where the run knows it and it is finite."""
+    """Number y against x (a number or "step"), a dot at the end, a diamond at pi* where that is known."""
     optimum = {"step": run.steps[-1], **run.report.get("opt", {})}
     across = run.steps if x == "step" else [numbers[x] for numbers in run.evals]
-    axis.plot(across, [numbers[y] for numbers in run.evals], **look)
+    axis.plot(across, [numbers[y] for numbers in run.evals], marker="o", markevery=[-1], markersize=9, **look)
     if optimum.get(x) is not None and optimum.get(y) is not None:
         axis.plot(optimum[x], optimum[y], color=look["color"], **DIAMOND)
     axis.set(xlabel=NAMES[x], ylabel=NAMES[y])
@@ -127,14 +126,13 @@ def draw_runs(runs, path):
     losses = [run.config["loss"] for run in runs]
     colours = dict(zip(dict.fromkeys(losses), COLOURS))
     for i, (run, loss) in enumerate(zip(runs, losses)):
-        colour, style = colours[loss], STYLES[losses[:i].count(loss) % 4]
-        look = {"color": colour, "linestyle": style}
+        look = {"color": colours[loss], "linestyle": STYLES[losses[:i].count(loss) % 4]}
         for axis, (x, y) in zip(axes[0], shown):
             draw_curve(axis, run, x, y, **look)
         axes[0, 0].plot([], [], label=f"{loss}, tau {run.config['tau']:g}", **look)
         asked = run.report.get("before", {}).get("target")
         if asked is not None:
-            axes[0, 0].axhline(asked, color=colour, **DASHED)
+            axes[0, 0].axhline(asked, color=look["color"], **DASHED)
     axes[0, 0].plot([], [], color="gray", label="mean target", **DASHED)
     if any("opt" in run.report for run in runs):
         axes[0, 0].plot([], [], color="gray", label="exact pi*", **DIAMOND)
@@ -146,8 +144,7 @@ def draw_runs(runs, path):
 
 def draw_frontiers(axis, runs):
     """The exact frontier of each world, reference and mu among these runs, as far as they went."""
-    worlds = [run.out for run in runs if run.config["data"] in data.WORLDS]
-    for kls, wins in {frontier(source_of(out)) for out in worlds}:
+    for kls, wins in {frontier(source_of(run.out)) for run in runs if run.config["data"] in data.WORLDS}:
         axis.plot(kls, wins, color="black", linewidth=1.5, zorder=0)
     axis.plot([], [], color="black", linewidth=1.5, label="exact frontier")
     far = max(numbers["kl_ref"] for run in runs for numbers in run.evals)

@@ -14,7 +14,8 @@ Traps: TRL trains in bfloat16 and recomputes activations unless --bf16 False --g
 Its batch is --per_device_train_batch_size x processes x --gradient_accumulation_steps. It reads prompt +
 response as one text.
 
-Answer: by a subclass of DPOTrainer, 60 code lines; its losses are not yet compared with the core's in the suite.
+Answer: by a subclass of DPOTrainer, 60 code lines; its losses are not yet compared with the core's in the
+suite.
 """
 import sys
 from dataclasses import dataclass, field
