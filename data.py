@@ -262,7 +262,7 @@ class World:
 
     def sft_rows(self, n, generator):  # -> (n,)
         """Rows with responses from the base distribution; the prompts take turns."""
-        y = torch.multinomial(self.base, n, replacement=True, generator=generator)
+        y = torch.multinomial(self.base, max(n, 1), replacement=True, generator=generator)[:n]
         return torch.arange(n) % len(self.prompts) * len(self.responses) + y
 
     def draw(self, n, mu, labels, noise, generator):
