@@ -24,7 +24,7 @@ def others(args):
     for loss in ("dpo", "ipo"):
         mine = copy.copy(args)
         mine.loss, mine.out, mine.overwrite = loss, f"{args.out}/{loss}", True
-        mine.steps, mine.lr = usual.steps, usual.lr
+        mine.steps, mine.lr = args.reward_steps, usual.lr
         try:
             ipo.psi = torch.logit
             ipo.run(mine)

@@ -292,9 +292,10 @@ def check_07(psi):
     scale: at tau .1 a certain pair asks for 5 nats, as under the paper's psi; a constant added to psi
     changes no margin, a factor changes all of them.
 
-    See it: python ipo.py --labels soft; pictures: python -m lab.psi. Pairs that ask for 0 will not get 0, and
-    that is no failure: a margin is a difference of two scores, one a response, so pi* is the compromise with
-    least squares between what all pairs ask for.
+    See it: python ipo.py --labels soft; a picture of a formula: marimo run lab/explore.py; of what other Psis
+    got: python -m lab.psi --psi cubic. Pairs that ask for 0 will not get 0, and that is no failure: a margin
+    is a difference of two scores, one a response, so pi* is the compromise with least squares between what
+    all pairs ask for.
 
     Hints
       value: at p = {q:.3f}, tau .1 it asks for {value:.3f} nats, not for {due:.3f}; first draw the curve of
@@ -308,9 +309,11 @@ def check_07(psi):
 def check_08(answer):
     """20 min: A cycle with a favourite
 
-    If a beats b, b beats c and c beats a, always, IPO and DPO both end at 1/3 each: python -m lab.paper shows
-    it (D2). Find p* on three responses, p[0][1] = p*(a > b), where a is preferred to b more often than not, b
-    to c and c to a, and yet IPO's pi*(a) is above .75, at tau .1 with mu and ref uniform.
+    If a beats b, b beats c and c beats a, always, IPO and DPO both end at 1/3 each. Find p* on three
+    responses, p[0][1] = p*(a > b), where a is preferred to b more often than not, b to c and c to a, and yet
+    IPO's pi*(a) is above .75, at tau .1 with mu and ref uniform.
+
+    See it: python -m lab.paper --data d2, the cycle that is certain
 
     Hints
       sum: p*(y>y') + p*(y'>y) = 1 for every pair, also of y with itself; and none is outside [0, 1]
@@ -350,7 +353,7 @@ def check_10(answer):
     Three actions and no prompt; a beats b and c, b beats c, always; mu and ref are uniform. Where does IPO
     end, in closed form?
 
-    See it: python -m lab.paper (D1)
+    See it: python -m lab.paper --data d1
 
     Hints
       value: not at tau {tau}; in eq. 7 y' is drawn from mu. Who are the opponents of a, all of them?

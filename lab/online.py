@@ -11,7 +11,7 @@ responses of a pair from the policy as it is now, and mu moves along: pi rests w
 
 Traps: the sampler has no gradient; both responses are independent draws; a mixture token by token is another
 mixture; rejection needs the largest reward of all, not that of its candidates, and what its pairs rarely hold
-is not taught: a few of the reference's own cure that (--from_ref).
+is not taught: some of the reference's own, --from_ref, cure that.
 `python -m lab.online --plot FOLDER FOLDER ... --out OUT` draws OUT/online.png from finished runs.
 Answer: at the Nash policy. Tau .2, seeds 0 to 2, KL(pi||Nash): bt .0032 .0039 .0039, cyclic .0022 .0022
 .0023, deterministic .0028 .0031 .0031; tau .1: .0109 to .0126, .0087 to .0093, .0118 to .0147.

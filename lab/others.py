@@ -2,20 +2,17 @@
 
 w, l: log pi of winner and loser; |.|: tokens; s: sigmoid; beta is --tau. Each minimiser is exact: LBFGS on a
 table of logits, the expectation over pairs and labels enumerated (lab/tabular.py).
-  cpo    -log s(beta (w - l)) - lam w                                    Xu et al. 2024: DPO without a
-    reference
-  orpo   -w/|w| - lam log s(odds(w/|w|) - odds(l/|l|))                   Hong et al. 2024; odds(m) = log
-    e^m/(1 - e^m)
-  slic   max(0, delta - w + l) - lam log pi(an SFT response)             Zhao et al. 2023
-  dpo    -log s(beta h);  cdpo  the same, each label e times the other   Rafailov et al. 2023; Mitchell 2023
-Traps: cpo, orpo and slic know no reference: tau or lam hold them near the data instead, not near ref. --noise
-e flips labels: dpo then has cdpo's expectation, with more noise. The hinge alone has no smooth minimiser.
-Answer: at their own minimisers. Bt, beta .5, seed 0: KL(pi||minimiser) .0021 (cpo), .0039 (orpo).
+  cpo   -log s(beta (w - l)) - lam w                           Xu et al. 2024: DPO without a reference
+  orpo  -w/|w| - lam log s(odds(w/|w|) - odds(l/|l|))          Hong et al. 2024; odds(m): logit of e^m
+  slic  max(0, delta - w + l) - lam log pi(an SFT response)    Zhao et al. 2023
+  dpo   -log s(beta h)                                         Rafailov et al. 2023
+  cdpo  (1 - e) dpo(w, l) + e dpo(l, w), e: --smoothing        Mitchell 2023
+Traps: cpo, orpo and slic know no reference; their likelihood term holds them near the data. --noise e
+flips labels: dpo then has cdpo's expectation. The hinge alone has a staircase for a minimiser, or several.
+ANSWER
 """
-import json
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,7 +20,6 @@ from torch.nn.functional import logsigmoid, relu
 
 import data
 import ipo
-import model
 from lab import start as begin
 from lab import tabular
 
@@ -62,7 +58,6 @@ def cdpo(w, l, args):
 
 
 COSTS = {"cpo": cpo, "orpo": orpo, "slic": slic, "dpo": dpo, "cdpo": cdpo}
-LAM = {"slic": 0.5}  # where it is not 1
 
 
 def lengths(pairs):  # -> (R,) tokens of each response
@@ -70,7 +65,7 @@ def lengths(pairs):  # -> (R,) tokens of each response
 
 
 def train(policy, source, ref_logp, args, generator):
-    """The loop of ipo.train for a cost of two sides; slic draws SFT responses, too."""
+    """The loop of ipo.train for a cost of two sides; slic sees SFT responses, too."""
     optimizer, cost, lines = ipo.adamw(policy), COSTS[args.method], []
     length, n = lengths(source.pairs), args.batch_size
     sft = source.sft_rows(n * args.steps, generator)
@@ -83,7 +78,7 @@ def train(policy, source, ref_logp, args, generator):
             rows = torch.cat([rows, sft[sft_index]])
         with ipo.autocast(args):
             logp = ipo.sequence_logp(policy, *source.pairs.padded(rows, args.device))
-        known = logp, ref_logp[rows].to(logp), length[rows].to(logp)
+        known = Side(logp, ref_logp[rows].to(logp), length[rows].to(logp))
         w, l = (Side(*(x.split(n)[side] for x in known)) for side in (0, 1))
         loss = (p * cost(w, l, args) + (1 - p) * cost(l, w, args)).mean()
         if args.method == "slic":
@@ -91,10 +86,14 @@ def train(policy, source, ref_logp, args, generator):
         loss.backward()
         ipo.descend(policy, optimizer, step, args.steps, args.lr)
         if step % args.log_every == 0 or step == args.steps:
-            lines.append({"step": step, "batch": {"loss": loss.item()}, "eval": source.evaluate(policy)})
-            print(f"step {step:5d}/{args.steps} | loss {loss:8.4f}", flush=True)
-            model.save(f"{args.out}/ckpt.pt", policy, tokenizer=args.tokenizer, step=step)
-            Path(f"{args.out}/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            begin.keep(policy, lines, step, {"loss": loss.item()}, numbers(policy, source), args)
+
+
+def numbers(policy, source):
+    """Some of what the source says of the policy."""
+    wanted = "kl_answer", "kl_ref", "win", "h", "chosen", "rejected", "accuracy"
+    known = source.evaluate(policy)
+    return {name: known[name] for name in wanted if name in known}
 
 
 def objective(world, args):
@@ -103,9 +102,9 @@ def objective(world, args):
     p = world.pstar + args.noise * (1 - 2 * world.pstar)
 
     def expectation(logp):
-        first = Side(logp[:, :, None], world.ref[:, :, None], length[:, :, None])
-        second = Side(logp[:, None, :], world.ref[:, None, :], length[:, None, :])
-        value = tabular.expected(cost(first, second, args), p, world.mu)
+        known = Side(logp, world.ref, length)
+        w, l = Side(*(x[:, :, None] for x in known)), Side(*(x[:, None, :] for x in known))
+        value = tabular.expected(cost(w, l, args), p, world.mu)
         if args.method == "slic":
             value = value - args.lam * (world.base * logp).sum(-1).mean()
         return value
@@ -113,44 +112,39 @@ def objective(world, args):
     return expectation
 
 
-def minimum(f, starts):  # -> log pi (X,Y), largest difference of its value from another start's
+def curvature(f, point, generator, n=40):
+    """The least eigenvalue of f's second derivatives by logits at this point, divided by the largest; below
+    0, beyond rounding, f is not convex. By power iteration."""
+    theta = point.clone().requires_grad_()
+    slope, = torch.autograd.grad(f(theta.log_softmax(-1)), theta, create_graph=True)
+    found = [0.0]
+    for _ in range(2):  # the largest, then, shifted by it, the least
+        v = torch.randn(point.shape, dtype=point.dtype, generator=generator)
+        for _ in range(n):
+            v = v / v.norm()
+            product, = torch.autograd.grad((slope * v).sum(), theta, retain_graph=True)
+            product = product - sum(found) * v
+            value, v = (v * product).sum().item(), product
+        found.append(value)
+    return sum(found) / found[1]
+
+
+def minimum(world, args, generator):
+    """(log pi (X,Y), numbers): the minimiser, the least curvature where one response has nearly all mass, and
+    by how much the values differ that several starts reach; one start if nothing speaks against convexity."""
+    f, (X, Y) = objective(world, args), world.ref.shape
+    sure = torch.randint(Y, (X, 1), generator=generator)
+    bent = curvature(f, world.ref.scatter_add(1, sure, torch.full_like(world.mu, 20.0)), generator)
+    starts = [world.ref]
+    if bent < -1e-6:
+        noise = torch.randn(X, Y, dtype=torch.float64, generator=generator)
+        starts += [torch.zeros_like(noise), world.ref + 2 * noise]
     found = [tabular.minimise(f, start) for start in starts]
     values = torch.stack([f(logp) for logp in found])
-    return found[values.argmin()], values.max() - values.min()
-
-
-def chords(f, ref_logp, generator, n=100):
-    """The largest f(middle) - mean f(ends) on chords between random logits: above 0, f is not convex."""
-    worst = -torch.inf
-    for _ in range(n):
-        a, b = 3 * torch.randn(2, *ref_logp.shape, dtype=torch.float64, generator=generator)
-        middle, *ends = (f((ref_logp + x).log_softmax(-1)) for x in ((a + b) / 2, a, b))
-        worst = max(worst, (middle - sum(ends) / 2).item())
-    return worst
-
-
-def exact(policy, world, args, generator):
-    """Numbers by name: the policy against its minimiser, and what is known of that."""
-    f = objective(world, args)
-    bent = chords(f, world.ref, generator)
-    random = torch.randn(world.ref.shape, dtype=torch.float64, generator=generator)
-    starts = [world.ref]
-    if bent > 0:
-        starts += [torch.zeros_like(random), world.ref + 2 * random]
-    best, apart = minimum(f, starts)
-    print(f"{args.method}: {'not ' * (bent > 0)}convex in the logits, as far as 100 chords show; "
+    apart = (values.max() - values.min()).item()
+    print(f"{args.method}: least curvature {bent:.1e} of the largest; "
           f"{len(starts)} starts end {apart:.1e} apart")
-    logp, wins = world.enumerate(policy), tabular.against(world.pstar, world.mu)
-    return data.finite({
-        "kl": data.kl(logp, best),
-        "kl_ref": data.kl(logp, world.ref),
-        "win": (logp.exp() * wins).sum(-1).mean(),
-        "gap": f(logp) - f(best),  # of the objective's value
-        "exact_kl_ref": data.kl(best, world.ref),
-        "exact_win": (best.exp() * wins).sum(-1).mean(),
-        "bent": torch.tensor(bent),
-        "apart": apart,
-    })
+    return found[values.argmin()], {"curvature": bent, "starts": len(starts), "apart": apart}
 
 
 def run(argv):
@@ -161,15 +155,16 @@ def run(argv):
     parser.add_argument("--smoothing", type=float, default=0.1, help="cdpo: e above [0.1]")
     args = begin.parse(parser, argv, "--tau 0.5 --out out/others", "--out out/others")
     if args.lam is None:
-        args.lam = LAM.get(args.method, 1.0)
-    begun = time.process_time()
+        args.lam = 0.5 if args.method == "slic" else 1.0
     policy, source, ref_logp, generator = begin.start(args)
-    train(policy, source, ref_logp, args, generator)
-    numbers = {"name": args.method, "seconds": time.process_time() - begun}
+    known = {"name": args.method}
     if args.data in data.WORLDS:
-        return args, numbers | exact(policy, source, args, generator)
-    known = source.evaluate(policy)
-    return args, numbers | {name: known[name] for name in ("h", "chosen", "rejected", "accuracy")}
+        best, more = minimum(source, args, torch.Generator().manual_seed(args.seed))
+        source.exact, known = {"answer": best}, known | more
+    begun = time.process_time()
+    train(policy, source, ref_logp, args, generator)
+    known |= numbers(policy, source) | {"seconds": time.process_time() - begun}
+    return args, {"kl": known.pop("kl_answer", None)} | known
 
 
 if __name__ == "__main__":

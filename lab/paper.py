@@ -35,7 +35,7 @@ def bandit(name):  # -> (N,), (N,), (1,Y,Y)
     """Winners and losers of the pairs, as numbers of actions, and p* as the pairs say."""
     pairs = [["abc".index(action) for action in pair] for pair in BANDITS[name].split()]
     winner, loser = torch.tensor(pairs).T
-    Y = 1 + max(map(max, pairs))
+    Y = 2 if name == "bandit2" else 3  # d3 has three actions, too: c is in no pair
     wins = torch.zeros(1, Y, Y, dtype=torch.float64)
     wins[0, winner, loser] = 1
     return winner, loser, (wins / (wins + wins.mT)).nan_to_num(0.5)
@@ -72,7 +72,8 @@ def evaluate(logp, winner, loser):  # (S,Y), (N,), (N,) -> numbers by name
     """Over seeds: mean probabilities, 1.96 standard errors, mean margin of the pairs; None: infinite."""
     pi, h = logp.exp(), logp[:, winner] - logp[:, loser]
     error = 1.96 * pi.std(0) / len(pi) ** 0.5
-    return {**data.finite({"h": h.mean()}), "pi": pi.mean(0).tolist(), "interval": error.tolist()}
+    numbers = data.finite({"h": h.mean()})
+    return numbers | {"pi": pi.mean(0).tolist(), "interval": error.tolist()}
 
 
 def pose(loss, tau, winner, loser, pstar):  # -> Run
@@ -112,6 +113,7 @@ def draw_actions(runs, path, rows):
             axis.axhline(best, color=colour, **plot.DASHED)
         axis.set(title=run.out, ylim=(-0.03, 1.03))
     figure.supxlabel("step")
+    figure.supylabel("probability")
     axes[0, 0].legend(title="action")
     plot.save(figure, path)
 
@@ -154,7 +156,8 @@ def main(argv=None):
     add_argument("--out", "out/paper", "folder of report.json and pictures")
     try:
         args = parser.parse_args(argv)
-        if not min(*args.tau, args.lr, args.steps, args.log_every, args.seeds - 1, args.batch_size + 1) > 0:
+        least = min(*args.tau, args.lr, args.steps, args.log_every)
+        if not least > 0 or args.seeds < 2 or args.batch_size < 0:
             raise ipo.Refused("numbers must be above 0, --seeds above 1; --batch_size may be 0")
         experiment(args)
         return 0

@@ -83,6 +83,8 @@ class Noted(trl.DPOTrainer):
 def theirs(args, best, folder):
     """The numbers of a run of TRL, by name."""
     pairs = [pair._asdict() for pair in data.read_jsonl(args.data) if pair.chosen != pair.rejected]
+    if not all(pair["p"] == 1 for pair in pairs):
+        raise data.Refused(f"--data {args.data}: TRL's IPO knows no p; leave the key out")
     config = trl.DPOConfig(
         folder, loss_type=["ipo"], beta=args.tau, learning_rate=args.lr, lr_scheduler_type="constant",
         max_steps=args.steps, per_device_train_batch_size=args.batch_size, max_length=None, seed=args.seed,

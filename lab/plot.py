@@ -113,7 +113,8 @@ def draw_curve(axis, run, x, y, **look):
     """Number y against x (a number or "step"), a dot at the end, a diamond at pi* where that is known."""
     optimum = {"step": run.steps[-1], **run.report.get("opt", {})}
     across = run.steps if x == "step" else [numbers[x] for numbers in run.evals]
-    axis.plot(across, [numbers[y] for numbers in run.evals], marker="o", markevery=[-1], markersize=9, **look)
+    values = [numbers[y] for numbers in run.evals]
+    axis.plot(across, values, marker="o", markevery=[-1], markersize=9, **look)
     if optimum.get(x) is not None and optimum.get(y) is not None:
         axis.plot(optimum[x], optimum[y], color=look["color"], **DIAMOND)
     axis.set(xlabel=NAMES[x], ylabel=NAMES[y])
@@ -137,7 +138,7 @@ def draw_runs(runs, path):
     if any("opt" in run.report for run in runs):
         axes[0, 0].plot([], [], color="gray", label="exact pi*", **DIAMOND)
     if ("kl_ref", "win") in shown:
-        draw_frontiers(axes[0, 2], runs)
+        draw_frontiers(axes[0, shown.index(("kl_ref", "win"))], runs)
     figure.legend(loc="outside upper center", ncols=1 + 2 * len(shown))
     save(figure, path)
 

@@ -1,21 +1,29 @@
 """What does another Psi ask for, and what does the policy give it?
 
-Psi maps a preference probability to its worth. A pair preferred with probability p asks for the margin
-target(p) = (Psi(p) - Psi(1-p)) / (2 tau); the policy's margins are the least-squares compromise between all
-pairs, so they lie on the target only where target(p*) is a difference of two scores, as logit's is in bt.
-  python -m lab.psi --psi tanh                  and any flag of ipo.py; labels are soft unless you say
-    otherwise
-Two exact columns of the report tell what to expect: `opt` is eq. 7's pi* of this Psi, `labels` where endless
-labels lead with this target. Equal if Psi(q) + Psi(1-q) is constant (and, with hard labels, Psi affine); else
-they differ. Trap: hard labels are coin flips and see Psi(1) - Psi(0) alone, so whatever Psi, they train a
-rescaled identity.
-Answer (bt, tau .2, soft labels, seed 0): KL(pi||pi*) .0012 identity, .0000 logit, .0122 tanh, .0017 cubic.
+  python -m lab.psi --psi tanh      or identity, logit, cubic, square, majority, yours (what ipo.py holds)
+  python -m lab.psi --psi square --labels hard --tau 0.5     the other flags are ipo.py's
+
+A pair preferred with probability p asks for the margin target(p) = (Psi(p) - Psi(1-p)) / (2 tau). ipo.psi is
+set, ipo.py runs with soft labels (a pair knows its p), and a card says for some p what pairs ask for, what
+they have where the labels lead, and what they have reached; psi.png draws it. The dots are not on their curve
+and should not be: a policy is one score a response, so the best is a least-squares compromise between all
+pairs, unless target(p*) is a difference of two scores, as logit's is in bt: (r - r')/tau.
+The report: `opt` is eq. 7's pi* of Psi, `labels` where endless labels of this kind lead. They differ unless
+Psi(q) + Psi(1-q) is constant, since of any other Psi the target sees the odd part (Psi(q) - Psi(1-q))/2; with
+hard labels, which see p = 1 alone, also unless that part is affine. The last line says which, and how far.
+Trap: logit asks certain pairs for an infinite margin and refuses hard labels: DPO's over-fitting in a number.
+Answer: tau .2, KL(pi||ref) and KL(pi||pi*): identity .354, .0012; logit 3.959, .0000; tanh 1.371, .0122;
+cubic .480, .0017. square asks for what identity asks for: the same policy, .0092 from square's own pi*.
 """
+import argparse
+import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
+import data
 import ipo
 import model
 from lab import plot
@@ -25,70 +33,109 @@ PSIS = {
     "logit": torch.logit,
     "tanh": lambda q: torch.tanh(8 * (q - 0.5)),
     "cubic": lambda q: (2 * q - 1) ** 3,
-    "square": lambda q: q ** 2,
-    "majority": lambda q: (q > 0.5).float() + 0.5 * (q == 0.5).float(),
+    "square": torch.square,
+    "majority": lambda q: ((2 * q - 1).sign() + 1) / 2,
 }
-CARD = (0.5, 0.6, 0.75, 0.9, 0.99, 1.0)
+CARD = [0.5, 0.6, 0.75, 0.9, 0.99, 1.0]
 
 
-def card(source, policy):
-    """{row: its numbers at the p of CARD}: what pairs ask for, what the policy gives, what `labels` has."""
+def margins(source, logp):  # (X,Y) -> (N,)
+    """h of every pair that was drawn, in nats."""
     rows = source.pairs.pair_rows(source.train)
-    rows_of = {"target(p)": None, "h reached": source.enumerate(policy)}
-    if "labels" in source.exact:
-        rows_of["h at labels"] = source.exact["labels"]
-    table = {}
-    for name, logp in rows_of.items():
-        if logp is None:
-            table[name] = ipo.target(torch.tensor(CARD), source.args.tau).tolist()
-            continue
-        chosen, rejected = (logp - source.ref).flatten()[rows].chunk(2)
-        h = chosen - rejected
-        near = [(source.pairs.p - p).abs() < 0.004 for p in CARD]
-        table[name] = [h[pairs].mean().item() for pairs in near]  # nan where no pair is
-    return table
+    chosen, rejected = (logp - source.ref).flatten()[rows].chunk(2)
+    return chosen - rejected
 
 
-def draw(source, policy, name, path):
-    """Targets of every Psi against p; dots: the mean margin that the policy reached at each p."""
-    figure, axes = plot.panels(1, 1, width=10, height=5)
-    q = torch.linspace(0.005, 0.995, 199)
-    for i, (psi, f) in enumerate(PSIS.items()):
-        asked = (f(q) - f(1 - q)) / (2 * source.args.tau)
-        axes[0, 0].plot(q, asked, color=plot.COLOURS[i], linestyle=plot.STYLES[i % 4], label=psi)
-    ratios = (source.enumerate(policy) - source.ref).flatten()[source.pairs.pair_rows(source.train)]
-    chosen, rejected = ratios.chunk(2)
-    p, where = source.pairs.p.unique(return_inverse=True)
-    mean = torch.bincount(where, chosen - rejected) / torch.bincount(where)
-    axes[0, 0].plot(p, mean, ".", color="black", label=f"reached: {name}")
-    limit = 2.2 / source.args.tau
-    axes[0, 0].set(xlabel="p = P(chosen preferred)", ylabel="margin, nats", ylim=(-limit, limit))
+def at_card(p, h):  # (N,), (N,) -> list
+    """Mean h of pairs whose p is near each of the card's; None where there is no such pair."""
+    means = [h[(p - q).abs() < 0.004].mean() for q in CARD]
+    return [mean.item() if mean.isfinite() else None for mean in means]
+
+
+def card(tau):
+    """{"target": what pairs ask for at the card's p, in nats}; None: infinite."""
+    target = ipo.target(torch.tensor(CARD), tau)
+    return {"target": [asked.item() if asked.isfinite() else None for asked in target]}
+
+
+def print_card(card):
+    print(f"\n{'p':10}" + "".join(f"{p:>9}" for p in CARD))
+    for name, values in card.items():
+        print(f"{name:10}" + "".join(f"{ipo.show(value):>9}" for value in values))
+
+
+def reasons(args):
+    """Why `labels` and `opt` differ, a list of texts."""
+    def asked(q):  # (Q,) -> (Q,) by labels of this kind on average, times 2 tau
+        odd = ipo.psi(q) - ipo.psi(1 - q)
+        certain = ipo.psi(torch.ones_like(q)) - ipo.psi(torch.zeros_like(q))
+        return odd if args.labels == "soft" else (2 * q - 1) * certain
+
+    q = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    odd = ipo.psi(q) - ipo.psi(1 - q)
+    both = ipo.psi(q) + ipo.psi(1 - q)
+    flipped = q + args.noise * (1 - 2 * q)
+    said = []
+    if (both - both[0]).abs().max() > 1e-6:
+        said.append("Psi(q) + Psi(1-q) is not constant, and the target sees Psi's odd part only")
+    if (asked(q) - odd).abs().max() > 1e-6:
+        said.append("Psi's odd part is not affine, so a coin flip cannot stand for p")
+    if (asked(flipped) - asked(q)).abs().max() > 1e-6:
+        said.append("labels are flipped")
+    return said
+
+
+def draw(psis, name, p, h, args):
+    """Target against p, a curve for every Psi, and the mean margin that pairs with each p have reached."""
+    figure, axes = plot.panels(1, 1, width=9)
+    axis, q = axes[0, 0], torch.linspace(0.005, 0.995, 199)
+    for i, (other, psi) in enumerate(psis.items()):
+        target = (psi(q) - psi(1 - q)) / (2 * args.tau)
+        axis.plot(q, target, plot.STYLES[i % 4], color=plot.COLOURS[i], label=other)
+    values, where = p.unique(return_inverse=True)
+    reached = torch.bincount(where, h) / torch.bincount(where)
+    axis.plot(values, reached, ".", color="black", label=f"reached: {name}")
+    axis.set(xlabel="p = P(chosen preferred)", ylabel=f"margin, nats (tau {args.tau:g})")
+    axis.set_ylim(-2.2 / args.tau, 2.2 / args.tau)
     figure.legend(loc="outside right center")
-    plot.save(figure, path)
+    plot.save(figure, f"{args.out}/psi.png")
+
+
+def experiment(args, psis, name):
+    """A run of ipo.py with ipo.psi as it is now; then card, reasons, picture."""
+    numbers = card(args.tau)
+    print_card(numbers)
+    ipo.run(args)
+    source = plot.source_of(args.out)
+    policy, _ = model.load(f"{args.out}/ckpt.pt")
+    p, reached = source.pairs.p, margins(source, source.enumerate(policy.to(args.device)))
+    numbers["labels"] = at_card(p, margins(source, source.exact["labels"]))
+    numbers["reached"] = at_card(p, reached)
+    print_card(numbers)
+    path = Path(f"{args.out}/report.json")
+    report = json.loads(path.read_text())
+    why = "; ".join(reasons(args)) or "these labels lead to pi*"
+    print(f"KL(labels||pi*) {ipo.show(report['labels']['kl_opt'])} nats: {why}")
+    path.write_text(json.dumps(report | {"card": {"p": CARD, **numbers}}, indent=1))
+    draw(psis if name == "yours" else PSIS, name, p, reached, args)
 
 
 def main(argv=None):
-    """ipo.main with --psi NAME, then the card and psi.png. Returns the exit status."""
-    parser = ipo.Parser(prog="psi.py", description=__doc__, add_help=False, allow_abbrev=False)
-    parser.add_argument("--psi", choices=PSIS, default="tanh")
-    parser.add_argument("--out", default="out/psi")
-    theirs = ipo.psi
+    """The command line. Returns the exit status."""
+    psis, raw = PSIS | {"yours": ipo.psi}, argparse.RawDescriptionHelpFormatter
+    parser = ipo.Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--psi", default="yours", choices=psis, help="Psi by name [yours: that of ipo.py]")
     try:
-        mine, rest = parser.parse_known_args(argv)
-        ipo.psi = PSIS[mine.psi]
-        status = ipo.main(["--labels", "soft", *rest, "--out", mine.out])
-        if status == 0 and "--help" not in rest:
-            source, (policy, _) = plot.source_of(mine.out), model.load(f"{mine.out}/ckpt.pt")
-            print("\np           " + "".join(f"{p:8.2f}" for p in CARD))
-            for name, numbers in card(source, policy).items():
-                print(f"{name:12}" + "".join(f"{number:8.2f}" for number in numbers))
-            draw(source, policy, mine.psi, str(Path(mine.out, "psi.png")))
-        return status
-    except (ipo.Refused, model.Refused) as error:
-        print(f"psi.py: {error}", file=sys.stderr)
-        return 2
-    finally:
-        ipo.psi = theirs
+        own, rest = parser.parse_known_args(argv)
+        args = ipo.parse(["--labels", "soft", *rest])
+        if args.loss != "ipo" or args.logp != "sum" or args.data not in data.WORLDS or args.sample:
+            raise ipo.Refused("needs --loss ipo, --logp sum, a world as --data, and no --sample")
+        with mock.patch.object(ipo, "psi", psis[own.psi]):
+            experiment(args, psis, own.psi)
+        return 0
+    except (ipo.Refused, model.Refused, ipo.Stopped, OSError, KeyboardInterrupt) as error:
+        print("psi.py:", str(error) or "interrupted", file=sys.stderr)
+        return 2 if isinstance(error, (ipo.Refused, model.Refused)) else 1
 
 
 if __name__ == "__main__":

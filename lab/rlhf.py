@@ -16,15 +16,12 @@ Answer: a learned reward (soft labels) and RLOO end .0001, .0004 and .0002 nats 
 true reward (bt, tau .5, seeds 0 to 2).
 """
 import copy
-import json
 import sys
-from pathlib import Path
 
 import torch
 
 import data
 import ipo
-import model
 from lab import reward, rollout, tabular
 from lab import start as begin
 
@@ -94,10 +91,6 @@ def answer(ref_logp, r, args):  # (X,Y), (X,Y) -> (X,Y)
     return reward.best_policy(ref_logp, r, args.tau)
 
 
-def told(numbers):
-    return ", ".join(f"{name} {ipo.show(value)}" for name, value in numbers.items())
-
-
 def train(policy, task, args):
     """RLOO; with --epochs above 1 PPO's way, several steps on the same samples."""
     generator = torch.Generator(args.device).manual_seed(args.seed)
@@ -112,12 +105,8 @@ def train(policy, task, args):
         loss(logp, old_logp, drawn, args).backward()
         ipo.descend(policy, optimizer, step, args.steps, args.lr)
         if step % args.log_every == 0 or step == args.steps:
-            batch = {"reward": drawn.reward.mean().item()}
-            lines.append({"step": step, "batch": batch, "eval": task.numbers(policy)})
-            print(f"step {step:5d}/{args.steps} | {told(lines[-1]['eval'])}", flush=True)
-            model.save(f"{args.out}/ckpt.pt", policy, tokenizer=args.tokenizer, step=step)
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            Path(f"{args.out}/metrics.jsonl").write_text(text)
+            batch = {"drawn": drawn.reward.mean().item()}
+            begin.keep(policy, lines, step, batch, task.numbers(policy), args)
 
 
 def rlhf(args):
@@ -128,14 +117,14 @@ def rlhf(args):
     if args.reward == "model":
         judge = reward.fit(policy, source, args, generator)
         reward.save(f"{args.out}/reward.pt", judge)
-        print("reward model:", told(reward.numbers(judge, source, args)))
+        print("reward model:", begin.told(reward.numbers(judge, source, args)))
     if world:
         r = reward.rewards(judge, source, args) if judge else reward.truth(source)
         task = Enumerated(source, r, args)
     else:
         task = rollout.Sampled(source, copy.deepcopy(policy), judge, args)
         task.show(policy, rows, args.seed)
-    print("before:", told(task.numbers(policy)))
+    print("before:", begin.told(task.numbers(policy)))
     train(policy, task, args)
     if not world:
         task.show(policy, rows, args.seed)

@@ -2,8 +2,8 @@
 
 Responses are sampled token by token, all rows at once. Each row's next token is read at its own last token:
 prompts of any length stand side by side, padded on the right, and samples of a prompt share its computation.
-Traps: a row that ended must not go on; <|endoftext|> is part of the response, and so of its log-prob; one
-that met --longest has no end, and the reward model saw no such thing in training.
+Traps: a row that ended must not go on; <|endoftext|> is part of the response, and so of its log-prob. The
+reward model never saw a response that met --longest; without --no_end a policy soon learns never to end.
   python -m lab.rlhf --data FILE --init_from gpt2     leaves OUT/ckpt.pt, OUT/ref.pt and OUT/reward.pt
   python -m lab.rollout --data FILE --run OUT         prints --k responses to held-out prompts, best first
 Answer: it prints samples; the only figure is the reward model's.
@@ -71,8 +71,10 @@ class Sampled:
         eot = self.source.tokenizer.eot_token
         where = sample(policy, prompts, eot, self.args.longest, generator)
         with torch.no_grad():
-            judged = self.judge(*where).view(-1, self.args.k)
-            return Drawn(where, self.logp(self.reference, where), judged)
+            judged = self.judge(*where)
+            ended = ((where[0] == eot) & where[1]).any(1)
+            judged = judged - self.args.no_end * ~ended
+            return Drawn(where, self.logp(self.reference, where), judged.view(-1, self.args.k))
 
     def logp(self, policy, where):  # -> (P,k), differentiable
         with ipo.autocast(self.args):
@@ -106,6 +108,7 @@ def flags(doc):
     parser.add_argument("--k", type=int, default=64, help="samples of a prompt [world: 64, file: 8]")
     parser.add_argument("--prompts", type=int, default=4, help="file: prompts at once [4]")
     parser.add_argument("--longest", type=int, default=64, help="file: tokens of a response at most [64]")
+    parser.add_argument("--no_end", type=float, default=5.0, help="file: taken off the reward then [5]")
     return parser
 
 

@@ -39,7 +39,7 @@ def parse(parser, argv, world, file):
     return args
 
 
-def start(args):
+def start(args, file_source=ipo.FileSource):
     """-> policy after SFT, source with its pairs, reference log-probs of all rows, generator. As ipo.run."""
     torch.manual_seed(args.seed)
     generator, policy, saved = torch.Generator().manual_seed(args.seed), None, {}
@@ -47,7 +47,7 @@ def start(args):
         policy, saved = model.load(args.init_from)
         args.block_size = policy.config.block_size
         args.tokenizer = saved.get("tokenizer", args.tokenizer)
-    source = ipo.WorldSource(args) if args.data in data.WORLDS else ipo.FileSource(args)
+    source = ipo.WorldSource(args) if args.data in data.WORLDS else file_source(args)
     if policy and (args.tokenizer != source.tokenizer.name or policy.config.vocab_size < source.sizes[1]):
         raise data.Refused(f"--init_from {args.init_from}: its model knows other words than {args.data}")
     policy = policy or model.GPT(model.GPTConfig(*source.sizes, args.n_layer, args.n_head, args.n_embd))
@@ -64,8 +64,22 @@ def start(args):
     return policy, source, ref_logp, generator
 
 
+def told(numbers):
+    return ", ".join(f"{name} {ipo.show(value)}" for name, value in numbers.items())
+
+
+def keep(policy, lines, step, batch, numbers, args):
+    """Adds a line to metrics.jsonl, whose lines so far are `lines`, prints it and saves ckpt.pt."""
+    lines.append({"step": step, "batch": batch, "eval": numbers})
+    print(f"step {step:5d}/{args.steps} | {told(batch)} | {told(numbers)}", flush=True)
+    model.save(f"{args.out}/ckpt.pt", policy, tokenizer=args.tokenizer, step=step)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    Path(f"{args.out}/metrics.jsonl").write_text(text)
+
+
 def report(name, run, argv):
     """run(argv) -> args, figures, which go to OUT/report.json; or one line on stderr. The exit status."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # as in ipo.main
     try:
         args, figures = run(argv)
         os.makedirs(args.out, exist_ok=True)

@@ -3,6 +3,7 @@ shown.
 """
 import json
 import math
+import shutil
 from argparse import Namespace
 
 import pytest
@@ -278,7 +279,7 @@ def test_chosen_come_from_the_data_and_rejected_from_the_opponent():
 
 def test_spin_reaches_each_rounds_answer_and_the_data(tmp_path):
     """lambda 2: a round goes half of the way, in the exponent, the next half of the rest, and so do exact ones."""
-    report = finished(tmp_path, selfplay, "spin", "--tau", "0.3", "--rounds", "2", "--lam", "2", "--batch_size", "512")
+    report = finished(tmp_path, selfplay, "spin", "--tau", "0.3", "--rounds", "2", "--lam", "2", "--batch_size", "256")
     first, second = report["rounds"]
     assert max(first["kl_round"], second["kl_round"]) < 0.01 < second["kl_data_exact"] < first["kl_data_exact"] / 3
     assert abs(first["kl_data"] - first["kl_data_exact"]) < 0.03
@@ -306,9 +307,12 @@ def test_bad_input_and_divergence_end_in_one_line(tmp_path, capsys, program, fla
 def test_the_family_stands_below_the_frontier_and_says_what_it_skips(tmp_path, capsys):
     """An exact optimum lies on the frontier; a policy moved off it lies below; others' runs are named."""
     flags = ["--sft_steps", "150", "--steps", "20", "--pairs", "500", "--log_every", "20"]
-    for name in ("core", "exact", "bent", "seed", "broken"):
-        seed = "3" if name == "seed" else "0"
-        assert ipo.main(["--out", f"{tmp_path}/{name}", "--seed", seed, *flags]) == 0
+    assert ipo.main(["--out", f"{tmp_path}/core", *flags]) == 0
+    for name in ("exact", "bent", "seed", "broken"):
+        shutil.copytree(tmp_path / "core", tmp_path / name)
+    config = (tmp_path / "core/config.json").read_text()
+    (tmp_path / "seed/config.json").write_text(json.dumps(json.loads(config) | {"seed": 3}))
+    assert ipo.main(["--out", f"{tmp_path}/dpo", "--loss", "dpo", "--tau", "1", *flags]) == 0
     report = json.loads((tmp_path / "exact/report.json").read_text())
     best = {key: report["opt"][key] for key in ("kl_ref", "win")} | {"kl": 0.0, "seconds": 7}
     (tmp_path / "exact/report.json").write_text(json.dumps(best | {"name": "on it"}))
@@ -318,10 +322,11 @@ def test_the_family_stands_below_the_frontier_and_says_what_it_skips(tmp_path, c
     assert family.main([str(tmp_path), "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     runs = {run["name"]: run for run in json.loads((tmp_path / "report.json").read_text())}
-    assert set(runs) == {"core", "on it", "off it"}
+    assert set(runs) == {"core", "dpo", "on it", "off it"}
     assert abs(runs["on it"]["lost"]) < 1e-3 and abs(runs["off it"]["lost"] - 0.05) < 1e-3
     assert runs["core"]["kl"] == report["after"]["kl_labels"] and runs["core"]["lost"] > -1e-6
     assert "seed: skipped" in said and "broken: skipped" in said
+    assert runs["core"]["exact"] and not runs["dpo"]["exact"] and f"{runs['dpo']['kl']:.4f}* |" in said
     assert family.main([f"{tmp_path}/none", "--out", str(tmp_path)]) == 2
 
 

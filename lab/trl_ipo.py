@@ -74,7 +74,7 @@ class IPOTrainer(trl.DPOTrainer):
 @dataclass
 class Flags:
     data: str = field(metadata={"help": "JSONL file of pairs: prompt, chosen, rejected, perhaps p"})
-    loss: str = field(default="ipo", metadata={"help": f"of ipo.LOSSES: {', '.join(ipo.LOSSES)}"})
+    loss: str = field(default="ipo", metadata={"help": "loss on the margin", "choices": [*ipo.LOSSES]})
 
 
 class Parser(ipo.Parser, trl.TrlParser):

@@ -1,0 +1,278 @@
+"""The claims of others, kto and thumbs: against sums by hand, closed forms, finite differences, other solvers."""
+import itertools
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import data
+import ipo
+import model
+from lab import kto, others, start, tabular, thumbs
+
+TINY = {"bt3": (["good", "dull", "hot"], 1)}  # 4 prompts x 4 responses
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    torch.set_num_threads(1)
+    monkeypatch.setattr(ipo, "psi", lambda q: q)
+    monkeypatch.setattr(data, "WORLDS", data.WORLDS | TINY)
+
+
+def flags_of(method, **own):
+    usual = {"tau": 0.5, "lam": 0.7, "delta": 1.0, "smoothing": 0.1, "noise": 0.0, "method": method}
+    return SimpleNamespace(**(usual | own))
+
+
+def small(seed, Y=4, X=2):
+    """A world's tables, random: p* that may be intransitive, and responses of 1 to 3 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    upper = torch.rand(X, Y, Y, dtype=torch.float64, generator=generator).triu(1)
+    pstar = upper + (1 - upper.mT).tril(-1) + torch.eye(Y, dtype=torch.float64) / 2
+    pstar.diagonal(dim1=1, dim2=2).fill_(0.5)
+    ref = torch.randn(X, Y, dtype=torch.float64, generator=generator).log_softmax(-1)
+    rows = [([9], [1] * n) for n in (1 + torch.arange(X * Y) % 3).tolist()]
+    return SimpleNamespace(pstar=pstar, ref=ref, mu=torch.full((X, Y), 1 / Y).double(), pairs=data.PairData(rows),
+                           base=torch.arange(Y).double() / sum(range(Y)))
+
+
+BY_HAND = {
+    "cpo": lambda w, l, n, m: math.log1p(math.exp(-0.5 * (w - l))) - 0.7 * w,
+    "slic": lambda w, l, n, m: max(0.0, 1 - w + l),
+    "orpo": lambda w, l, n, m: -w / n - 0.7 * math.log(1 / (1 + math.exp(-(odds(w / n) - odds(l / m))))),
+}
+
+
+def odds(m):
+    return math.log(math.exp(m) / (1 - math.exp(m)))
+
+
+@pytest.mark.parametrize("method", BY_HAND)
+def test_costs_are_the_papers(method):
+    """Three pairs with plain floats: sums of log-probs, but orpo's means over tokens."""
+    for w, l, n, m in ((-1.2, -3.4, 2, 3), (-4.0, -0.3, 3, 1), (-2.0, -2.1, 1, 1)):
+        winner, loser = (others.Side(*torch.tensor([x, -1.0, k], dtype=torch.float64)) for x, k in ((w, n), (l, m)))
+        cost = others.COSTS[method](winner, loser, flags_of(method))
+        assert cost.item() == pytest.approx(BY_HAND[method](w, l, n, m), abs=1e-12)
+
+
+def test_dpo_is_the_core_s_and_cdpo_a_soft_label():
+    """h from both ratios; label smoothing e is p = 1 - e."""
+    w, l = others.Side(-1.0, -2.5, 1), others.Side(-3.0, -2.0, 1)
+    w, l = (others.Side(*map(torch.tensor, map(float, side))) for side in (w, l))
+    h = torch.tensor(2.5)
+    assert torch.allclose(others.dpo(w, l, flags_of("dpo")), ipo.dpo_loss(h, 1.0, 0.5))
+    assert torch.allclose(others.cdpo(w, l, flags_of("cdpo")), ipo.dpo_loss(h, 0.9, 0.5))
+
+
+@pytest.mark.parametrize("method", others.COSTS)
+def test_the_objective_is_the_mean_of_what_training_sees(method):
+    """Every ordered pair, both outcomes, flipped labels and, for slic, every SFT response, summed by hand."""
+    world, args = small(1), flags_of(method, noise=0.2)
+    logp = torch.randn(2, 4, dtype=torch.float64).log_softmax(-1)
+    length, total = others.lengths(world.pairs).view(2, 4), 0.0
+    for x in range(2):
+        sides = [others.Side(logp[x, y], world.ref[x, y], length[x, y]) for y in range(4)]
+        for y, z in itertools.permutations(range(4), 2):
+            p = 0.8 * world.pstar[x, y, z] + 0.2 * world.pstar[x, z, y]
+            costs = [others.COSTS[method](sides[a], sides[b], args) for a, b in ((y, z), (z, y))]
+            total += (p * costs[0] + (1 - p) * costs[1]) / 12 / 2
+        if method == "slic":
+            total -= 0.7 * (world.base * logp[x]).sum() / 2
+    assert others.objective(world, args)(logp).item() == pytest.approx(total.item(), abs=1e-12)
+
+
+def test_flipped_and_smoothed_labels_have_one_expectation():
+    """dpo with --noise e is cdpo with --smoothing e."""
+    world = small(2)
+    logp = torch.randn(2, 4, dtype=torch.float64).log_softmax(-1)
+    flipped = others.objective(world, flags_of("dpo", noise=0.1))(logp)
+    assert torch.allclose(flipped, others.objective(world, flags_of("cdpo", smoothing=0.1))(logp), atol=1e-12)
+
+
+def test_cdpo_s_minimiser_is_a_closed_form():
+    """Bradley-Terry p*, two responses: h = logit(p (1 - e) + (1 - p) e) / tau."""
+    world = small(3, Y=2)
+    best, _ = others.minimum(world, flags_of("cdpo"), torch.Generator().manual_seed(0))
+    h = (best - world.ref)[:, 0] - (best - world.ref)[:, 1]
+    p = world.pstar[:, 0, 1]
+    assert torch.allclose(h, (0.9 * p + 0.1 * (1 - p)).logit() / 0.5, atol=1e-5)
+
+
+def test_curvature_is_the_hessian_s():
+    """Against torch's own second derivatives and eigenvalues."""
+    world = small(4, X=1)
+    f = others.objective(world, flags_of("cpo", lam=0.3))
+    hessian = torch.autograd.functional.hessian(lambda t: f(t.view(1, 4).log_softmax(-1)), world.ref[0])
+    least, *_, largest = torch.linalg.eigvalsh(hessian).tolist()
+    found = others.curvature(f, world.ref, torch.Generator().manual_seed(0), n=300)
+    assert found == pytest.approx(least / largest, abs=1e-3)
+
+
+def test_orpo_is_not_convex_and_the_others_are():
+    """Where one response has nearly all mass: curvature below 0 for orpo; at worst rounding for the others."""
+    for method in others.COSTS:
+        _, known = others.minimum(small(5), flags_of(method), torch.Generator().manual_seed(0))
+        assert (known["curvature"] < -1e-5) == (method == "orpo"), method
+        assert known["starts"] == (3 if method == "orpo" else 1) and known["apart"] < 1e-6, method
+
+
+@pytest.mark.parametrize("method", others.COSTS)
+def test_training_ends_at_the_minimiser(method, tmp_path, capsys):
+    """300 steps in a world of 4 responses: a tenth of the reference's distance from it, or .005 nats."""
+    argv = ["--data", "bt3", "--method", method, "--steps", "300", "--sft_steps", "20", "--pairs", "40000"]
+    assert start.report("others", others.run, [*argv, "--lr", "3e-3", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["eval"]["kl_answer"] == report["kl"] < 5e-3
+    assert report["kl_ref"] > 2 * report["kl"] and 0 < report["win"] < 1
+
+
+# ------------------------------------------------------------------------------------------------------- KTO
+
+def kto_flags(**own):
+    return SimpleNamespace(**({"tau": 0.5, "liked": 1.0, "disliked": 1.0, "noise": 0.0, "z0": "policy"} | own))
+
+
+def test_kto_s_loss_by_hand():
+    """lambda_D (1 - s(tau (f - z0))) if liked, lambda_U (1 - s(tau (z0 - f))) if not."""
+    def s(z):
+        return 1 / (1 + math.exp(-z))
+    f, label, args = torch.tensor([0.3, -2.0]), torch.tensor([1.0, 0.0]), kto_flags(liked=2.0, disliked=3.0)
+    found = kto.loss(f, torch.tensor(0.4), label, args).tolist()
+    assert found == pytest.approx([2 * (1 - s(-0.05)), 3 * (1 - s(0.5 * 2.4))], abs=1e-6)
+
+
+@pytest.fixture
+def begun(tmp_path):
+    args = ipo.parse(["--data", "bt3", "--pairs", "2000", "--sft_steps", "20", "--device", "cpu", "--out", str(tmp_path)])
+    vars(args).update(vars(kto_flags()))
+    args.tau = 0.5
+    return args, *start.start(args)
+
+
+@pytest.mark.parametrize("kind", ["policy", "mismatched", "data", "zero"])
+def test_z0_is_what_its_name_says_and_has_no_gradient(kind, begun):
+    """Of a moved policy, by enumeration; never below 0; a number."""
+    args, policy, source, ref_logp, _ = begun
+    args.z0 = kind
+    anchor = kto.Anchor(policy, source, args)
+    with torch.no_grad():
+        policy.transformer.wte.weight += 0.1 * torch.randn_like(policy.transformer.wte.weight)
+    rows = torch.tensor([0, 5, 6, 11, 12])
+    f = kto.ratio(policy, source.pairs, ref_logp, rows, args)
+    logp = source.enumerate(policy)
+    ratio = logp - source.ref
+    other = ratio.roll(-2, 0).flatten()[rows]  # the response after the prompt two further on
+    due = {"policy": data.kl(logp, source.ref), "mismatched": other.mean(), "data": f.mean(), "zero": torch.zeros(())}
+    z0 = anchor(policy, rows, f)
+    assert not z0.requires_grad and z0 >= 0 and f.requires_grad
+    assert z0.item() == pytest.approx(max(due[kind].item(), 0.0), abs=1e-5)
+    if kind in ("mismatched", "data"):
+        assert anchor(policy, rows, f * 0 - 1) >= 0
+
+
+def test_pairs_give_as_many_liked_as_disliked_rows(begun):
+    """Chosen rows are liked with p, rejected ones with 1 - p."""
+    _, _, source, _, _ = begun
+    rows, label = thumbs.examples(source, source.train)
+    assert torch.equal(rows[label == 1], source.pairs.chosen) and torch.equal(rows[label == 0], source.pairs.rejected)
+
+
+def test_the_answer_of_kto_is_a_minimum_at_its_own_z0(begun):
+    """No small move of any kind lowers the exact expectation, z0 held at KL(answer||ref); and where g < 1/2
+    nothing is left."""
+    args, _, world, _, _ = begun
+    best = kto.answer(world, args, world.ref)
+    seen, g = kto.wins(world, args)
+    z0 = data.kl(best, world.ref)
+
+    def cost(logp):
+        f = logp - world.ref
+        return (seen * (g * (1 - (0.5 * (f - z0)).sigmoid()) + (1 - g) * (1 - (0.5 * (z0 - f)).sigmoid()))).sum()
+
+    for move in torch.randn(50, *g.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)):
+        assert cost((best + 1e-3 * move).log_softmax(-1)) > cost(best) - 1e-9
+    assert (best.exp() * (g < 0.5)).sum() < 1e-3
+    joint = world.pstar.sum(-1) - 0.5  # uniform mu: against the three other responses
+    assert torch.allclose(g, joint / 3)
+
+
+def test_kto_ends_near_its_answer(tmp_path, capsys):
+    """A world of 4 responses: the bad ones lose nearly all mass; KL(answer||pi) falls to a tenth."""
+    argv = ["--data", "bt3", "--steps", "500", "--lr", "5e-3", "--sft_steps", "20", "--pairs", "20000"]
+    assert start.report("kto", kto.run, [*argv, "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["bad"] < 0.02 and report["kl"] < 0.1
+
+
+LINES = [{"prompt": f"say {a}:", "response": a + end, "label": end == "!"} for a in "abcdef" for end in "!?"]
+SMALL = ["--tokenizer", "bytes", "--block_size", "24", "--n_layer", "1", "--n_head", "1", "--n_embd", "16",
+         "--sft_steps", "20", "--steps", "60", "--lr", "1e-2", "--log_every", "30"]
+
+
+def write(path, lines):
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return str(path)
+
+
+def test_unpaired_rows_are_learned(tmp_path, capsys):
+    """Held-out prompts: liked rows rise against disliked ones."""
+    path = write(tmp_path / "rows.jsonl", LINES)
+    for z0 in ("mismatched", "data"):
+        argv = ["--data", path, "--z0", z0, *SMALL, "--out", str(tmp_path / z0)]
+        assert start.report("kto", kto.run, argv) == 0
+        report = json.loads((tmp_path / z0 / "report.json").read_text())
+        assert report["liked"] > report["disliked"] + 0.5
+
+
+def test_rows_are_encoded_as_pairs_are(tmp_path):
+    """<|endoftext|> ends a response; prompts are cut on the left; the mismatched row fits, too."""
+    lines = LINES + [{"prompt": "x" * 50, "response": "yes", "label": True}]
+    args = ipo.parse(["--data", write(tmp_path / "rows.jsonl", lines), "--tokenizer", "bytes", "--block_size", "12",
+                      "--holdout", "0"])
+    source = thumbs.make(args)
+    tokens, mask = source.pairs.padded(torch.tensor([0, 12]))
+    decode = source.tokenizer.decode
+    assert decode(tokens[0][mask[0]].tolist()) == "a!<|endoftext|>"
+    assert decode(tokens[1].tolist()) == "x" * 8 + "yes<|endoftext|>"
+    assert source.label.tolist() == [1, 0] * 6 + [1] and len(source.train) == 13
+    other = kto.mismatched(source.pairs, 12)
+    tokens, mask = other.padded(torch.tensor([0, 7]))
+    assert decode(tokens[0][mask[0]].tolist()) == "a!<|endoftext|>" and "say d:" in decode(tokens[0].tolist())
+    assert decode(tokens[1].tolist()) == "say a:d?<|endoftext|>" or "x" in decode(tokens[1].tolist())
+
+
+@pytest.mark.parametrize("line, why", [
+    ({"prompt": "a", "response": "b"}, "'label' is None"), ({"prompt": "a", "response": "b", "label": 1}, "'label' is 1"),
+    ({"prompt": "a", "response": "", "label": True}, '"response": TEXT'), ("[1]", '"response": TEXT'),
+    ({"prompt": 3, "response": "b", "label": True}, '"response": TEXT'), ("{", "no JSON")])
+def test_a_bad_row_is_named(line, why, tmp_path, capsys):
+    """file:line, one line, exit status 2."""
+    path = write(tmp_path / "rows.jsonl", [LINES[0], "", line])
+    assert start.report("kto", kto.run, ["--data", path, *SMALL, "--out", str(tmp_path / "o")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"{path}:3: " in said and why in said
+
+
+@pytest.mark.parametrize("run, argv, why", [
+    (others.run, ["--method", "ppo"], "--method"), (others.run, ["--lam", "-1"], "--lam"),
+    (others.run, ["--data", "nosuch.jsonl"], "nosuch"), (kto.run, ["--data", "nosuch.jsonl"], "nosuch"),
+    (thumbs.run, [], "JSONL")])
+def test_bad_input_is_one_line(run, argv, why, tmp_path, capsys):
+    """Exit status 2."""
+    assert start.report("lab", run, ["--out", str(tmp_path), *argv]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and why in said
+
+
+def test_one_kind_of_label_or_an_unknown_policy_is_refused(tmp_path, capsys):
+    """A file of likes alone; --z0 policy for a file."""
+    alone = write(tmp_path / "likes.jsonl", LINES[::2])
+    assert start.report("kto", kto.run, ["--data", alone, *SMALL, "--out", str(tmp_path / "o")]) == 2
+    rows = write(tmp_path / "rows.jsonl", LINES)
+    assert start.report("kto", kto.run, ["--data", rows, *SMALL, "--z0", "policy", "--out", str(tmp_path)]) == 2
+    assert "true and with false" in (said := capsys.readouterr().err) and "--z0 policy" in said
