@@ -3,4 +3,7 @@
 import sys
 from pathlib import Path
 
+# before marimo is: with it transformers takes any process for a notebook, and asks for IPython
+from transformers import Trainer  # noqa: F401
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
