@@ -23,7 +23,7 @@ def others(args):
     policies, usual, psi = {}, ipo.parse([]), ipo.psi
     for loss in ("dpo", "ipo"):
         mine = copy.copy(args)
-        mine.loss, mine.out, mine.overwrite = loss, f"{args.out}/{loss}", True
+        mine.loss, mine.out = loss, f"{args.out}/{loss}"
         mine.steps, mine.lr = args.reward_steps, usual.lr
         try:
             ipo.psi = torch.logit
@@ -36,8 +36,9 @@ def others(args):
 
 def run(argv):
     args = rlhf.parse(["--labels", "soft", "--reward", "model", "--out", "out/equal", *argv], __doc__)
-    if args.data != "bt" or args.labels != "soft":
-        raise data.Refused("--data must be bt, --labels soft: elsewhere the three have other optima")
+    if (args.data, args.labels, args.kl) != ("bt", "soft", "reward") or args.noise or args.ridge:
+        raise data.Refused("--data must be bt, --labels soft, --kl reward, without --noise and --ridge: "
+                           "elsewhere the three have other optima")
     policy, task = rlhf.rlhf(args)
     policies = {"rlhf": policy} | others(args)
     with torch.no_grad():

@@ -8,6 +8,7 @@ reward model never saw a response that met --longest; without --no_end a policy 
   python -m lab.rollout --data FILE --run OUT         prints --k responses to held-out prompts, best first
 Answer: it prints samples; the only figure is the reward model's.
 """
+import os
 import sys
 from typing import Any, NamedTuple
 
@@ -118,11 +119,17 @@ def run(argv):
     args = begin.parse(parser, argv, "", "--k 8 --out out/rollout")
     if args.data in data.WORLDS:
         raise data.Refused(f"--data {args.data}: a world is enumerated, not sampled; name a JSONL file")
+    if min(args.k, args.prompts, args.longest) < 1:
+        raise data.Refused("--k, --prompts and --longest must be at least 1")
+    if os.path.exists(f"{args.out}/ref.pt"):
+        raise data.Refused(f"--out {args.out} holds a run, whose report would be lost; name another --out")
     policy, saved = model.load(f"{args.run}/ckpt.pt")
     reference, _ = model.load(f"{args.run}/ref.pt")
     judge = reward.load(f"{args.run}/reward.pt")
-    args.tokenizer, args.block_size = saved["tokenizer"], policy.config.block_size
+    args.tokenizer, args.block_size = saved.get("tokenizer", args.tokenizer), policy.config.block_size
     source = ipo.FileSource(args)
+    if policy.config.vocab_size < source.sizes[1]:
+        raise data.Refused(f"--run {args.run}: its model knows other words than {args.data}")
     task = Sampled(source, reference.to(args.device), judge.to(args.device), args)
     task.show(policy.to(args.device), source.pairs.chosen[source.eval][:args.prompts], args.seed)
     return args, task.numbers(policy)

@@ -1,97 +1,93 @@
 """How do I run the paper's IPO on my own models: on several GPUs, with LoRA, in 4 bits?
 
-    python -m lab.trl_ipo --model_name_or_path M --data pairs.jsonl --beta 0.1 --output_dir out/trl ...
-    accelerate launch --num_processes 2 -m lab.trl_ipo ...    also FSDP, DeepSpeed: --config_file
+    python -m lab.trl_ipo --model M --data pairs.jsonl --beta 0.1 --output_dir out/trl
     ... --use_peft --lora_r 16                                LoRA; with --load_in_4bit QLoRA
+    accelerate launch --num_processes 2 -m lab.trl_ipo ...    also FSDP, DeepSpeed: --config_file
 
 TRL 1.16 trains; the loss is the core's: h from SUMS over tokens (TRL's loss_type "ipo" divides by lengths), p
-from a column "p" (1 where there is none), any ipo.psi, any of ipo.LOSSES (--loss); --beta is tau. Every flag
-of DPOConfig and ModelConfig is TRL's own, but those that would change its loss are refused. The reference is
-scored once, before training, as in the core; at step 0 the margins must be 0. Pairs are TRL's, too: texts or
-lists of messages.
+from a column "p" (1 where there is none), any ipo.psi, any of ipo.LOSSES (--loss); --beta is tau. Other flags
+are TRL's (DPOConfig, ModelConfig); those that would change its loss are refused. Pairs are read as lab/hf.py
+reads them. The reference is scored once, before training; at step 0 the margins must be 0, or it stops.
 
 Traps: TRL trains in bfloat16 and recomputes activations unless --bf16 False --gradient_checkpointing False.
-Its batch is --per_device_train_batch_size x processes x --gradient_accumulation_steps. It reads prompt +
-response as one text.
+Its batch is --per_device_train_batch_size x processes x --gradient_accumulation_steps. TRL's --max_length
+cuts the ends of responses; here nothing is cut, so take what is too long for the model out of the file.
 
-Answer: by a subclass of DPOTrainer, 60 code lines; its losses are not yet compared with the core's in the
-suite.
+Answer: by a subclass of DPOTrainer.
 """
 import sys
-from dataclasses import dataclass, field
 from functools import partial
-from types import SimpleNamespace
 
 import datasets
 import torch
 import trl
 
 import ipo
+from lab import chat, hf
 
-# what would change TRL's loss, and changes nothing here
-UNUSED = "loss_type loss_weights ld_alpha f_divergence_type label_smoothing use_weighting " \
-         "router_aux_loss_coef"
+# TRL's defaults of what would change its loss or cut responses, and changes nothing here
+UNUSED = {"loss_type": ["sigmoid"], "loss_weights": None, "ld_alpha": None, "f_divergence_type": "reverse_kl",
+          "label_smoothing": 0.0, "use_weighting": False, "router_aux_loss_coef": None, "max_length": 1024}
 
 
 def with_p(collate, pairs):
     """TRL's batch of these pairs, and "p", (B,)."""
-    p = [1.0 if pair.get("p") is None else pair["p"] for pair in pairs]
-    return collate(pairs) | {"p": torch.tensor(p)}
+    return collate(pairs) | {"p": torch.tensor([pair.get("p", 1.0) for pair in pairs]).float()}
 
 
 class IPOTrainer(trl.DPOTrainer):
     """DPOTrainer with the core's margin and losses; args: a DPOConfig, whose beta is tau. Raises Refused."""
 
     def __init__(self, model, args, train_dataset, loss="ipo", **more):
-        plain = trl.DPOConfig(args.output_dir, use_cpu=True)
-        for flag in UNUSED.split():
-            if getattr(args, flag) != getattr(plain, flag):
-                raise ipo.Refused(f"--{flag} belongs to TRL's losses, and the core's is used; leave it out")
-        args.precompute_ref_log_probs, args.remove_unused_columns = True, False  # or TRL would remove p
+        for flag, default in UNUSED.items():
+            if getattr(args, flag) != default:
+                raise ipo.Refused(f"--{flag} is of TRL's losses, or would cut responses; leave it out")
+        args.max_length, args.precompute_ref_log_probs = None, True
+        args.remove_unused_columns = False  # p is one
         super().__init__(model, args=args, train_dataset=train_dataset, **more)
         self.data_collator = partial(with_p, self.data_collator)
-        exact = self.model.dtype == torch.float32 and not (args.bf16 or args.fp16)
-        self.flags = SimpleNamespace(loss=loss, tau=args.beta, dtype="float32" if exact else "bfloat16")
+        half = args.bf16 or args.fp16 or self.model.dtype != torch.float32
+        args.loss, args.tau, args.dtype = loss, args.beta, "bfloat16" if half else "float32"  # the core's names
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ids = inputs["input_ids"]
         labels = ids.masked_fill(inputs["completion_mask"] == 0, -100)
         # TRL's head, in chunks: log-probs of tokens, 0 outside responses
-        outputs = model(input_ids=ids, attention_mask=inputs["attention_mask"], labels=labels,
-                        fused_lm_head=True)
-        logp = outputs.log_probs.float().sum(1)                                           # (2B,)
+        out = model(input_ids=ids, attention_mask=inputs["attention_mask"], labels=labels, fused_lm_head=True)
+        logp = out.log_probs.float().sum(1)                                               # (2B,)
         ref_logp = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])  # (2B,) sums, too
         h = ipo.margin(logp, ref_logp)                                                    # (B,)
-        loss = ipo.LOSSES[self.flags.loss](h, inputs["p"], self.flags.tau).mean()         # ()
+        loss = ipo.LOSSES[self.args.loss](h, inputs["p"], self.args.tau).mean()           # ()
         if self.state.global_step == 0:  # of every part of the first batch
-            ipo.check_start(h, loss, logp, inputs["p"], self.flags)
+            ipo.check_start(h, loss, logp, inputs["p"], self.args)
         for name, value in {"h": h, "chosen": (logp - ref_logp)[:len(h)]}.items():
             mean = self.accelerator.gather(value.detach()).mean().item()  # over processes
             self._metrics["train" if model.training else "eval"][name].append(mean)
-        return (loss, outputs) if return_outputs else loss
-
-
-@dataclass
-class Flags:
-    data: str = field(metadata={"help": "JSONL file of pairs: prompt, chosen, rejected, perhaps p"})
-    loss: str = field(default="ipo", metadata={"help": "loss on the margin", "choices": [*ipo.LOSSES]})
+        return (loss, out) if return_outputs else loss
 
 
 class Parser(ipo.Parser, trl.TrlParser):
     """TRL's, which refuses in one line."""
 
 
+def written(pairs):
+    """For from_generator, which writes a file: the one in which all processes find the pairs."""
+    yield from pairs
+
+
 def main(argv=None):
     """The command line. Exit status 0; 1 if a run had to stop, 2 for bad input, with one line on stderr."""
     try:
-        flags, args, m = Parser((Flags, trl.DPOConfig, trl.ModelConfig)).parse_args_and_config(argv)
+        parser = Parser((trl.DPOConfig, trl.ModelConfig))
+        parser.add_argument("--data", required=True, help="JSONL file of pairs: prompt, chosen, rejected, perhaps p")
+        parser.add_argument("--loss", default="ipo", choices=ipo.LOSSES, help="loss on the margin [ipo]")
+        parser.add_argument("--model", dest="model_name_or_path", required=True, help="folder or hub id")
+        args, m, own = parser.parse_args_and_config(argv)
         args.model_init_kwargs = {"dtype": m.dtype, "attn_implementation": m.attn_implementation,
                                   "revision": m.model_revision} | (args.model_init_kwargs or {})
-        pairs = datasets.load_dataset("json", data_files=flags.data, split="train")
-        if "p" in pairs.column_names and not all(q is None or 0 <= q <= 1 for q in pairs["p"]):
-            raise ipo.Refused(f"--data {flags.data}: 'p' is P(chosen is preferred), from 0 to 1")
-        peft = trl.get_peft_config(m)
-        trainer = IPOTrainer(m.model_name_or_path, args, pairs, flags.loss, peft_config=peft,
+        pairs = [pair._asdict() for pair in hf.read(own.data, chat.Tokenizer(m.model_name_or_path))]
+        pairs = datasets.Dataset.from_generator(written, gen_kwargs={"pairs": pairs})
+        trainer = IPOTrainer(m.model_name_or_path, args, pairs, own.loss, peft_config=trl.get_peft_config(m),
                              quantization_config=trl.get_quantization_config(m))
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         trainer.save_model()
