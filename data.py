@@ -266,10 +266,10 @@ class World:
         return torch.arange(n) % len(self.prompts) * len(self.responses) + y
 
     def draw(self, n, mu, labels, noise, generator):
-        """Gives self.pairs n pairs: y, y' independent draws from mu (X,Y), made again while they are equal.
+        """Gives self.pairs n pairs: y, y' independent draws from mu (X,Y), drawn again while they are equal.
 
         labels "hard": the winner is drawn from p*, flipped with probability noise, and stands first, p = 1;
-        "soft": as drawn, p = that probability. (Equals have margin and target 0: no optimum misses them.)
+        "soft": as drawn, p = that probability. (Equals have margin and target 0, whatever pi is.)
         """
         X, Y = self.reward.shape
         if mu.max() > 0.999:  # two draws that differ would take too long
@@ -310,7 +310,7 @@ def optimum(ref_logp, worth, mu, tau):  # (X,Y), (X,Y,Y), (X,Y) -> (X,Y)
     """log pi*: ref(y|x) exp(g(y)/tau), normalised; g(y) = E_{y'~mu} worth(y,y'), worth = Psi(p*)  (eq. 7).
 
     Where worth is infinite (logit on certain pairs) it is a limit that no margin attains: all probability is
-    on the responses with most sure wins net of sure losses, between which the finite rest decides.
+    on the responses with most sure wins minus sure losses; among these the finite part of worth decides.
     """
     sure = worth.isinf()
     net_wins = (worth.sign() * sure * mu[:, None, :]).sum(-1)

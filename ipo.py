@@ -46,7 +46,7 @@ def target(p, tau):  # (B,) -> (B,)
     """The margin in nats that a pair asks for if its first response is preferred with probability p (tie: 0).
 
     Read in one order the pair asks h for Psi(p)/tau, in the other -h for Psi(1-p)/tau (if certain: h for
-    1/tau, and for 0). This is the mean of both, so its 1/2 is exact. Hard labels, the default, are recorded
+    1/tau, -h for 0). This is the mean of both, so its 1/2 is exact. Hard labels, the default, are recorded
     coin flips with p*: the winner stands first and p = 1 for every pair. With --labels soft p is p* itself.
     """
     return (psi(p) - psi(1 - p)) / (2 * tau)
@@ -63,7 +63,7 @@ def dpo_loss(h, p, tau):  # (B,), (B,) -> (B,)
 
 
 LOSSES = {"ipo": ipo_loss, "dpo": dpo_loss}
-# loss -> the Psi whose optimum it aims at; the lambda looks psi up when it is called, so that an edit counts
+# loss -> the Psi whose optimum it aims at; the lambda looks psi up when called, so that ipo.psi = f counts
 WORTH = {"ipo": lambda q: psi(q), "dpo": torch.logit}
 
 
@@ -124,7 +124,7 @@ def descend(policy, optimizer, step, steps, peak):
 
 
 def finetune(policy, source, args, generator):
-    """SFT: maximum likelihood on the source's rows; this makes the reference."""
+    """SFT: maximum likelihood on rows of the source (see above WorldSource): this makes the reference."""
     optimizer, n = adamw(policy), 2 * args.batch_size
     rows = source.sft_rows(n * args.sft_steps, generator)
     for step, index in enumerate(data.batches(len(rows), n, args.sft_steps, generator), 1):
@@ -141,7 +141,7 @@ def finetune(policy, source, args, generator):
 def score(policy, pairs, rows, args, mean=False):  # (R,) -> (R,), on the CPU
     """log pi(y|x) of these rows of a PairData, in nats, computed as the loop does."""
     logp = torch.zeros(len(rows))
-    order = (pairs.prompt_len[rows] * len(pairs.start) + rows).argsort()  # by prompt length, then row: pairs
+    order = (pairs.prompt_len[rows] * len(pairs.start) + rows).argsort()  # by prompt's length; pairs together
     for part in order.split(8 * args.batch_size):
         tokens, mask = pairs.padded(rows[part], args.device)
         with autocast(args):
@@ -152,8 +152,8 @@ def score(policy, pairs, rows, args, mean=False):  # (R,) -> (R,), on the CPU
 def offline(source, ref_logp, args, generator):
     """Yields (Batch, its reference log-probs (2B,)): pairs in random order, the reference looked up."""
     for index in data.batches(len(source.train), args.batch_size, args.steps, generator):
-        pairs = source.train[index]
-        yield source.pairs.batch(pairs, args.device), ref_logp[source.pairs.pair_rows(pairs)].to(args.device)
+        these = source.train[index]
+        yield source.pairs.batch(these, args.device), ref_logp[source.pairs.pair_rows(these)].to(args.device)
 
 
 def train(policy, batches, args, evaluate=lambda policy: {}):
@@ -239,9 +239,9 @@ def check_start(h, loss, logp, p, args):
                       "reference is not the policy that training starts from")
 
 
-# A source has: pairs (a PairData), tokenizer, sizes of a model, prompts to sample from (ids), sft_rows(n,
-# generator); pose(policy, ref_logp, generator), called once when the reference is ready; then train (N,),
-# indices of the pairs to train on, evaluate(policy) -> numbers by name, exact: policies for numbers(logp).
+# A source has pairs (a PairData), tokenizer, sizes (GPTConfig's first three), prompts to sample from (ids),
+# sft_rows(n, generator). Once the reference is ready pose(policy, ref_logp, generator) is called; then it has
+# train (N,), the pairs to train on, evaluate(policy) -> numbers, exact {column: log-probs for numbers()}.
 
 class WorldSource(data.World):
     """A synthetic world: pairs, and how far a policy, as its log-probs (X,Y), is from the exact optimum."""
@@ -256,10 +256,10 @@ class WorldSource(data.World):
         return logp.view_as(self.reward).double()
 
     def pose(self, policy, ref_logp, generator):
-        """Sets what the reference fixes (ref_logp, perhaps of means, is not needed): ref, mu, pairs, and
-        exact: "opt" is pi* (eq. 7), "labels" where endless labels of this kind lead with this target, ref
-        exp(E_mu E[target]) normalised. That is pi* if Psi(q) + Psi(1-q) is constant and, with hard labels,
-        Psi is affine; --noise moves it, too."""
+        """Sets what the reference fixes (ref_logp, perhaps of means, is not needed): ref, mu, pairs, and in
+        exact "opt": pi* (eq. 7); "labels": where endless labels of this kind lead, ref exp(E_mu E[target])
+        normalised. They differ with --noise, if Psi(q) + Psi(1-q) is not constant, or, with hard labels, if
+        Psi is not affine."""
         args, self.ref = self.args, self.enumerate(policy)
         uniform = torch.full_like(self.ref, 1 / len(self.responses))  # EXERCISE: another mu; rows sum to 1
         self.mu = uniform if args.mu == "uniform" else self.ref.exp()
@@ -401,7 +401,7 @@ def claim(args):
         print(f"{args.out}/: the run that was there is replaced")
         for name in files:
             os.remove(f"{args.out}/{name}")
-    # the two flags as --resume will find them
+    # so that --resume does not contradict itself
     Path(f"{args.out}/config.json").write_text(json.dumps(vars(args) | {"resume": True, "overwrite": False}))
 
 

@@ -105,7 +105,7 @@ class GPT(nn.Module):
         if tokens.shape[1] > self.config.block_size:
             raise ValueError(f"{tokens.shape[1]} tokens exceed the context of {self.config.block_size}")
         if wanted is not None:
-            return hidden_once(self, tokens, wanted)
+            return hidden_once(self, tokens, wanted)  # training comes here; below: the same, plainly
         x = self.transformer.wte(tokens) + self.transformer.wpe.weight[:tokens.shape[1]]
         for block in self.transformer.h:
             x = block(x)
@@ -257,7 +257,7 @@ class Shared:
         self.first = new.flatten().nonzero()[:, 0]       # (U,) in the flat rows
         self.tokens, self.position = rows.flatten()[self.first], self.first % tokens.shape[1]  # (U,), (U,)
         number = new.flatten().cumsum(0).view_as(new) - 1
-        self.where = number.masked_fill(~new, 0).cummax(0).values  # places in U: the last new one above
+        self.where = number.masked_fill(~new, 0).cummax(0).values  # places in U; not new: as in the row above
 
     # F.embedding is x[index] with a faster backward pass
     def spread(self, x):  # (U,C) -> (rows,T,C); gradients of many rows must not be summed in bfloat16
