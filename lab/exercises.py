@@ -4,10 +4,12 @@
   python -m lab.exercises 7      the question, and whether what stands there is right, or a hint
 
 Where to write: the answers to 4, 5 and 7 are psi between the banners of ipo.py (to keep one when you go on,
-name it psi_4, psi_5 or psi_7 there); that of any other is the line below that says open, or as many lines in
-its place as you like. data, ipo, math and torch may be used; numbers come as tensors (), float64.
-A check takes a second and no run (13: some seconds a bug); most questions name a run that shows the matter.
-Whatever an answer is, returns or raises, there is a hint, and no hint holds the answer.
+copy it to psi_4, psi_5 or psi_7 there; a psi must remain); that of any other is the line below that says
+open, or as many lines in its place as you like. data, ipo, math and torch may be used; numbers come as
+tensors (), float64. A check takes a second and no run (13: half a minute a bug, and so the list); most
+questions name a run that shows the matter. What they ask beyond the value is for you.
+Whatever an answer is, returns or raises, there is a hint, and no hint holds the answer. (None counts as open:
+is a return missing?)
 Trap: how answers are checked stands below them. Read that afterwards.
 Answer: nineteen times solved, after ten hours by the minutes of the list.
 """
@@ -28,7 +30,8 @@ try:
     import data
     import ipo
     import model
-except Exception as broken:  # psi, half typed
+    ipo.psi  # a student may have renamed it
+except (Exception, SystemExit) as broken:  # psi, half typed
     sys.exit(f"exercises: ipo.py does not run ({broken}); mend what stands between its banners")
 
 # ====================================== ANSWERS: write yours here =======================================
@@ -115,7 +118,7 @@ def tensor(value, *shape):
     try:
         return torch.as_tensor(value).double().reshape(shape)
     except (TypeError, ValueError, RuntimeError):
-        raise Wrong(f"numbers of shape {shape} are asked for, () is one; yours: {value!r:.60}", {}) from None
+        raise Wrong(f"numbers of shape {shape} are due; () is one number; yours: {value!r:.50}", {}) from None
 
 
 def scalar(x):
@@ -276,8 +279,8 @@ def check_06(answer):
     kl_ref in column labels, and in column opt. Which Psi do hard labels train, whatever you write?
 
     Hints
-      mean: not at p = {p}, tau {tau}. What does label 1 ask for, with weight p, and label 0, with weight 1
-        - p?
+      mean: not at p = {p}, tau {tau}. What is h asked for if the first wins, with weight p, and what if the
+        second does, with weight 1 - p?
     """
     for p, tau in ((0.5, 0.1), (0.6, 0.5), (0.9, 0.1)):
         due = p * asks(math.exp, 1.0, tau) + (1 - p) * asks(math.exp, 0.0, tau)
@@ -529,12 +532,13 @@ def check_15(answer):
 
     Hints
       ref: that is pi*, as with the reference; h is now log pi(yw) - log pi(yl)
-      value: not at tau {tau}: which differences of log pi, not of log pi/ref, does the loss ask for?
+      value: not at tau {tau} (yours sum to {sum:.4f}): which differences of log pi, not of log pi/ref, does
+        the loss ask for? And p[y][y'] says that y beats y'
     """
     for ref, p, tau in problems():
         pi = tensor(answer(ref, p, tau), 5)
         need(not torch.allclose(pi, optimum(ref, p, tau), atol=1e-4), "ref")
-        need(torch.allclose(pi, optimum(torch.full_like(ref, 0.2), p, tau), atol=1e-4), "value", tau=tau)
+        need(torch.allclose(pi, optimum(0 * ref + 0.2, p, tau), atol=1e-4), "value", tau=tau, sum=pi.sum())
 
 
 def check_16(answer):
@@ -560,11 +564,12 @@ def check_16(answer):
 
 
 def check_17(answer):
-    """45 min: Draw the pairs from the policy
+    """60 min: Draw the pairs from the policy
 
-    ipo.train takes any iterator of batches. Write a generator that yields for ever: args.batch_size pairs
-    of responses, both drawn, independently, from the policy as it is by then, labelled by p*; and the
-    reference's log-probs of their 2B rows. A label is a coin flip (winner first, p = 1) or p* itself.
+    ipo.train takes any iterator of batches. Write a generator that yields for ever: a data.Batch of
+    args.batch_size pairs of responses, to prompts in turn or at random, both drawn, independently, from the
+    policy as it is by then, labelled by p*; and the reference's log-probs (2B,) of their rows. A label is a
+    coin flip (winner first, p = 1) or p* itself; pairs of equals may be drawn again.
     source.enumerate(policy) is log pi (X,Y), source.pstar p* (X,Y,Y), row x * Y + y of source.pairs is
     prompt x with response y, source.pairs.padded(rows) -> tokens, mask, and ref_logp[rows] the reference.
 
@@ -577,13 +582,14 @@ def check_17(answer):
     def online(source, ref_logp, args, generator):
         return lab.exercises.answer_17(source, source.policy, ref_logp, args)
     ipo.offline = online
-    args = ipo.parse(["--data", "deterministic", "--device", "cpu", "--out", "out/online"])
+    args = ipo.parse(["--data", "deterministic", "--device", "cpu", "--out", "out/online", "--overwrite"])
     ipo.run(args, source=Online(args))
     END
     kl_opt does not go to 0, and should not: exercise 18. python -m lab.online has the picture.
 
     Hints
-      rows: tokens and mask hold a row that is no response of this world to one of its prompts
+      rows: tokens and mask are to hold 2 x args.batch_size rows, each a response of
+        this world to one of its prompts
       ref: ref_logp is not what the reference gives these rows, chosen first, then rejected
       prompt: chosen and rejected must answer the same prompt
       policy: in batches {first} to {last} the pairs are {off:.2f} (in total variation) from independent
@@ -608,23 +614,23 @@ def check_17(answer):
 
 
 def count(item, source, ref_logp):  # -> (X,Y,Y): how often y is said to be preferred to y'
-    (tokens, mask, p), ref = item
+    batch, ref = item
     known, response = source.pairs.padded(torch.arange(16))
-    same = (tokens[:, None] == known).all(2)
-    need(same.any(1).all() and torch.equal(mask.bool(), response[:1].expand_as(mask)), "rows")
+    same = (batch.tokens[:, None] == known).all(2)
     rows = same.int().argmax(1)
-    need(torch.equal(tensor(ref, 4000), ref_logp[rows].double()), "ref")
+    need(len(rows) == 4000 and same.any(1).all() and torch.equal(batch.mask.bool(), response[rows]), "rows")
+    need(torch.equal(ref, ref_logp[rows]), "ref")
     (x, y), (other, lost) = ((half // 4, half % 4) for half in rows.chunk(2))
     need(torch.equal(x, other), "prompt")
     seen = torch.zeros(4, 4, 4, dtype=torch.float64)
-    seen.index_put_((x, y, lost), p.double(), accumulate=True)
-    return seen.index_put_((x, lost, y), 1 - p.double(), accumulate=True)
+    seen.index_put_((x, y, lost), batch.p.double(), accumulate=True)
+    return seen.index_put_((x, lost, y), 1 - batch.p.double(), accumulate=True)
 
 
 def apart(seen, due):  # (X,Y,Y), (X,Y,Y) -> ()
     """Total variation between distributions of pairs, pairs of equals left out."""
     unequal = 1 - torch.eye(4, dtype=torch.float64)
-    shares = [part * unequal / (part * unequal).sum((1, 2), keepdim=True) for part in (seen, due)]
+    shares = [part / part.sum((1, 2), keepdim=True).clamp(1e-9) for part in (seen * unequal, due * unequal)]
     return (shares[0] - shares[1]).abs().sum((1, 2)).mean() / 2
 
 
@@ -639,14 +645,14 @@ def check_18(answer):
 
     Hints
       offline: that is the optimum for uniform mu; what is mu now?
-      fixed: at tau {tau} the optimum against your pi is not your pi: {off:.2g} apart. If an iteration
-        swings to and fro, go a part of the way only
+      fixed: at tau {tau} the optimum against your pi (its sum: {sum:.4f}) is not your pi: {off:.2g} apart.
+        If an iteration swings to and fro, go a part of the way only
     """
     for ref, p, tau in problems():
         pi = tensor(answer(ref, p, tau), 5)
         need(not torch.allclose(pi, optimum(ref, p, tau), atol=1e-4), "offline")
         off = (optimum(ref, p, tau, mu=pi) - pi).abs().max()
-        need(off < 1e-4, "fixed", tau=tau, off=off)
+        need(off < 1e-4, "fixed", tau=tau, off=off, sum=pi.sum())
 
 
 def check_19(answer):
@@ -707,10 +713,10 @@ def grade(n, answer):
         text = parts(n)[3].get(hint)
         hint = text.format(**numbers) if text else hint
         return ("open", "") if hint == "open" else ("wrong", re.sub(r"\s+", " ", hint))
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        at = [frame for frame in frames if frame.filename in (__file__, ipo.__file__)][-1]
-        return "wrong", f"line {at.lineno} of {Path(at.filename).name}: {type(error).__name__}: {error}"
+        where = [f"line {f.lineno}" for f in frames if f.name.startswith(("answer_", "psi", "<lambda>"))]
+        return "wrong", f"{['what it returns', *where][-1]}: {type(error).__name__}: {error}"
 
 
 def grades():
@@ -737,8 +743,7 @@ def main(argv=None):
     number = parser.parse_args(argv).number
     if number == "list":
         for n, (state, _) in grades().items():
-            minutes, title, _, _ = parts(n)
-            print(f"{n:3} {minutes:4} min  {title:34} {state}")
+            print(f"{n:3} {parts(n)[0]:4} min  {parts(n)[1]:34} {state}")
     elif number in map(str, CHECKS):
         show(int(number))
     else:

@@ -117,7 +117,7 @@ def online(draws="policy", label="hard", late=False, who=None):
     return answer
 
 
-def raises(*_):
+def answer_raises(*_):
     raise KeyError("no")
 
 
@@ -167,7 +167,7 @@ RIGHT = {
          lambda r: (r.detach() - r.detach().mean(1, keepdim=True)) * 4 / 3,
          lambda r: torch.stack([r[:, i] - r[:, [j for j in range(4) if j != i]].mean(1) for i in range(4)], 1).detach().numpy()],
 }
-ANY = [raises, stops, constant("no"), constant({}), constant(math.nan), constant(torch.zeros(2, 7)), constant([[1], [2, 3]]), lambda: 1]
+ANY = [answer_raises, stops, constant("no"), constant({}), constant(math.nan), constant(torch.zeros(2, 7)), constant([[1], [2, 3]]), lambda: 1]
 WRONG = {
     1: [lambda tau: 1 / (2 * tau), lambda tau: 1 / (4 * tau), constant(25.0), lambda tau: "1/(4 tau^2)", lambda tau: [1, 2]],
     2: [constant((2, 2, 2)), constant((2, 4, 4)), constant((0.5, 0.25, 3)), constant((2, 4)), constant(2), constant("2, 4, 3")],
@@ -231,7 +231,7 @@ def test_as_delivered_everything_is_open(monkeypatch, capsys):
 
 @pytest.mark.parametrize("psi, states", [
     (RIGHT[4][0], "solved open open"), (RIGHT[5][0], "open solved open"), (RIGHT[7][0], "open open solved"),
-    (torch.square, "wrong wrong wrong"), (raises, "wrong wrong wrong"), (exercises.identity, "open open open")])
+    (torch.square, "wrong wrong wrong"), (answer_raises, "wrong wrong wrong"), (exercises.identity, "open open open")])
 def test_one_psi_stands_for_three_exercises(psi, states, monkeypatch):
     """What is right for one of them is no wrong answer to the others."""
     monkeypatch.setattr(ipo, "psi", psi)
@@ -270,9 +270,9 @@ def test_what_is_printed_is_the_question_and_no_more(n, monkeypatch, capsys):
     helpers = {4: {"value"}, 5: {"value"}, 7: {"value"}, 17: {"rows", "ref", "prompt"}}.get(n, set())
     assert used | helpers == hints.keys()
     if n in (4, 5, 7):
-        monkeypatch.setattr(ipo, "psi", raises)
+        monkeypatch.setattr(ipo, "psi", answer_raises)
     else:
-        monkeypatch.setattr(exercises, f"answer_{n:02}", raises)
+        monkeypatch.setattr(exercises, f"answer_{n:02}", answer_raises)
     exercises.main([str(n)])
     assert "wrong. Hint: line" in capsys.readouterr().out
 
@@ -333,7 +333,7 @@ def test_exercise_13_runs_tests_on_copies(tmp_path, monkeypatch):
         state, said = exercises.grade(13, constant(answer))
         assert state == "wrong" and hint in said, (answer, said)
     assert exercises.grade(13, constant(None)) == ("open", "")
-    assert exercises.grade(13, raises)[0] == "wrong"
+    assert exercises.grade(13, answer_raises)[0] == "wrong"
 
 
 @pytest.mark.parametrize("n, answer", [(11, RIGHT[11][1]), (17, RIGHT[17][1])])
