@@ -39,7 +39,7 @@ with app.setup:
     BANDITS = {"bandit D1: a > b > c": [[0.5, 1, 1], [0, 0.5, 1], [0, 0, 0.5]],
                "bandit D3': a, b > c": [[0.5, 0.5, 1], [0.5, 0.5, 1], [0, 0, 0.5]]}  # the paper's section 5
     OPT = "pi* of this Psi"
-    TURN = threading.Lock()
+    TURN = vars(ipo).setdefault("TURN", threading.Lock())  # run for each reader
 
 
 @app.function
@@ -68,7 +68,7 @@ def formula(text):
         tree = ast.parse(text[:200].strip(), mode="eval").body
         rises = compute(tree, q).diff() > -1e-9
     except (SyntaxError, MemoryError, RecursionError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"this is no formula: {error}") from None
+        raise ValueError(f"this is no formula: {getattr(error, 'msg', error)}") from None
     if not rises.all():
         raise ValueError("from q = 0 to q = 1 it must be a number everywhere and never fall")
     return lambda q: compute(tree, q)
@@ -100,22 +100,22 @@ def picture(psi, tau, made, ref, mu, policies):
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     p = torch.linspace(0, 1, 401, dtype=torch.float64)
-    left.plot(p, target(psi, p, tau), label="this Psi")
+    left.plot(p, target(psi, p, tau), label="this Psi", lw=4, alpha=0.5)
     left.plot(p, target(torch.logit, p, tau), "--", label="logit (DPO)")
     left.plot(p, p / tau - 0.5 / tau, ":", label="q (IPO)")
-    left.set(title="margin asked for, nats", xlabel="p, share of the first", ylim=(-3 / tau, 3 / tau))
-    top = policies[OPT][0].argsort(descending=True)[:10].flip(0)
+    left.set(title="margin asked for, nats", xlabel="p, that the first is preferred", ylim=(-15, 15))
+    top = (policies[OPT][0].exp() + ref[0].exp() / 1e6).argsort(descending=True)[:10].flip(0)
     words = [made.responses[y] or "(nothing)" for y in top]
-    middle.barh(words, policies[OPT][0, top].exp().tolist(), label="pi*")
+    middle.barh(words, policies[OPT][0, top].exp().tolist(), label="probability, pi*")
     middle.barh(words, ref[0, top].exp().tolist(), 0.3, color="0.7", label="ref")
     wins = (made.pstar * mu[:, None, :]).sum(-1)
-    edge = [(ref + wins / t).log_softmax(-1) for t in torch.logspace(-2.5, 1, 40)]
-    for name, group, style in [("best", edge, "0.6"), *((n, [pi], "o") for n, pi in policies.items())]:
-        height = [(logp.exp() * wins).sum(-1).mean() for logp in group]
-        right.plot([data.kl(logp, ref) for logp in group], height, style, label=name)
-    right.set(title="win rate", xlabel="KL to ref, nats")
+    edge = [(ref + wins / t).log_softmax(-1) for t in torch.logspace(-4, 1, 60)]
+    for name, pis, mark in [("best", edge, "0.6"), *zip(policies, ([p] for p in policies.values()), "os+x")]:
+        height = [(pi.exp() * wins).sum(-1).mean() for pi in pis]
+        right.plot([data.kl(pi, ref) for pi in pis], height, mark, ms=9, alpha=0.7, label=name)
+    right.set(title="win rate against mu", xlabel="KL to ref, nats")
     for ax in (left, middle, right):
-        ax.legend(fontsize=7)
+        ax.legend(fontsize=9)
     return figure
 
 
@@ -136,7 +136,7 @@ class Live(ipo.WorldSource):
         steps = [min(i * self.args.log_every, self.args.steps) for i in range(len(self.lines))]
         end = self.numbers(self.exact.get("labels", self.exact["opt"]))
         figure, text = Figure(figsize=(11, 3), layout="constrained"), f"step {steps[-1]}"
-        names = {"h": "margin h, nats", "kl_ref": "KL(pi||ref), nats", "kl_opt": "KL(pi||pi*), nats"}
+        names = {"h": "margin h, nats", "kl_ref": "KL(pi||ref)", "kl_opt": f"KL(pi||pi*), {self.args.loss}'s"}
         for ax, name in zip(figure.subplots(1, 3), names):
             ax.plot(steps, [line[name] for line in self.lines], ".-")
             ax.axhline(torch.nan if end[name] is None else end[name], color="k", ls="--")
@@ -148,7 +148,7 @@ class Live(ipo.WorldSource):
 @app.cell
 def controls():
     kind = mo.ui.dropdown(PSI, value="identity", label="Psi")
-    own = mo.ui.text("q ** 2", label="yours")
+    own = mo.ui.text("q ** 2", label="yours, if Psi is yours:", max_length=200)
     tau = mo.ui.slider(steps=[0.05, 0.1, 0.2, 0.5, 1, 2], value=0.2, label="tau", show_value=True)
     place = mo.ui.dropdown([*data.WORLDS, *BANDITS], value="bt", label="world")
     labels = mo.ui.dropdown(["hard", "soft"], value="hard", label="labels")
@@ -177,7 +177,7 @@ def exact(kind, labels, own, place, tau):
         asked = (2 * made.pstar - 1) * target(psi, torch.ones_like(made.pstar), tau.value)
     policies = {
         OPT: data.optimum(ref, psi(made.pstar), mu, tau.value),
-        "endless labels": data.optimum(ref, asked.nan_to_num(0.0, torch.inf, -torch.inf), mu, 1.0),
+        "IPO, endless labels": data.optimum(ref, asked.nan_to_num(0.0, torch.inf, -torch.inf), mu, 1.0),
         "DPO's pi*: logit": data.optimum(ref, made.pstar.logit(), mu, tau.value),
         "IPO's pi*: q": data.optimum(ref, made.pstar, mu, tau.value),
     }
@@ -185,11 +185,11 @@ def exact(kind, labels, own, place, tau):
     for name, logp in policies.items():
         numbers = data.exact(logp, ref, {"opt": policies[OPT]}, made.pstar, mu, psi, tau.value)
         rows.append({"policy": name} | {key: ipo.show(numbers[key]) for key in numbers})
-    almost = target(psi, torch.tensor([0.9, 0.99, 0.999, 1.0]).double(), tau.value)
+    sure = target(psi, torch.tensor([0.9, 0.99, 0.999, 1.0]).double(), tau.value)
     mo.vstack([
         picture(psi, tau.value, made, ref, mu, policies),
-        mo.md(f"A pair with p = .9, .99, .999, 1 asks for {', '.join(f'{h:.2f}' for h in almost)} nats."),
-        mo.ui.table(rows, selection=None),
+        mo.md(f"With p = .9, .99, .999, 1 (hard) a pair asks for {', '.join(f'{h:.2f}' for h in sure)} nats."),
+        mo.ui.table(rows, selection=None, label="objective: J; ratio: max |log pi/ref|; -: infinite"),
     ])
     return policies, psi, rows
 
@@ -204,5 +204,5 @@ def training(button, labels, loss, pairs, place, psi, steps, tau):
         try:
             ipo.run(run.args, source=run)
         except (ipo.Refused, ipo.Stopped) as error:
-            mo.output.replace(mo.callout(f"{error}", "danger"))
+            mo.output.replace(mo.callout(f"{error}".replace("--", ""), "danger"))
     return (run,)

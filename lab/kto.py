@@ -2,15 +2,17 @@
 
 A response of log-ratio f = log pi/ref costs 1 - s(tau (f - z0)) if liked, 1 - s(tau (z0 - f)) if not; z0
 stands for KL(pi||ref) and passes no gradient. One that wins with probability g costs, but for a constant,
-(1 - 2g) s(tau (f - z0)) on average: the minimiser gives no mass at all to responses with g < 1/2, and between
-the others this is not convex. So kl is KL(answer||pi) here, and `bad` the mass that pi has where g < 1/2.
+(1 - 2g) s(tau (f - z0)) on average: a minimiser gives no mass at all to responses with g < 1/2, and between
+the others this is not convex: at tau .5 other starts end .002 to .44 nats off. The answer here is the one
+from the reference; kl is KL(answer||pi), as it has zeros, and `bad` the mass that pi has where g < 1/2.
   --z0 policy      KL(pi||ref) by enumeration: what the formula means (worlds only)
   --z0 mismatched  the paper's estimate: mean f of the batch's responses after other prompts, at least 0
   --z0 data        mean f of the batch's own responses, at least 0
   --z0 zero        0: the loss of APO-zero (D'Oosterlinck et al. 2024)
-Pairs count as one liked and one disliked row each. --data FILE may also hold lines {"prompt", "response",
-"label": true or false}.
-ANSWER
+Traps: data are not the policy's responses: both means are -5 where KL is 1.3, so z0 is 0 throughout.
+A liked row far below z0 has no slope: too high an --lr drives both kinds down. A pair counts as two rows.
+--data FILE takes pairs, or lines {"prompt", "response", "label": true or false}.
+Answer: bt, tau .5, seeds 0 1 2: kl .059 .046 .061, bad mass .003, win rate .73 (DPO .77 at the same tau).
 """
 import sys
 import time
@@ -29,13 +31,14 @@ def loss(f, z0, label, args):  # (R,), (), (R,) in 0..1 -> (R,)
 
 
 def mismatched(pairs, block_size):
-    """PairData of as many rows: each response after the prompt of the row half of all rows on."""
+    """PairData of as many rows: each response, after the prompt that stands half of all rows further on."""
     n, rows = len(pairs.prompt_len), []
     for row in range(n):
-        begin_response = pairs.start[row] + pairs.prompt_len[row]
-        response = pairs.tokens[begin_response:pairs.start[row + 1]].tolist()
+        first = pairs.start[row] + pairs.prompt_len[row]
+        response = pairs.tokens[first:pairs.start[row + 1]].tolist()
         prompt = pairs.prompt_ids((row + n // 2) % n)
-        rows.append((prompt[-(block_size - len(response)):], response))
+        room = block_size - len(response)
+        rows.append((prompt[-room:], response))
     return data.PairData(rows)
 
 
@@ -98,11 +101,13 @@ def answer(world, args, start):  # (X,Y) -> log pi (X,Y)
     def cost(logp):
         return (seen * loss(logp - world.ref, z0, g, args)).sum(-1).mean()
 
-    logp, z0, last = start, torch.zeros(()), None
-    while last is None or (z0 - last).abs() > 1e-6:
+    logp, z0 = start, torch.zeros(())
+    for _ in range(100):
         logp, last = tabular.minimise(cost, logp, 500), z0
         if args.z0 == "policy":
             z0 = data.kl(logp, world.ref)
+        if (z0 - last).abs() <= 1e-6:
+            break
     return logp
 
 

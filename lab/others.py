@@ -7,13 +7,14 @@ table of logits, the expectation over pairs and labels enumerated (lab/tabular.p
   slic  max(0, delta - w + l) - lam log pi(an SFT response)    Zhao et al. 2023
   dpo   -log s(beta h)                                         Rafailov et al. 2023
   cdpo  (1 - e) dpo(w, l) + e dpo(l, w), e: --smoothing        Mitchell 2023
+All but orpo are convex in the logits; of orpo three starts are taken, and they end in the same place.
 Traps: cpo, orpo and slic know no reference; their likelihood term holds them near the data. --noise e
 flips labels: dpo then has cdpo's expectation. The hinge alone has a staircase for a minimiser, or several.
-ANSWER
+Answer: bt, seeds 0 1 2, KL to the minimiser: cpo <= .0026, orpo .0039, slic .0030, cdpo .0064, dpo .0119.
 """
 import sys
 import time
-from typing import NamedTuple
+from collections import namedtuple
 
 import torch
 from torch.nn.functional import logsigmoid, relu
@@ -24,11 +25,8 @@ from lab import start as begin
 from lab import tabular
 
 
-class Side(NamedTuple):
-    """One response of each pair; tensors of any one shape."""
-    logp: torch.Tensor
-    ref_logp: torch.Tensor
-    length: torch.Tensor  # in tokens
+# one response of each pair, as tensors of any one shape; length in tokens
+Side = namedtuple("Side", "logp ref_logp length")
 
 
 def cpo(w, l, args):
@@ -64,25 +62,39 @@ def lengths(pairs):  # -> (R,) tokens of each response
     return pairs.start[1:] - pairs.start[:-1] - pairs.prompt_len
 
 
-def train(policy, source, ref_logp, args, generator):
-    """The loop of ipo.train for a cost of two sides; slic sees SFT responses, too."""
-    optimizer, cost, lines = ipo.adamw(policy), COSTS[args.method], []
-    length, n = lengths(source.pairs), args.batch_size
+def steps(source, args, generator):
+    """Yields pairs (B,) and SFT rows (B,) for each step, in random order."""
+    n = args.batch_size
     sft = source.sft_rows(n * args.steps, generator)
     order = data.batches(len(source.train), n, args.steps, generator)
     sft_order = data.batches(len(sft), n, args.steps, generator)
-    for step, (index, sft_index) in enumerate(zip(order, sft_order), 1):
-        pairs = source.train[index]
-        rows, p = source.pairs.pair_rows(pairs), source.pairs.p[pairs].to(args.device)
-        if args.method == "slic":
-            rows = torch.cat([rows, sft[sft_index]])
-        with ipo.autocast(args):
-            logp = ipo.sequence_logp(policy, *source.pairs.padded(rows, args.device))
-        known = Side(logp, ref_logp[rows].to(logp), length[rows].to(logp))
-        w, l = (Side(*(x.split(n)[side] for x in known)) for side in (0, 1))
-        loss = (p * cost(w, l, args) + (1 - p) * cost(l, w, args)).mean()
-        if args.method == "slic":
-            loss = loss - args.lam * logp[2 * n:].mean()
+    for index, sft_index in zip(order, sft_order):
+        yield source.train[index], sft[sft_index]
+
+
+def batch_loss(policy, source, ref_logp, pairs, sft, args):  # (B,), (B,) -> ()
+    """What a step descends; only slic sees the SFT rows."""
+    cost, n = COSTS[args.method], len(pairs)
+    rows = source.pairs.pair_rows(pairs)
+    if args.method == "slic":
+        rows = torch.cat([rows, sft])
+    with ipo.autocast(args):
+        logp = ipo.sequence_logp(policy, *source.pairs.padded(rows, args.device))
+    known = Side(logp, ref_logp[rows].to(logp), lengths(source.pairs)[rows].to(logp))
+    w = Side(*(x[:n] for x in known))
+    l = Side(*(x[n:2 * n] for x in known))
+    p = source.pairs.p[pairs].to(logp)
+    loss = (p * cost(w, l, args) + (1 - p) * cost(l, w, args)).mean()
+    if args.method == "slic":
+        loss = loss - args.lam * logp[2 * n:].mean()
+    return loss
+
+
+def train(policy, source, ref_logp, args, generator):
+    """The loop of ipo.train for a cost of two sides."""
+    optimizer, lines = ipo.adamw(policy), []
+    for step, (pairs, sft) in enumerate(steps(source, args, generator), 1):
+        loss = batch_loss(policy, source, ref_logp, pairs, sft, args)
         loss.backward()
         ipo.descend(policy, optimizer, step, args.steps, args.lr)
         if step % args.log_every == 0 or step == args.steps:
@@ -114,37 +126,39 @@ def objective(world, args):
 
 def curvature(f, point, generator, n=40):
     """The least eigenvalue of f's second derivatives by logits at this point, divided by the largest; below
-    0, beyond rounding, f is not convex. By power iteration."""
+    0, beyond rounding, f is not convex. nan if f is flat there."""
     theta = point.clone().requires_grad_()
     slope, = torch.autograd.grad(f(theta.log_softmax(-1)), theta, create_graph=True)
-    found = [0.0]
-    for _ in range(2):  # the largest, then, shifted by it, the least
+
+    def farthest(shift):
+        """By power iteration: the eigenvalue that lies farthest from `shift`, minus `shift`."""
         v = torch.randn(point.shape, dtype=point.dtype, generator=generator)
         for _ in range(n):
             v = v / v.norm()
             product, = torch.autograd.grad((slope * v).sum(), theta, retain_graph=True)
-            product = product - sum(found) * v
+            product = product - shift * v
             value, v = (v * product).sum().item(), product
-        found.append(value)
-    return sum(found) / found[1]
+        return value
+
+    largest = farthest(0.0)
+    flat = abs(largest) < 1e-12  # rounding
+    return float("nan") if flat else (largest + farthest(largest)) / largest
 
 
 def minimum(world, args, generator):
     """(log pi (X,Y), numbers): the minimiser, the least curvature where one response has nearly all mass, and
     by how much the values differ that several starts reach; one start if nothing speaks against convexity."""
-    f, (X, Y) = objective(world, args), world.ref.shape
-    sure = torch.randint(Y, (X, 1), generator=generator)
+    f, shape = objective(world, args), world.ref.shape
+    sure = torch.randint(shape[1], (shape[0], 1), generator=generator)
     bent = curvature(f, world.ref.scatter_add(1, sure, torch.full_like(world.mu, 20.0)), generator)
     starts = [world.ref]
-    if bent < -1e-6:
-        noise = torch.randn(X, Y, dtype=torch.float64, generator=generator)
+    if not bent > -1e-6:
+        noise = torch.randn(shape, dtype=torch.float64, generator=generator)
         starts += [torch.zeros_like(noise), world.ref + 2 * noise]
     found = [tabular.minimise(f, start) for start in starts]
     values = torch.stack([f(logp) for logp in found])
-    apart = (values.max() - values.min()).item()
-    print(f"{args.method}: least curvature {bent:.1e} of the largest; "
-          f"{len(starts)} starts end {apart:.1e} apart")
-    return found[values.argmin()], {"curvature": bent, "starts": len(starts), "apart": apart}
+    numbers = {"curvature": torch.tensor(bent), "apart": values.max() - values.min()}
+    return found[values.argmin()], data.finite(numbers) | {"starts": len(starts)}
 
 
 def run(argv):
@@ -154,6 +168,8 @@ def run(argv):
     parser.add_argument("--delta", type=float, default=1.0, help="slic: the margin it asks for [1]")
     parser.add_argument("--smoothing", type=float, default=0.1, help="cdpo: e above [0.1]")
     args = begin.parse(parser, argv, "--tau 0.5 --out out/others", "--out out/others")
+    if args.smoothing > 1:
+        raise data.Refused(f"--smoothing {args.smoothing} is a share of labels: from 0 to 1")
     if args.lam is None:
         args.lam = 0.5 if args.method == "slic" else 1.0
     policy, source, ref_logp, generator = begin.start(args)

@@ -64,7 +64,7 @@ def test_what_is_shown_is_exact(values, monkeypatch):
     rows = {row["policy"]: row for row in shown["rows"]}
     assert list(rows) == list(shown["policies"]) and len(rows) == 4
     certain = ipo.target(torch.ones(1), value.tau)
-    for name, mine in ((explore.OPT, "opt"), ("endless labels", "labels")):
+    for name, mine in ((explore.OPT, "opt"), ("IPO, endless labels", "labels")):
         if mine == "opt" or value.labels == "soft" or certain.isfinite():
             theirs = source.exact[mine]
             assert torch.allclose(shown["policies"][name].exp(), theirs.exp(), atol=1e-9), name

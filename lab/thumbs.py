@@ -2,10 +2,11 @@
 
 `Thumbs` holds such a file as ipo.FileSource holds pairs: rows of token ids, some to train on, some held out,
 no prompt in both. SFT sees the liked rows. `make` takes a file of pairs, too (as an ipo.FileSource), and
-`examples` gives the rows of either with their labels: of a pair one liked row and one that is not.
-Traps: a label is true or false, not 1 or "yes"; a file of one kind teaches nothing; prompts are cut on the
-left.
-`python -m lab.thumbs --data FILE` counts the rows. Answer: polite_pairs.jsonl, seed 0: ROWS.
+`examples` gives the rows of either with their labels: of a pair one row that is liked and one that is not.
+Traps: a label is true or false, not 1 or "yes"; rows of one kind alone teach nothing; prompts are cut on
+the left to fit, responses never.
+`python -m lab.thumbs --data FILE` counts the rows.
+Answer: of 1,100 pairs polite_pairs.jsonl gives 1,962 rows to train on, half liked, and 113 pairs held out.
 """
 import json
 import sys
@@ -17,23 +18,29 @@ import ipo
 from lab import start as begin
 
 
+def parse_line(line, where):
+    """(prompt, response, label) of one line (bytes). Raises data.Refused."""
+    try:
+        item = json.loads(line.decode("utf-8-sig"))
+        json.dumps(item, ensure_ascii=False).encode()  # as in data.parse_line
+    except (ValueError, RecursionError) as error:
+        raise data.Refused(f"{where}: no JSON in UTF-8 ({str(error)[:60]})") from None
+    texts = isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("prompt", "response"))
+    if not texts:
+        raise data.Refused(f'{where}: write {{"prompt": TEXT, "response": TEXT, "label": true or false}}')
+    if not item["response"]:
+        raise data.Refused(f"{where}: 'response' is empty: no token to score; fill it or remove the line")
+    if not isinstance(item.get("label"), bool):
+        raise data.Refused(f"{where}: 'label' is {str(item.get('label'))[:20]!r}; write true or false")
+    return item["prompt"], item["response"], item["label"]
+
+
 def read(path):
-    """Yields (prompt, response, label) of each line. Raises data.Refused."""
-    for number, line in enumerate(open(path, "rb"), 1):
-        where = f"{path}:{number}"
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line.decode("utf-8-sig"))
-            json.dumps(item, ensure_ascii=False).encode()
-        except (ValueError, RecursionError) as error:
-            raise data.Refused(f"{where}: no JSON in UTF-8 ({str(error)[:60]})") from None
-        texts = isinstance(item, dict) and all(isinstance(item.get(k), str) for k in ("prompt", "response"))
-        if not texts or not item["response"]:
-            raise data.Refused(f'{where}: write {{"prompt": TEXT, "response": TEXT, "label": true or false}}')
-        if not isinstance(item.get("label"), bool):
-            raise data.Refused(f"{where}: 'label' is {str(item.get('label'))[:20]}; write true or false")
-        yield item["prompt"], item["response"], item["label"]
+    """Yields (prompt, response, label) of each line that is not blank."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield parse_line(line, f"{path}:{number}")
 
 
 class Thumbs:
@@ -41,41 +48,54 @@ class Thumbs:
 
     def __init__(self, args):
         self.args, self.tokenizer = args, data.get_tokenizer(args.tokenizer)
+        self.sizes = args.block_size, self.tokenizer.n_vocab, 0
         rows, label, prompts, numbers, long = [], [], [], {}, 0
         eot = [self.tokenizer.eot_token]
         for prompt, response, liked in read(args.data):
-            prompt, response = map(self.tokenizer.encode_ordinary, (prompt, response))
+            prompt = self.tokenizer.encode_ordinary(prompt)
+            response = self.tokenizer.encode_ordinary(response)
             room = args.block_size - 1 - len(response)
             if room < 1:
                 long += 1
                 continue
-            rows.append((prompt[-room:] or eot, response + eot))
+            prompt = prompt[-room:] or eot
+            rows.append((prompt, response + eot))
             label.append(float(liked))
-            prompts.append(numbers.setdefault(tuple(rows[-1][0]), len(numbers)))
-        if not 0 < sum(label) < len(label):
-            raise data.Refused(f"--data {args.data}: needs rows with label true and with false")
+            prompts.append(numbers.setdefault(tuple(prompt), len(numbers)))
+        self.two_kinds(label, f"too long: {long}; see --block_size")
         self.pairs = data.PairData(rows, prompt=torch.tensor(prompts))
-        self.label, self.sizes = torch.tensor(label), (args.block_size, self.tokenizer.n_vocab, 0)
+        self.label = torch.tensor(label)
         self.train, held = data.split(self.pairs, args.holdout, torch.Generator().manual_seed(args.seed))
+        self.two_kinds(self.label[self.train].tolist(), f"held out: {len(held)}; see --holdout and --seed")
         self.eval = held if len(held) else self.train
         print(f"data: {len(self.train):,} rows to train on, {len(held):,} held out; {long} too long, dropped")
 
+    def two_kinds(self, label, missing):
+        if not 0 < sum(label) < len(label):
+            raise data.Refused(f"--data {self.args.data}: needs rows with label true and with false; "
+                               f"{sum(label):.0f} of {len(label)} are true ({missing})")
+
     def sft_rows(self, n, generator):
-        liked = self.train[self.label[self.train] == 1]
-        return liked if len(liked) else self.train
+        return self.train[self.label[self.train] == 1]
 
     def pose(self, policy, ref_logp, generator):
         """Nothing to prepare: examples carry their labels."""
 
 
-def make(args):
-    """The source of a file of pairs or of labelled rows, told by its first line."""
+def labelled(path):
+    """Is the first line such a row, not a pair? What is wrong with a file its reader says, not this."""
     try:
-        with open(args.data, "rb") as file:
-            labelled = b'"response"' in file.readline()
-    except OSError:
-        labelled = False  # ipo.FileSource says what is wrong
-    return Thumbs(args) if labelled else ipo.FileSource(args)
+        with open(path, "rb") as file:
+            first = next(filter(bytes.strip, file), b"{}")
+        item = json.loads(first.decode("utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(item, dict) and "chosen" not in item and ("response" in item or "label" in item)
+
+
+def make(args):
+    """The source of a file of labelled rows or of pairs."""
+    return Thumbs(args) if labelled(args.data) else ipo.FileSource(args)
 
 
 def examples(source, which):  # -> rows (N,), labels (N,) in 0..1
