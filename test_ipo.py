@@ -1,4 +1,4 @@
-"""Claims about nanoIPO, each with its proof or oracle; `pytest -q test_ipo.py` tries all of them in under a minute.
+"""Claims about nanoIPO, each with its proof or oracle. `pytest -q test_ipo.py`: under a minute.
 
 Oracles: enumeration of all responses, closed forms, independent numpy, brute force, Hugging Face's GPT-2.
 All tests run with the paper's Psi(q) = q, or one of their own, whatever a student made of `psi` in ipo.py.

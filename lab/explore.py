@@ -188,7 +188,7 @@ def exact(kind, labels, own, place, tau):
     sure = target(psi, torch.tensor([0.9, 0.99, 0.999, 1.0]).double(), tau.value)
     mo.vstack([
         picture(psi, tau.value, made, ref, mu, policies),
-        mo.md(f"With p = .9, .99, .999, 1 (hard) a pair asks for {', '.join(f'{h:.2f}' for h in sure)} nats."),
+        mo.md(f"With p = .9, .99, .999, 1 (hard) one asks for {', '.join(f'{h:.2f}' for h in sure)} nats."),
         mo.ui.table(rows, selection=None, label="objective: J; ratio: max |log pi/ref|; -: infinite"),
     ])
     return policies, psi, rows

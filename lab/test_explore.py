@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +35,15 @@ def page(**values):
 
 def said(outputs):
     return " ".join(output.text for output in outputs if output is not None)
+
+
+def test_readers_of_one_server_train_in_turn():
+    """marimo runs the setup once for each reader; ipo.psi is one for all, so their lock must be one, too."""
+    other = {"__name__": "another reader"}
+    source = (HERE / "lab/explore.py").read_text()
+    setup = re.search(r"with app.setup:\n(.*?)\n\n\n@app", source, re.S)[1]
+    exec(textwrap.dedent(setup), other)
+    assert other["TURN"] is explore.TURN and "with TURN" in source
 
 
 def test_the_page_runs_as_it_is():
