@@ -9,7 +9,8 @@ trains; few steps, or --ridge times (r_w - r_l)^2, hold it.
   python -m lab.reward                       [--labels soft] [--pairs 20000] [--data cyclic]
   python -m lab.reward --data deterministic  [--reward_steps 500] [--ridge 0.01] [--tau 1]
   python -m lab.reward --data FILE --init_from gpt2
-Answer: in cyclic, where no reward is true, r-hat is .071 (RMSE) from endless pairs' fit (500,000 hard pairs).
+Answer: RMSE of r-hat, seeds 0 to 2: bt .060 .072 .083 from 500,000 hard pairs, .004 .010 .005 from soft ones,
+.154 .128 .158 from 20,000 hard ones; cyclic, from endless pairs' fit, .071 .076 .074.
 """
 import copy
 import sys
@@ -49,8 +50,10 @@ def cost(gap, p, ridge):  # (...), (...) -> (...)
 
 def fit(policy, source, args, generator):
     """A RewardModel on a copy of the policy's trunk, trained on the source's pairs."""
-    reward, steps = RewardModel(copy.deepcopy(policy)).to(args.device), args.reward_steps
-    optimizer, order = ipo.adamw(reward), data.batches(len(source.train), args.batch_size, steps, generator)
+    reward, steps = RewardModel(copy.deepcopy(policy)), args.reward_steps
+    reward.to(args.device)
+    optimizer = ipo.adamw(reward)
+    order = data.batches(len(source.train), args.batch_size, steps, generator)
     for step, index in enumerate(order, 1):
         batch = source.pairs.batch(source.train[index], args.device)
         with ipo.autocast(args):

@@ -11,9 +11,9 @@ of the others, times grad log pi. --clip and --epochs make it PPO's surrogate (S
 FILE responses are sampled token by token (lab/rollout.py) and judged by a reward model of the file's pairs.
   python -m lab.rlhf [--reward model] [--tau 0.2] [--kl k3] [--clip 0.2 --epochs 4]
   python -m lab.rlhf --data FILE --init_from gpt2
-Trap: a mean that holds the sample itself is a baseline (k-1)/k as strong; Adam hides it.
-Answer: a learned reward (soft labels) and RLOO end .0001, .0004 and .0002 nats from the exact answer of the
-true reward (bt, tau .5, seeds 0 to 2).
+Trap: a mean that holds the sample itself makes the gradient (k-1)/k as large; Adam hides it.
+Answer: RLOO .0000 .0001 .0000, PPO .0010 .0011 .0009 nats from the exact answer (bt, tau .5, seeds 0 to 2);
+with a learned reward .011 .017 .031, of which RLOO makes at most .0008; grad ends 2.7, k3 1.8 nats off.
 """
 import copy
 import sys
@@ -62,14 +62,16 @@ def baseline(value):  # (P,k) -> (P,k)
 
 def loss(logp, old_logp, drawn, args):  # (P,k), (P,k) -> ()
     """At logp = old_logp its gradient is RLOO's, minus the mean of (R - baseline) grad log pi."""
-    log_ratio, value, penalty = logp - drawn.ref_logp, drawn.reward, 0.0
+    log_ratio = logp - drawn.ref_logp
+    value, penalty = drawn.reward, 0.0
     if args.kl == "reward":
         value = value - args.tau * (old_logp - drawn.ref_logp)  # a number: no gradient
     if args.kl == "grad":
         penalty = log_ratio
     if args.kl == "k3":
         penalty = (-log_ratio).exp() - 1 + log_ratio
-    advantage, ratio = value - baseline(value), (logp - old_logp).exp()
+    advantage = value - baseline(value)
+    ratio = (logp - old_logp).exp()
     gain = ratio * advantage
     if args.clip:
         gain = gain.minimum(ratio.clamp(1 - args.clip, 1 + args.clip) * advantage)
@@ -113,7 +115,7 @@ def rlhf(args):
     """SFT, the reward, reinforcement learning. Returns (policy, task)."""
     policy, source, _, generator = begin.start(args)
     world = args.data in data.WORLDS
-    judge, rows = None, None if world else source.pairs.chosen[source.eval][:2]
+    judge = None
     if args.reward == "model":
         judge = reward.fit(policy, source, args, generator)
         reward.save(f"{args.out}/reward.pt", judge)
@@ -123,11 +125,12 @@ def rlhf(args):
         task = Enumerated(source, r, args)
     else:
         task = rollout.Sampled(source, copy.deepcopy(policy), judge, args)
-        task.show(policy, rows, args.seed)
+        rows = source.pairs.chosen[source.eval][:2]  # whose samples are shown
+        task.show(policy, rows)
     print("before:", begin.told(task.numbers(policy)))
     train(policy, task, args)
     if not world:
-        task.show(policy, rows, args.seed)
+        task.show(policy, rows)
     return policy, task
 
 

@@ -4,9 +4,11 @@ Responses are sampled token by token, all rows at once. Each row's next token is
 prompts of any length stand side by side, padded on the right, and samples of a prompt share its computation.
 Traps: a row that ended must not go on; <|endoftext|> is part of the response, and so of its log-prob. The
 reward model never saw a response that met --longest; without --no_end a policy soon learns never to end.
+Samples drawn with the seed of training are no fair ones: KL was estimated at -3.5 nats from them.
   python -m lab.rlhf --data FILE --init_from gpt2     leaves OUT/ckpt.pt, OUT/ref.pt and OUT/reward.pt
   python -m lab.rollout --data FILE --run OUT         prints --k responses to held-out prompts, best first
-Answer: it prints samples; the only figure is the reward model's.
+Answer: 1,100 pairs of polite answers, bytes, 60 steps of RLOO (116 s): the mean reward of samples for
+held-out prompts rises from -1.68 to -.66, all by learning to end: .69 of them ended before, .90 after.
 """
 import os
 import sys
@@ -44,7 +46,8 @@ def sample(policy, prompts, eot, longest, generator):  # R lists of ids -> (R,T)
     t = torch.arange(tokens.shape[1], device=device)
     for row, prompt in enumerate(prompts):
         tokens[row, :len(prompt)] = torch.tensor(prompt)
-    begin, going = length.clone(), (length < end).nonzero().flatten()
+    begin = length.clone()
+    going = (length < end).nonzero().flatten()
     while len(going):
         width = int(length[going].max())
         wanted = t[:width] == length[going, None] - 1  # the last token of each row
@@ -73,29 +76,38 @@ class Sampled:
         where = sample(policy, prompts, eot, self.args.longest, generator)
         with torch.no_grad():
             judged = self.judge(*where)
-            ended = ((where[0] == eot) & where[1]).any(1)
-            judged = judged - self.args.no_end * ~ended
+            judged = judged - self.args.no_end * ~self.ended(*where)
             return Drawn(where, self.logp(self.reference, where), judged.view(-1, self.args.k))
+
+    def ended(self, tokens, mask):  # (R,T), (R,T) -> (R,) whether <|endoftext|> came
+        return ((tokens == self.source.tokenizer.eot_token) & mask).any(1)
 
     def logp(self, policy, where):  # -> (P,k), differentiable
         with ipo.autocast(self.args):
             return ipo.sequence_logp(policy, *where).view(-1, self.args.k)
 
+    def luck(self):
+        """The same for every policy, and not the luck of training: what that drew was pushed up or down."""
+        return torch.Generator(self.args.device).manual_seed(self.args.seed + 1_000_000)
+
     @torch.no_grad()
     def numbers(self, policy):
-        """Estimates on held-out prompts; win: against the reference's samples, by the reward model."""
+        """Estimates on held-out prompts. ended: the share that did; win: against the reference's samples, by
+        the reward model."""
         rows = self.source.pairs.chosen[self.source.eval][:4 * self.args.prompts]
-        same = torch.Generator(self.args.device)  # the same luck for both
-        theirs = self.draw(self.reference, same.manual_seed(self.args.seed), rows)
-        mine = self.draw(policy, same.manual_seed(self.args.seed), rows)
+        theirs = self.draw(self.reference, self.luck(), rows)
+        mine = self.draw(policy, self.luck(), rows)
         kl = self.logp(policy, mine.where) - mine.ref_logp
         win = (mine.reward - theirs.reward).sigmoid()
-        return data.finite({"reward": mine.reward.mean(), "kl_ref": kl.mean(), "win": win.mean()})
+        ended = self.ended(*mine.where).float()
+        means = {"reward": mine.reward, "ended": ended, "kl_ref": kl, "win": win}
+        return data.finite({name: value.mean() for name, value in means.items()})
 
-    def show(self, policy, rows, seed):
+    def show(self, policy, rows):
         """The samples of each of these prompts, best first."""
-        drawn = self.draw(policy, torch.Generator(self.args.device).manual_seed(seed), rows)
-        decode, (tokens, mask) = self.source.tokenizer.decode, drawn.where
+        drawn = self.draw(policy, self.luck(), rows)
+        tokens, mask = drawn.where
+        decode = self.source.tokenizer.decode
         for number, row in enumerate(rows):
             print(f"\n{decode(self.source.pairs.prompt_ids(row))[-99:]!r}")
             for i in drawn.reward[number].argsort(descending=True).tolist():
@@ -131,7 +143,7 @@ def run(argv):
     if policy.config.vocab_size < source.sizes[1]:
         raise data.Refused(f"--run {args.run}: its model knows other words than {args.data}")
     task = Sampled(source, reference.to(args.device), judge.to(args.device), args)
-    task.show(policy.to(args.device), source.pairs.chosen[source.eval][:args.prompts], args.seed)
+    task.show(policy.to(args.device), source.pairs.chosen[source.eval][:args.prompts])
     return args, task.numbers(policy)
 
 

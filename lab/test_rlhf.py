@@ -1,4 +1,4 @@
-"""The claims of reward, rlhf, rollout and equal: against enumeration, closed forms and sums over all draws."""
+"""The claims of reward, rlhf, rollout and equal: against enumeration, closed forms, sums over all draws."""
 import itertools
 import json
 from types import SimpleNamespace
@@ -23,8 +23,8 @@ def tiny(monkeypatch):
 
 def args_of(out, *flags, **own):
     args = ipo.parse(["--data", "bt3", "--out", str(out), "--device", "cpu", "--pairs", "4000", *flags])
-    defaults = {"reward_steps": 100, "reward_lr": 3e-3, "ridge": 0.0, "kl": "reward", "clip": 0.0, "epochs": 1,
-                "k": 3, "prompts": 2, "longest": 5, "reward": "true"}
+    defaults = {"reward_steps": 100, "reward_lr": 3e-3, "ridge": 0.0, "kl": "reward", "clip": 0.0,
+                "epochs": 1, "k": 3, "prompts": 2, "longest": 5, "reward": "true"}
     vars(args).update(defaults | own)
     return args
 
@@ -77,6 +77,18 @@ def test_kl_in_the_reward_has_no_gradient_of_its_own():
     assert gradient.abs().max() < 1e-12
 
 
+def test_the_advantage_stays_that_of_the_draw():
+    """Off the draw's policy the gradient is -ratio * advantage / n, by hand: the KL in R is the old one, a
+    number. (At the draw itself a gradient of it would cancel in the leave-one-out baseline.)"""
+    args = SimpleNamespace(tau=0.5, kl="reward", clip=0.0)
+    old, ref, r = torch.randn(3, 1, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    logp = (old + torch.tensor([[0.3, -0.2, 0.5]])).requires_grad_()
+    gradient, = torch.autograd.grad(rlhf.loss(logp, old, rollout.Drawn(None, ref, r), args), logp)
+    value = r - 0.5 * (old - ref)
+    advantage = 1.5 * (value - value.mean())  # what leaving the sample out makes of it, k = 3
+    assert torch.allclose(gradient, -(logp - old).exp() * advantage / 3)
+
+
 def test_clip_stops_ratios_that_went_far_enough():
     """PPO: no gradient above 1 + clip if the advantage is positive, below 1 - clip if it is negative."""
     old = torch.zeros(1, 2, dtype=torch.float64)
@@ -125,6 +137,67 @@ def test_rloo_and_ppo_end_at_the_exact_answer(tmp_path, flags, capsys):
     assert report["kl_ref"] == pytest.approx(data.kl(logp, ref).item(), abs=1e-5)
     win = (logp.exp()[:, :, None] * world.pstar).sum(1).mean(-1).mean().item()
     assert report["win"] == pytest.approx(win, abs=1e-5)
+
+
+@pytest.mark.parametrize("kl", ["reward", "k3"])
+def test_the_figures_are_what_they_are_called(tmp_path, kl):
+    """An untrained policy, rewards that are not the true ones: each figure from its definition."""
+    args = args_of(tmp_path, "--sft_steps", "5", kl=kl)
+    policy, world, _, _ = start.start(args)
+    for p in policy.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    r = 2 * torch.randn(4, 4, dtype=torch.float64)
+    found = rlhf.Enumerated(world, r, args).numbers(policy)
+    logp = world.enumerate(policy)
+    pi = logp.exp()
+    ends = {"kl": rlhf.answer(world.ref, r, args), "kl_ref": world.ref,
+            "kl_rlhf": (world.ref + r / args.tau).log_softmax(-1),
+            "kl_true": (world.ref + world.reward / args.tau).log_softmax(-1)}
+    exact = {name: (pi * (logp - end)).sum(-1).mean().item() for name, end in ends.items()}
+    exact["reward"] = (pi * r).sum(-1).mean().item()
+    exact["best"] = pi.gather(1, r.argmax(-1, keepdim=True)).mean().item()
+    exact["win"] = (pi[:, :, None] * world.pstar).sum(1).mean().item()
+    assert found == pytest.approx(exact, abs=1e-5)
+
+
+def test_draws_come_from_the_policy(tmp_path):
+    """Shares of 40,000 draws against the policy's table; ref_logp and reward are those of what was drawn."""
+    args = args_of(tmp_path, "--sft_steps", "5", k=40_000)
+    policy, world, _, generator = start.start(args)
+    for p in policy.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    drawn = rlhf.Enumerated(world, world.reward, args).draw(policy, generator)
+    shares = torch.nn.functional.one_hot(drawn.where, 4).double().mean(1)
+    assert (shares - world.enumerate(policy).exp()).abs().max() < 0.015
+    assert (shares - world.ref.exp()).abs().max() > 0.03
+    x = torch.arange(4)[:, None]
+    assert torch.equal(drawn.ref_logp, world.ref[x, drawn.where].float())
+    assert torch.equal(drawn.reward, world.reward[x, drawn.where].float())
+
+
+def test_a_learned_reward_is_the_one_that_is_maximised(tmp_path):
+    """--reward model: the rewards are those of OUT/reward.pt, not the world's."""
+    args = args_of(tmp_path, "--sft_steps", "5", "--steps", "1", reward="model", reward_steps=5)
+    _, task = rlhf.rlhf(args)
+    learned = reward.rewards(reward.load(tmp_path / "reward.pt"), task.world, args)
+    assert torch.equal(task.r, learned)
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_samples_serve_as_many_steps_as_asked(tmp_path, monkeypatch, epochs):
+    """Draws in 6 steps; at each fresh draw the ratio pi/old is 1, and with three epochs only there."""
+    args = args_of(tmp_path, "--sft_steps", "5", "--steps", "6", epochs=epochs)
+    policy, world, _, _ = start.start(args)
+    task, ones, usual = rlhf.Enumerated(world, world.reward, args), [], rlhf.loss
+
+    def seen(logp, old_logp, drawn, args):
+        ones.append(torch.equal(logp, old_logp))
+        assert not old_logp.requires_grad
+        return usual(logp, old_logp, drawn, args)
+
+    monkeypatch.setattr(rlhf, "loss", seen)
+    rlhf.train(policy, task, args)
+    assert ones == [step % epochs == 0 for step in range(6)]
 
 
 def test_the_wrong_ways_end_elsewhere(tmp_path, capsys):
@@ -188,6 +261,37 @@ def test_what_noise_and_ridge_teach_is_the_minimum(tmp_path):
     assert torch.allclose(slope.sum(-1), torch.zeros(4, 4).double(), atol=1e-6)
     args.ridge = 0.0
     assert reward.taught(world, args).isnan().all()
+
+
+def test_the_reward_model_s_figures_are_what_they_are_called(tmp_path, monkeypatch):
+    """Rewards off by a constant a prompt and by .3 on one response: RMSE after centring, by hand."""
+    args = args_of(tmp_path, "--sft_steps", "5")
+    _, world, _, _ = start.start(args)
+    off = torch.tensor([1.0, -2.0, 0.5, 3.0]).double()[:, None].repeat(1, 4)
+    off[:, 2] += 0.3
+    learned = world.reward + off
+    monkeypatch.setattr(reward, "rewards", lambda *given: learned)
+    found = reward.numbers(None, world, args)
+    best, exact = ((world.ref + r / args.tau).log_softmax(-1) for r in (learned, world.reward))
+    assert found["rmse"] == pytest.approx(0.3 * (3 / 16) ** 0.5)
+    assert found["gap"] == pytest.approx((learned.amax(-1) - learned.amin(-1)).mean().item())
+    assert found["kl"] == pytest.approx((best.exp() * (best - exact)).sum(-1).mean().item())
+    assert found["kl_ref"] == pytest.approx((best.exp() * (best - world.ref)).sum(-1).mean().item())
+    assert found["win"] == pytest.approx((best.exp()[:, :, None] * world.pstar).sum(1).mean().item())
+
+
+def test_where_no_reward_is_true_the_likeliest_stands_for_it(tmp_path, monkeypatch):
+    """cyclic: each response wins as often under the fit as it does, over all opponents; bt3: the world's."""
+    monkeypatch.setitem(data.WORLDS, "cyclic", TINY["bt3"])
+    args = args_of(tmp_path, "--data", "cyclic", "--sft_steps", "5")
+    _, world, _, _ = start.start(args)
+    r = reward.truth(world)
+    fit = (r[:, :, None] - r[:, None, :]).sigmoid()
+    assert torch.allclose((fit - world.pstar).sum(-1), torch.zeros(4, 4).double(), atol=1e-6)
+    centred = world.reward - world.reward.mean(-1, keepdim=True)
+    assert (r - centred).abs().max() > 0.1
+    args.data = "bt3"
+    assert torch.equal(reward.truth(world), world.reward)
 
 
 def test_certain_preferences_stretch_the_reward_and_a_ridge_holds_it(tmp_path, monkeypatch):
@@ -270,10 +374,51 @@ def pairs(tmp_path):
 SMALL = ["--tokenizer", "bytes", "--block_size", "24", "--n_layer", "1", "--n_head", "1", "--n_embd", "16"]
 
 
+def test_drawn_responses_are_judged_one_by_one(tmp_path, pairs, capsys, monkeypatch):
+    """A judge that adds up ids: k rows a prompt, in order; no_end off where no end came; no gradient."""
+    args = args_of(tmp_path, "--data", pairs, *SMALL, k=64, longest=8, no_end=7.0)
+    source = ipo.FileSource(args)
+    policy, reference = (model.GPT(model.GPTConfig(*source.sizes, 1, 1, 16)) for _ in range(2))
+    usual, with_gradient = policy.hidden, []
+
+    def hidden(*given):
+        with_gradient.append(torch.is_grad_enabled())
+        return usual(*given)
+
+    monkeypatch.setattr(policy, "hidden", hidden)
+    factor = torch.ones((), requires_grad=True)
+
+    def judge(tokens, mask):
+        return factor * (tokens * mask).sum(1)
+
+    task = rollout.Sampled(source, reference, judge, args)
+    rows = source.pairs.chosen[source.eval][:2]
+    drawn = task.draw(policy, torch.Generator().manual_seed(0), rows)
+    tokens, mask = drawn.where
+    for number, row in enumerate(rows.repeat_interleave(64)):
+        prompt = source.pairs.prompt_ids(row)
+        assert tokens[number, :len(prompt)].tolist() == prompt and not mask[number, :len(prompt)].any()
+    ended = torch.stack([t[m][-1] == source.tokenizer.eot_token for t, m in zip(tokens, mask)])
+    assert ended.any() and not ended.all() and (mask.sum(1)[~ended] == 8).all()
+    assert torch.equal(drawn.reward.flatten(), (tokens * mask).sum(1) - 7.0 * ~ended)
+    ref_logp = ipo.sequence_logp(reference, tokens, mask).view(2, 64)
+    assert torch.allclose(drawn.ref_logp, ref_logp, atol=1e-5)
+    assert not any(with_gradient) and not drawn.reward.requires_grad and not drawn.ref_logp.requires_grad
+    usual_luck = torch.Generator().manual_seed(args.seed).get_state()
+    assert torch.equal(task.luck().get_state(), task.luck().get_state())
+    assert not torch.equal(task.luck().get_state(), usual_luck)  # with which rlhf.train draws
+    args.k = 8
+    task.show(policy, rows)
+    printed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    first = [float(value) for value in printed[:8]]
+    assert len(printed) == 16 and first == sorted(first, reverse=True) and first[0] > first[-1]
+
+
 def test_a_file_of_pairs_is_learned_by_sampling(tmp_path, pairs, capsys):
     """SFT, reward model, RLOO: the reward of samples for held-out prompts rises, the win rate passes .6."""
-    argv = ["--data", pairs, *SMALL, "--sft_steps", "150", "--sft_lr", "1e-2", "--reward_steps", "150", "--lr",
-            "3e-3", "--reward_lr", "1e-2", "--steps", "40", "--longest", "4", "--tau", "0.05", "--k", "8"]
+    argv = ["--data", pairs, *SMALL, "--sft_steps", "150", "--sft_lr", "1e-2", "--reward_steps", "150",
+            "--lr", "3e-3", "--reward_lr", "1e-2", "--steps", "40", "--longest", "4", "--tau", "0.05",
+            "--k", "8"]
     out = ["--out", str(tmp_path / "run")]
     assert start.report("rlhf", rlhf.run, [*argv, *out]) == 0
     report, said = json.loads((tmp_path / "run" / "report.json").read_text()), capsys.readouterr().out
@@ -293,21 +438,50 @@ def test_three_ways_to_one_policy(tmp_path, monkeypatch, capsys):
     assert start.report("equal", equal.run, [*argv, "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["kl"] <= 2e-3 and len(report) == 13
+    assert min(report.values()) > 0  # four policies, none of them another's copy
     assert ipo.psi(torch.tensor(0.3)) == torch.tensor(0.3)  # psi is put back
 
 
-@pytest.mark.parametrize("argv, why", [
-    (["--k", "1"], "--k"), (["--kl", "k4"], "--kl"), (["--tau", "-1"], "--tau"), (["--resume"], "run"),
-    (["--ridge", "-1"], "--ridge"), (["--logp", "mean"], "--logp mean"), (["--data", "nosuch.jsonl"], "nosuch")])
-def test_bad_input_is_one_line(argv, why, tmp_path, capsys):
+@pytest.mark.parametrize("program, argv, why", [
+    (rlhf, ["--k", "1"], "--k"), (rlhf, ["--kl", "k4"], "--kl"), (rlhf, ["--tau", "-1"], "--tau"),
+    (rlhf, ["--resume"], "run"), (rlhf, ["--ridge", "-1"], "--ridge"), (rlhf, ["--clip", "nan"], "--clip"),
+    (rlhf, ["--logp", "mean"], "--logp mean"), (rlhf, ["--epochs", "0"], "--epochs"),
+    (rlhf, ["--data", "nosuch.jsonl", "--tokenizer", "bytes"], "nosuch"),
+    (rlhf, ["--data", "nosuch.jsonl", "--reward", "true"], "--reward true"),
+    (reward, ["--reward_lr", "x"], "--reward_lr"), (reward, ["--init_from", "nosuch.pt"], "nosuch.pt"),
+    (equal, ["--labels", "hard"], "--labels soft"), (equal, ["--data", "cyclic"], "--data must be bt"),
+    (equal, ["--noise", "0.1"], "--noise"), (equal, ["--kl", "k3"], "--kl"),
+    (rollout, ["--data", "bt"], "enumerated"), (rollout, ["--data", "x.jsonl", "--k", "0"], "--k"),
+    (rollout, ["--data", "x.jsonl", "--run", "nosuch"], "nosuch/ckpt.pt")])
+def test_bad_input_is_one_line(program, argv, why, tmp_path, capsys):
     """Exit status 2."""
-    assert start.report("rlhf", rlhf.run, ["--out", str(tmp_path), *argv]) == 2
+    assert start.report("name", program.run, ["--out", str(tmp_path), *argv]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("rlhf: ") and said.count("\n") == 1 and why in said
+    assert said.startswith("name: ") and said.count("\n") == 1 and why in said
 
 
-def test_divergence_is_one_line(tmp_path, capsys):
+def test_nothing_saved_is_lost(tmp_path, pairs, capsys, monkeypatch):
+    """A run of a file, or one that was cut short, is refused as --out; its files stay as they were."""
+    monkeypatch.setitem(data.WORLDS, "bt", TINY["bt3"])
+    kept = {tmp_path / "run" / "ref.pt", tmp_path / "all" / "dpo" / "ref.pt"}
+    for path in kept:
+        path.parent.mkdir(parents=True)
+        path.write_text("a run")
+    few = ["--pairs", "100", "--steps", "1", "--reward_steps", "1", "--sft_steps", "1"]
+    file = ["--data", pairs, *SMALL]
+    run, everything = str(tmp_path / "run"), str(tmp_path / "all")
+    for program, argv in ((rlhf, few), (reward, few), (rlhf, [*file, *few]), (reward, [*file, *few]),
+                          (rollout, [*file, "--run", run])):
+        assert start.report("name", program.run, [*argv, "--out", run]) == 2, program
+    assert start.report("name", equal.run, [*few, "--out", everything]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 6 and all("holds a run" in line for line in said)
+    assert all(path.read_text() == "a run" for path in kept)
+
+
+@pytest.mark.parametrize("program, rate", [(rlhf, "--lr"), (reward, "--reward_lr")])
+def test_divergence_is_one_line(program, rate, tmp_path, capsys):
     """Exit status 1."""
-    argv = ["--data", "bt3", "--lr", "1e8", "--steps", "50", "--sft_steps", "1", "--pairs", "100"]
-    assert start.report("rlhf", rlhf.run, [*argv, "--out", str(tmp_path)]) == 1
+    argv = ["--data", "bt3", rate, "1e8", "--steps", "50", "--sft_steps", "1", "--pairs", "100"]
+    assert start.report("name", program.run, [*argv, "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err.count("\n") == 1
