@@ -56,7 +56,7 @@ def frontier(world):  # -> KL(pi||ref), win rate, by rising KL
     """Eq. 7's optima for Psi = identity: no policy wins more at this KL."""
     wins = tabular.against(world.pstar, world.mu)  # (X,Y)
     kls, rates = [], []
-    for tau in torch.logspace(3, -2.5, 300).tolist():
+    for tau in torch.logspace(3, -4.5, 600).tolist():
         best = (world.ref + wins / tau).log_softmax(-1)
         kls.append(data.kl(best, world.ref).item())
         rates.append((best.exp() * wins).sum(-1).mean().item())

@@ -84,9 +84,9 @@ def source_of(out):
 def frontier(source):
     """(KL(pi||ref), win rate against mu), two tuples by rising KL: no policy wins more often at that KL."""
     wins = (source.pstar * source.mu[:, None, :]).sum(-1)       # (X,Y)
-    tau = 3000 * 1e-6 ** torch.linspace(0, 1, 300)[:, None, None]
-    best = (source.ref + wins / tau).log_softmax(-1)            # (300,X,Y)
-    kls = (best.exp() * (best - source.ref)).sum(-1).mean(-1)   # (300,)
+    tau = 3000 * 1e-8 ** torch.linspace(0, 1, 600)[:, None, None]
+    best = (source.ref + wins / tau).log_softmax(-1)            # (600,X,Y)
+    kls = (best.exp() * (best - source.ref)).sum(-1).mean(-1)   # (600,)
     rates = (best.exp() * wins).sum(-1).mean(-1)
     return tuple(kls.tolist()), tuple(rates.tolist())
 
