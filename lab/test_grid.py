@@ -129,7 +129,7 @@ def test_pictures_show_the_measured_numbers(cells, figures):
         assert [run.report["opt"][y]] in [values[1] for values in drawn]
     dashed = [line.get_ydata()[0] for line in margin.lines if list(line.get_xdata()) == [0, 1]]
     assert dashed == pytest.approx([5, 0.5])  # 1/(2 tau); for dpo infinite
-    assert [len(line.get_xdata()) for line in win.lines].count(300) == 1
+    assert [len(line.get_xdata()) for line in win.lines].count(600) == 1
     looks = {(line.get_color(), line.get_linestyle()) for line in kl.lines if len(line.get_xdata()) == 3}
     assert len(looks) == 4
     legend, = figures[f"{cells}/runs.png"].legends
@@ -160,7 +160,7 @@ def test_a_picture_without_margins(tmp_path, figures):
     assert plot.main([str(tmp_path)]) == 0
     kl, win = figures[f"{tmp_path}/runs.png"].axes
     assert [axis.get_ylabel() for axis in (kl, win)] == ["KL(pi||ref), nats", "win rate against mu"]
-    assert 300 in [len(line.get_xdata()) for line in win.lines]
+    assert 600 in [len(line.get_xdata()) for line in win.lines]
 
 
 def test_files_become_a_png(cells, tmp_path):
