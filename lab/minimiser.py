@@ -10,7 +10,8 @@ in the world deterministic is one, and robust and exo where preferences are sure
 
   python -m lab.losses --loss discopop --tau 1 --out out/all/discopop     and others, a folder each
   python -m lab.minimiser out/all
-ANSWER
+Answer: bt, tau 1, hard labels: within .0003 nats (exponential, squared_hinge) to .0109 (simpo), .0207 (slic);
+exo (.2162) is not trained to its end in 2,000 steps, discopop (.0047) has several minima.
 """
 import argparse
 import functools
