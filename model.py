@@ -178,7 +178,8 @@ def quiet_transformers():
 def generate(policy, tokenizer, prompt, temperature=1.0, seed=0, max_new_tokens=64):
     """A text sampled after `prompt` (ids), up to <|endoftext|>, max_new_tokens or a full context. temperature
     0 takes the likeliest token. Seed and prompt fix the draws: texts differ by policies. Raises Refused."""
-    ids, V, T = list(prompt) or [tokenizer.eot_token], policy.config.vocab_size, policy.config.block_size
+    prompt = list(prompt) or [tokenizer.eot_token]
+    ids, V, T = [*prompt], policy.config.vocab_size, policy.config.block_size
     if len(ids) >= T or max(ids) >= V:
         raise Refused(f"a prompt of {len(ids)} tokens fills the context of {T}, or holds words that the "
                       'model never saw; in a world write, say, "review of the pizza:"')

@@ -84,11 +84,6 @@ def f64(values):
 
 # ----------------------------------------------------------------------------------------- target and losses
 
-def test_ipo_loss_is_zero_exactly_at_the_target():
-    """Eq. 17, (h - 1/(2 tau))^2: 1/(4 tau^2) = 25 at h = 0."""
-    assert ipo.ipo_loss(f64([5, 0, 10]), torch.ones(3), 0.1).tolist() == approx([0, 25, 25])
-
-
 @cases("psi, targets", [
     (identity, (-5, 0, 1, 2.5, 4, 4.9, 5)), (tanh, (-9.99, 0, 6.64, 9.64, 9.97, 9.99, 9.99)),
     (torch.logit, (-math.inf, 0, 4.05, 10.99, 21.97, 45.95, math.inf))])
@@ -267,9 +262,9 @@ def test_logits_in_chunks_change_nothing():
     """512 tokens at a time: the same values and gradients as in one piece, and no (S,V) is kept."""
     policy, kept = gpt(block_size=16, vocab_size=301), []
     tokens, mask = torch.randint(301, (60, 12)), torch.arange(12).expand(60, 12) >= 1
-    with torch.autograd.graph.saved_tensors_hooks(lambda z: kept.append(z.numel()) or z, lambda z: z):
+    with torch.autograd.graph.saved_tensors_hooks(lambda z: kept.append(z.shape[-1]) or z, lambda z: z):
         ours = ipo.sequence_logp(policy, tokens, mask)
-    assert max(kept) < 660 * 301
+    assert kept and 301 not in kept
     assert_plain(ours, policy, tokens, mask)
 
 
@@ -302,7 +297,7 @@ def test_gpt_is_gpt2(tmp_path, sizes):
     ours = model.GPT.from_pretrained(tmp_path / "in")
     ours.save_pretrained(tmp_path / "out", eot_token=7)
     back = type(theirs).from_pretrained(tmp_path / "out")
-    assert torch.allclose(ours(tokens), theirs(tokens).logits, atol=1e-4)
+    assert torch.allclose(ours(tokens), theirs(tokens).logits, rtol=0, atol=5e-6)
     assert torch.equal(back(tokens).logits, theirs(tokens).logits) and back.config.eos_token_id == 7
 
 
@@ -341,7 +336,7 @@ def test_generate_samples_the_model(heat):
     share = torch.tensor([said.count(text) for text in (" a", " b", " c", " d", "")]) / 1000  # "": the end
     assert (share - (logits / heat).softmax(-1)).abs().max() < 0.05
     modes = {model.generate(policy, tokenizer, [1, 2], cold, 0, 1) for cold in (0, 1e-300)}
-    assert modes == {max(said, key=said.count)}
+    assert modes == {max(said, key=said.count)} and model.generate(policy, tokenizer, [], 0)[0] == " "
 
 
 # ------------------------------------------------------------------------------------------- checkpoint files
@@ -349,7 +344,7 @@ def test_generate_samples_the_model(heat):
 def saved(path, **extra):
     """-> the bytes of a checkpoint of gpt()."""
     model.save(path, gpt(), **extra)
-    return path.read_bytes()
+    return Path(path).read_bytes()
 
 
 def same(a, b):
@@ -381,7 +376,7 @@ def test_a_foreign_file_is_refused_and_executes_nothing(tmp_path, monkeypatch):
     """Cut, empty, text, another's tensors, impossible sizes or values, a pickle that would run code."""
     monkeypatch.chdir(tmp_path)
     optimizer = ipo.adamw(gpt())
-    whole = saved(Path("a.pt"), step=1, optimizer=optimizer.state_dict())
+    whole = saved("a.pt", step=1, optimizer=optimizer.state_dict())
     good = torch.load("a.pt", weights_only=True)
     values = [{"config": good["config"] | wrong} for wrong in ({"n_head": 3}, {"n_layer": 1}, {"x": 1})]
     values += [{"step": []}, {"step": None}, {"optimizer": 3}, {"optimizer": {}}, {"model": Evil()}]
@@ -396,8 +391,7 @@ def test_a_foreign_file_is_refused_and_executes_nothing(tmp_path, monkeypatch):
 
 def random_policies():
     """Three unrelated policies in a world of 4 prompts, as log-probs (4,400)."""
-    g = torch.Generator().manual_seed(0)
-    return [torch.randn(4, 400, generator=g, dtype=torch.float64).log_softmax(-1) for _ in range(3)]
+    return list(torch.randn(3, 4, 400, generator=torch.Generator().manual_seed(0)).double().log_softmax(-1))
 
 
 def preferred(name, x, a, b):
@@ -431,7 +425,7 @@ def test_the_world_is_closed():
     policy = gpt(**dict(zip(("block_size", "vocab_size", "head_size"), world.sizes)))
     said = {model.generate(policy, world.tokenizer, world.prompts[1], seed=seed) for seed in range(50)}
     assert world.enumerate(policy).exp().sum(-1).tolist() == approx([1] * 4, abs=1e-5)
-    assert said <= set(world.responses) and len(said) > 10
+    assert said <= set(world.responses) and len(said) > 10 and max(len(t.split()) for t in said) == 3
     length = torch.tensor([len(text.split()) for text in world.responses])
     assert torch.bincount(length, world.base).tolist() == approx([0, 1 / 4, 3 / 16, 9 / 16])
 
@@ -483,9 +477,9 @@ def test_exact_numbers_against_loops():
 
 def test_infinite_worth_is_the_limit_of_large_worth():
     """Logit of preferences that are sure but for e: as e falls, eq. 7 tends to the answer for e = 0."""
-    p = f64([[0.5, 0.7, 1, 1], [0.3, 0.5, 1, 1], [0, 0, 0.5, 0.6], [0, 0, 0.4, 0.5]])
-    near, limit = (policy_of(q.tolist(), [0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.4], 0.5, torch.logit)
-                   for q in (p.clamp(1e-200, 1 - 1e-16), p))
+    p = [[0.5, 0.7, 1, 0.6], [0.3, 0.5, 1, 0.6], [0, 0, 0.5, 1], [0.4, 0.4, 0, 0.5]]  # most wins: the third
+    near, limit = (policy_of(p, [0.3, 0.2, 0.1, 0.4], [0.1, 0.2, 0.3, 0.4], 0.5, psi)
+                   for psi in (lambda q: torch.logit(q).clamp(-1000, 1000), torch.logit))
     assert torch.allclose(limit, near, atol=1e-9) and (limit[2:] == 0).all() and 0.1 < limit[1] < 0.9
 
 
@@ -508,7 +502,10 @@ def test_labels_is_where_endless_labels_lead(labels, psi, more):
     ipo.psi = psi
     source = posed("--labels", labels, *more)
     ref, mu, p = source.ref[2], source.mu[2], source.pstar[2]
-    q = p + (0.2 if more else 0) * (1 - 2 * p)
+    noise, drawn = 0.2 if more else 0, source.pairs.chosen
+    source.draw(64, source.mu, labels, noise, torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, source.pairs.chosen)  # from this mu, with this noise
+    q = p + noise * (1 - 2 * p)
 
     def loss(logp):
         h = (logp - ref)[:, None] - (logp - ref)
@@ -549,8 +546,8 @@ def test_jsonl_is_read_as_written(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", pair(), "", odd | {"score": 1}, " ", "\ufeff" + json.dumps(pair(p=1)))
     expected = [data.Pair(**p, where=f"{path}:{line}") for line, p in ((1, pair()), (3, odd), (5, pair()))]
     assert list(data.read_jsonl(path)) == expected
-    assert capsys.readouterr().out == (f"{path}: 2 blank lines skipped\n"
-                                       f"{path}: 1 lines with key 'score', not used\n")
+    notes = [line.removeprefix(path) for line in capsys.readouterr().out.splitlines()]
+    assert notes == [": 2 blank lines skipped", ": 1 lines with key 'score', not used"]
 
 
 def test_anthropic_hh_is_cut_after_the_last_shared_turn(tmp_path):
@@ -614,18 +611,18 @@ def test_a_read_error_names_the_data(monkeypatch):
 def test_tokens_of_a_pair():
     """Encoded apart; the response ends with <|endoftext|>, which is scored, as is nothing before it."""
     end, pairs = "<|endoftext|>", encoded(pair("ab", "c", "xyz"), pair("é", "<|endoftext|>", "", p=0.25))
-    batch = pairs.batch(torch.tensor([0, 1]))
+    batch = pairs.batch(torch.tensor([1, 0]))
     rows = [[data.get_tokenizer("bytes").decode(t[m == scored].tolist()) for scored in (False, True)]
             for t, m in zip(batch.tokens[:, :6], batch.mask[:, :6])]  # padding is id 0, which is `end` here
-    assert rows == [["xyz", f"ab{end}"], [end * 3, f"é{end}"], ["xyz" + end, f"c{end}"], [end, "<|end"]]
-    assert batch.mask.sum(1).tolist() == [3, 3, 2, 14] and batch.p.tolist() == [1, 0.25]  # it has 13 bytes
+    assert rows == [[end * 3, f"é{end}"], ["xyz", f"ab{end}"], [end, "<|end"], ["xyz" + end, f"c{end}"]]
+    assert batch.mask.sum(1).tolist() == [3, 3, 14, 2] and batch.p.tolist() == [0.25, 1]  # it has 13 bytes
 
 
 def test_what_is_cut_and_dropped_is_counted(capsys):
     """Prompts are cut from the left, alike for both responses; responses never are."""
     digits, text = "0123456789" * 4, data.get_tokenizer("bytes").decode
     kept = encoded(pair("long" * 9), pair("same", "same"), pair("yes", "no", digits), pair(prompt=""),
-                   pair(p=0.2), pair(" "), pair("x" * 30), pair("y" * 31))
+                   pair(p=0.2), pair(" "), pair("x" * 30), pair("y", "z" * 31))
     tokens, mask = kept.padded(torch.arange(10))
     assert [text(row[:28].tolist()) for row in tokens[:2]] == [digits[-28:]] * 2
     assert mask.sum(1).tolist() == [4, 3, 5, 4, 5, 4, 2, 4, 31, 4] and mask[0, 28:].all()
@@ -635,7 +632,7 @@ def test_what_is_cut_and_dropped_is_counted(capsys):
 
 def test_held_out_prompts_are_never_trained_on():
     """The share of prompts, not of pairs; prompts equal once cut stay together; never all of them."""
-    pairs = encoded(*(pair(f"a{i}", f"b{i}", f"q{i % 10}") for i in range(40)))
+    pairs = encoded(*(pair(f"a{i}", f"b{i}", f"q{i // 4}") for i in range(40)))
     train, held = data.split(pairs, 0.2, torch.Generator().manual_seed(0))
     assert len(held) == 8 and sorted([*train.tolist(), *held.tolist()]) == list(range(40))
     assert not set(pairs.prompt[train].tolist()) & set(pairs.prompt[held].tolist())
@@ -654,7 +651,7 @@ def test_batches_see_every_pair_once_an_epoch(n, size):
 def file_source(folder, *argv):
     """A source of 30 pairs, a policy, and its log-probs of all 60 rows."""
     source, policy = ipo.FileSource(options("--data", some_pairs(folder), *SMALL, *argv)), gpt(1, **BYTES)
-    return source, policy, ipo.score(policy, source.pairs, torch.arange(60), source.args)
+    return source, policy, ipo.score(policy, source.pairs, torch.arange(60), source.args, "mean" in argv)
 
 
 def test_a_batch_comes_with_its_own_reference(tmp_path):
@@ -668,36 +665,34 @@ def test_a_batch_comes_with_its_own_reference(tmp_path):
 
 
 def test_evaluation_is_of_held_out_pairs(tmp_path):
-    """Their log-ratios, by hand; with --holdout 0, or a file too small for one, of all pairs."""
-    source, policy, after = file_source(tmp_path, "--holdout", 0.3)
+    """Their log-ratios, by hand, of means here; with --holdout 0, or a small file, of all pairs."""
+    source, policy, after = file_source(tmp_path, "--holdout", 0.3, "--logp", "mean")
     before, held = torch.randn(60), source.eval
-    assert len(held) == 9 and not set(held.tolist()) & set(source.train.tolist())
+    assert len(held) == 9 and sorted([*source.sft_rows(1, None), *source.rows]) == [*range(60)]
     source.pose(policy, before, None)
     n, (chosen, rejected) = source.evaluate(policy), (after - before).view(30, 2)[held].mean(0).tolist()
     assert [n["chosen"], n["rejected"], n["h"]] == approx([chosen, rejected, chosen - rejected], abs=1e-3)
-    for share in (0, 0.01):
-        source, *_ = file_source(tmp_path, "--holdout", share)
-        assert source.eval.tolist() == source.train.tolist() == list(range(30))
+    assert all(len(file_source(tmp_path, "--holdout", share)[0].eval) == 30 for share in (0, 0.01))
 
 
 # ----------------------------------------------------------------------------------------- numbers, training
 
-@cases("h, p, accuracy", [([1, -1, 0], [1] * 3, 0.5), ([2, 2], [0.9, 0.1], 0.5), ([2, 1], [0.5, 1], 0.75)])
+@cases("h, p, accuracy", [([1, -1, 4e-4], [1] * 3, 0.5), ([2, 2], [0.9, 0.1], 0.5), ([2, 1], [0.5, 1], 0.75)])
 def test_accuracy_counts_ties_one_half_and_reads_the_label(h, p, accuracy):
     """Ties in h or in p; a label below one half asks for the rejected response."""
-    n = ipo.measure(f64([*h, *[0] * len(h)]), torch.zeros(()), f64(p), options())
-    assert n["accuracy"] == approx(accuracy)
+    logp = f64([*h, *[0] * len(h)])
+    assert ipo.measure(logp, torch.zeros(()), f64(p), options())["accuracy"] == approx(accuracy)
 
 
 def test_numbers_of_a_batch_against_numpy():
     """Means, a spread and the loss; None (shown as -) is DPO's target at p = 1, which is infinite."""
     p, (logp, ref) = np.array([1, 0.8, 0.3]), np.random.default_rng(0).normal(size=(2, 6))
     chosen, rejected = (logp - ref).reshape(2, 3)
-    h, args = chosen - rejected, options("--tau", 0.5)
-    n = ipo.measure(f64(logp), f64(ref), f64(p), args)
+    h, argv = chosen - rejected, ("--tau", 0.5, "--loss")
+    n, dpo = (ipo.measure(f64(logp), f64(ref), f64(p), options(*argv, loss)) for loss in ("ipo", "dpo"))
     assert n == approx({"loss": ((h - 2 * p + 1) ** 2).mean(), "h": h.mean(), "h_std": h.std(), "target": 0.4,
                         "chosen": chosen.mean(), "rejected": rejected.mean(), "accuracy": n["accuracy"]})
-    assert [ipo.show(x) for x in (None, -0.00001, 1 / 3)] == ["-", "0.0000", "0.3333"]
+    assert [ipo.show(x) for x in (dpo["target"], -0.00001, 1 / 3)] == ["-", "0.0000", "0.3333"]
 
 
 @cases("gradient, step", [([3.0, 4.0], [0.6, 0.8]), ([0.3, 0.4], [0.3, 0.4])])
@@ -788,9 +783,11 @@ def test_the_report_is_of_the_saved_models(default_run):
 
 
 def test_a_finished_run_is_asked(default_run):
-    """--sample says one of the world's responses; a prompt of other words, or too long, is refused."""
+    """--sample says what the model says; a prompt of other words, or too long, is refused."""
     ask = "--out", default_run[0], "--sample"
-    assert cli(*ask, "review of the pizza:")[20:].strip("\n") in data.World("bt").responses
+    best = model.load(default_run[0] / "ckpt.pt")[0], data.World("bt").tokenizer, data.World("bt").prompts[0]
+    ask_another = "--init_from", default_run[0] / "ckpt.pt", "--temperature", 0, "--sample"
+    assert cli(*ask_another, "review of the pizza:") == f"review of the pizza:{model.generate(*best, 0)}\n"
     refused(2, "holds words that the model never saw", *ask, "review of the sushi:")
     refused(2, "a prompt of 5 tokens fills the context of 5", *ask, "review of the pizza: hot hot hot")
 
@@ -825,14 +822,13 @@ def test_the_mean_form_and_bfloat16_are_measured_like_the_others(tmp_path, argv)
 
 
 def test_an_edit_of_psi_is_trained_and_reported(tmp_path):
-    """q^4, an assignment: target, pi*, weights change; the column `labels` says where soft labels lead."""
+    """q^4, an assignment: target and pi* change; the column `labels` says where soft labels lead."""
     cli(*SHORT, "--labels", "soft", "--out", tmp_path / "a")
     ipo.psi = lambda q: q**4
     cli(*SHORT, "--labels", "soft", "--out", tmp_path / "b")
     paper, mine = report(tmp_path / "a"), report(tmp_path / "b")
     assert paper.labels["kl_opt"] < 1e-12 < 0.01 < mine.labels["kl_opt"]
     assert all(abs(mine.opt[key] - paper.opt[key]) > 0.01 for key in ("kl_ref", "target", "objective"))
-    assert mine.after["kl_ref"] != paper.after["kl_ref"]
 
 
 def test_an_infinite_target_is_refused_with_the_lesson(tmp_path):
@@ -903,7 +899,7 @@ ipo.main(sys.argv[1:])
 
 def test_kill_9_loses_nothing(tmp_path):
     """A process that dies in its fourth save, then goes on: it is the same seed's run, and not another's."""
-    flags = [*SHORT, "--log_every", "4", "--device", "cpu"]
+    flags = [*SHORT, "--log_every", "4", "--sft_steps", "0", "--device", "cpu"]
     died = subprocess.run([sys.executable, "-c", KILLED, *flags, "--out", tmp_path / "0"], cwd=HERE)
     assert died.returncode == -9 and "resumed after step 8" in cli("--resume", "--out", tmp_path / "0")
     for seed in (0, 1):
@@ -1005,6 +1001,7 @@ def test_the_program_ends_with_its_status():
     assert bad.returncode == 2 and bad.stderr.startswith("ipo.py: --tau 0.0") and bad.stderr.count("\n") == 1
     flags, text = vars(options()), " ".join(ipo.flags().format_help().split())
     assert len(flags) <= 32 and all(f"--{flag} " in text for flag in flags)
+    assert ipo.FOR_A_FILE.items() <= vars(options("--data", "x")).items()
     assert all(f"[{value}]" in text for value in flags.values() if value is not False)
 
 
