@@ -10,7 +10,8 @@ model, recomputation). TRL keeps tokens and reference log-probs in a cache: each
 the second would be faster. Its losses must be ours, or two different computations are timed: float32 to 1e-6,
 bfloat16 to 1e-3.
 
-Answer: before that rewrite TRL 1.16 took 15 times (7M) and 4.4 times (124M) our seconds (float32).
+Answer: as it comes TRL 1.16 takes 10 (7M, short rows), 41 (7M, long rows) and 3.0 times (124M) our seconds,
+at its best 7.8, 35 and 2.2; its losses are ours to 1.4e-5 (float32).
 """
 import contextlib
 import json
