@@ -410,7 +410,8 @@ def test_a_bad_row_is_named(line, why, tmp_path, capsys):
 @pytest.mark.parametrize("run, argv, why", [
     (others.run, ["--method", "ppo"], "--method"), (others.run, ["--lam", "-1"], "--lam"),
     (others.run, ["--method", "cdpo", "--smoothing", "1.1"], "--smoothing"),
-    (others.run, ["--data", "nosuch.jsonl"], "nosuch"), (kto.run, ["--data", "nosuch.jsonl"], "nosuch"),
+    (others.run, ["--data", "nosuch.jsonl", "--tokenizer", "bytes"], "nosuch"),
+    (kto.run, ["--data", "nosuch.jsonl", "--tokenizer", "bytes"], "nosuch"),
     (thumbs.run, [], "JSONL")])
 def test_bad_input_is_one_line(run, argv, why, tmp_path, capsys):
     """Exit status 2."""
