@@ -297,6 +297,9 @@ def test_spin_reaches_each_rounds_answer_and_the_data(tmp_path):
     (online, ["--sft_steps", "1", "--pairs", "8", "--lr", "1e9", "--steps", "30"], 1),
 ])
 def test_bad_input_and_divergence_end_in_one_line(tmp_path, capsys, program, flags, status):
+    """One line that names the program; its status."""
+    if "--plot" in flags:
+        pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     assert program.main(["--out", f"{tmp_path}/out", *flags]) == status
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith(program.__name__.split(".")[1] + ": ")
@@ -306,6 +309,7 @@ def test_bad_input_and_divergence_end_in_one_line(tmp_path, capsys, program, fla
 
 def test_the_family_stands_below_the_frontier_and_says_what_it_skips(tmp_path, capsys):
     """An exact optimum lies on the frontier; a policy moved off it lies below; others' runs are named."""
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     flags = ["--sft_steps", "150", "--steps", "20", "--pairs", "500", "--log_every", "20"]
     assert ipo.main(["--out", f"{tmp_path}/core", *flags]) == 0
     for name in ("exact", "bent", "seed", "broken"):
