@@ -6,7 +6,7 @@
 Where to write: the answers to 4, 5 and 7 are psi between the banners of ipo.py (to keep one when you go on,
 copy it to psi_4, psi_5 or psi_7 there; a psi must remain); that of any other is the line below that says
 open, or as many lines in its place as you like. data, ipo, math and torch may be used; numbers come as
-tensors (), float64. A check takes a second and no run (13: half a minute a bug, and so the list); most
+tensors (), float64. A check takes a second and no run (13: some seconds a bug, and so the list); most
 questions name a run that shows the matter. What they ask beyond the value is for you.
 Whatever an answer is, returns or raises, there is a hint, and no hint holds the answer. (None counts as open:
 is a return missing?)

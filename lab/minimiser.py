@@ -5,8 +5,8 @@ the mean over endless pairs and labels of the run's kind (--mu, --labels, --nois
 table of log-probs minimises it: LBFGS in float64 (lab/tabular.py), from the reference and from the trained
 policy; the lower counts. `apart`: by how much the two values differ; `gap`: the trained policy's mean loss
 less the lower; kl_ref, h_max: where the minimiser lies. --logp mean, and simpo: h of mean log-probs.
-Trap: a loss that falls without end has no minimiser: then h is stretched past 100 nats and kl is a dash. Dpo
-in the world deterministic is one, and robust and exo where preferences are surer than they assume.
+Trap: a loss that falls without end has no minimiser. If log pi/ref passes 100 nats this is taken to be so,
+and kl is a dash: dpo in the world deterministic, robust and exo where preferences are surer than they assume.
 
   python -m lab.losses --loss discopop --tau 1 --out out/all/discopop     and others, a folder each
   python -m lab.minimiser out/all

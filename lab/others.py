@@ -10,7 +10,7 @@ table of logits, the expectation over pairs and labels enumerated (lab/tabular.p
 All but orpo are convex in the logits; of orpo three starts are taken, and they end in the same place.
 Traps: cpo, orpo and slic know no reference; their likelihood term holds them near the data. --noise e
 flips labels: dpo then has cdpo's expectation. The hinge alone has a staircase for a minimiser, or several.
-Answer: bt, seeds 0 1 2, KL to the minimiser: cpo <= .0026, orpo .0039, slic .0030, cdpo .0064, dpo .0119.
+Answer: bt, seeds 0 1 2, KL to the minimiser: cpo to .0026, orpo .0039, slic .0030, cdpo .0064, dpo .0119.
 """
 import sys
 import time

@@ -6,7 +6,7 @@ no prompt in both. SFT sees the liked rows. `make` takes a file of pairs, too (a
 Traps: a label is true or false, not 1 or "yes"; rows of one kind alone teach nothing; prompts are cut on
 the left to fit, responses never.
 `python -m lab.thumbs --data FILE` counts the rows.
-Answer: of 1,100 pairs polite_pairs.jsonl gives 1,962 rows to train on, half liked, and 113 pairs held out.
+Answer: a file of 1,100 pairs of answers gave 1,962 rows to train on, half liked, and 113 pairs held out.
 """
 import json
 import sys
