@@ -231,8 +231,7 @@ def check_start(h, loss, logp, p, args):
     h = 0, for eq. 17 1/(4 tau^2); compare. Raises Refused if that is infinite."""
     theory = LOSSES[args.loss](torch.zeros_like(h), p, args.tau).mean()
     if not theory.isfinite():
-        raise Refused("psi asks for an infinite margin at p = 1: DPO's over-fitting, in one number; use "
-                      "--labels soft, unless the world is deterministic, or another psi")
+        raise Refused("infinite margin at p = 1, DPO's over-fitting; use --labels soft or another psi")
     print(f"\nstep 0: loss {loss:.6g}, theory {theory:.6g} (the loss at h = 0)")
     if not h.abs().max() <= (2e-2 if args.dtype == "bfloat16" else 1e-5) * (1 + logp.abs().max()):  # rounding
         raise Stopped(f"step 0: margins up to {h.abs().max():.3g} nats where pi = ref has 0: the cached "
@@ -371,6 +370,7 @@ def parse(argv=None):
         parser.set_defaults(sft_steps=0)
     saved = saved_flags(given.out) if given.resume else {}
     parser.set_defaults(**saved)
+    argv = ["--loss", saved.get("loss", "ipo"), *(argv or sys.argv[1:])] if saved else argv  # a loss of ours?
     args = parser.parse_args(argv)
     for flag, value in vars(args).items():
         if flag in saved and saved[flag] != value:

@@ -1,9 +1,37 @@
-"""Where do lab's tests find the core? One folder up, wherever pytest is started.
+"""What do lab's tests share? The core's folder, the paper's Psi whatever a student made of it, a tiny world.
 """
 import sys
 from pathlib import Path
+
+import pytest
+import torch
 
 # before marimo is: with it transformers takes any process for a notebook, and asks for IPython
 from transformers import Trainer  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import data  # noqa: E402: one folder up, wherever pytest is started
+import ipo  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def paper_psi(monkeypatch):
+    """Psi(q) = q; matrices this small lose more to a second thread than they gain."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr(ipo, "psi", lambda q: q)
+
+
+@pytest.fixture
+def bt3(monkeypatch):
+    """One more world: 4 prompts x 4 responses."""
+    monkeypatch.setitem(data.WORLDS, "bt3", (["good", "dull", "hot"], 1))
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """What is drawn, by path, instead of the files."""
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    from lab import plot
+    drawn = {}
+    monkeypatch.setattr(plot, "save", lambda figure, path: drawn.update({path: figure}))
+    return drawn

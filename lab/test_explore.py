@@ -183,7 +183,7 @@ DEEP = """function all(root, found) {for (const e of root.querySelectorAll('*'))
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    webdriver = pytest.importorskip("selenium.webdriver", reason="lab/requirements.txt has no selenium: pip install selenium")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="lab/requirements.txt: the page in a browser needs selenium")
     from selenium.common.exceptions import WebDriverException
     driver = shutil.which("chromedriver")
     if not BROWSER or not driver:

@@ -13,21 +13,6 @@ from lab import grid, plot
 SHORT = ["--steps", "20", "--sft_steps", "5", "--pairs", "2000", "--batch_size", "16", "--log_every", "10"]
 
 
-@pytest.fixture(autouse=True)
-def paper_psi(monkeypatch):
-    """The paper's psi, whatever stands in ipo.py."""
-    monkeypatch.setattr(ipo, "psi", lambda q: q)
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """What is drawn, by path, instead of the files."""
-    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
-    drawn = {}
-    monkeypatch.setattr(plot, "save", lambda figure, path: drawn.update({path: figure}))
-    return drawn
-
-
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory):
     """A finished grid: two losses, two taus."""

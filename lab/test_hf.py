@@ -47,8 +47,7 @@ FIVE = [  # the same pair
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch):
-    """The paper's Psi, whatever a student made of it, and no look at the hub."""
-    monkeypatch.setattr(ipo, "psi", lambda q: q)
+    """No look at the hub."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 

@@ -17,8 +17,7 @@ FAST = ["--steps", "150", "--sft_steps", "60", "--pairs", "4000", "--batch_size"
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    """The paper's Psi, whatever a student wrote; 13 responses."""
-    monkeypatch.setattr(ipo, "psi", lambda q: q)
+    """13 responses."""
     monkeypatch.setitem(data.WORLDS, "bt", (["superb", "dull", "hot"], 2))
 
 

@@ -237,3 +237,18 @@ def test_the_table_is_made_of_runs(tmp_path, capsys):
     assert "discopop" not in ipo.WORTH
     assert losses.main(["--table", "--data", "nofile.jsonl", "--out", str(tmp_path / "t2")]) == 2
     assert "world" in capsys.readouterr().err
+
+
+def test_the_core_refuses_to_go_on_with_a_loss_that_it_lacks(tmp_path, capsys, monkeypatch):
+    """`python ipo.py --resume` knows ipo and dpo alone: one line, status 2, and the run can go on here."""
+    flags = [*FAST, "--loss", "savage", "--out", str(tmp_path)]
+    assert losses.main(flags) == 0
+    kept = (tmp_path / "config.json").read_text()
+    monkeypatch.delitem(ipo.LOSSES, "savage")
+    capsys.readouterr()
+    assert ipo.main(["--resume", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ipo.py: argument --loss: invalid choice: 'savage'") and error.count("\n") == 1
+    assert (tmp_path / "config.json").read_text() == kept
+    monkeypatch.undo()
+    assert losses.main(["--resume", "--out", str(tmp_path)]) == 0

@@ -13,11 +13,6 @@ from lab import mean_form
 FAST = ["--steps", "3", "--sft_steps", "3", "--pairs", "300", "--batch_size", "32", "--log_every", "3"]
 
 
-@pytest.fixture(autouse=True)
-def paper_psi(monkeypatch):
-    monkeypatch.setattr(ipo, "psi", lambda q: q)
-
-
 def random_logp(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64).log_softmax(-1)

@@ -9,13 +9,7 @@ import data
 import ipo
 from lab import minimiser, tabular
 
-TINY = {"bt3": (["good", "dull", "hot"], 1)}  # 4 prompts x 4 responses
-
-
-@pytest.fixture(autouse=True)
-def paper(monkeypatch):
-    monkeypatch.setattr(ipo, "psi", lambda q: q)
-    monkeypatch.setitem(data.WORLDS, "bt3", TINY["bt3"])
+pytestmark = pytest.mark.usefixtures("bt3")
 
 
 def small(seed=0):

@@ -22,8 +22,7 @@ FAST = ["--steps", "300", "--sft_steps", "40", "--pairs", "4000", "--lr", "6e-3"
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    """The paper's Psi, whatever a student wrote; both worlds with 13 responses."""
-    monkeypatch.setattr(ipo, "psi", lambda q: q)
+    """Both worlds with 13 responses."""
     for name in ("bt", "deterministic"):
         monkeypatch.setitem(data.WORLDS, name, WORDS)
 

@@ -12,14 +12,7 @@ import ipo
 import model
 from lab import kto, others, start, tabular, thumbs
 
-TINY = {"bt3": (["good", "dull", "hot"], 1)}  # 4 prompts x 4 responses
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    torch.set_num_threads(1)
-    monkeypatch.setattr(ipo, "psi", lambda q: q)
-    monkeypatch.setattr(data, "WORLDS", data.WORLDS | TINY)
+pytestmark = pytest.mark.usefixtures("bt3")
 
 
 def flags_of(method, **own):

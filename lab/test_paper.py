@@ -27,21 +27,6 @@ THIRDS = (1 / 3, 1 / 3, 1 / 3)
 LIMITS = {"bandit2": (1, 0), "d1": (1, 0, 0), "d2": THIRDS, "d3": THIRDS, "d3prime": (0.5, 0.5, 0)}
 
 
-@pytest.fixture(autouse=True)
-def paper_psi(monkeypatch):
-    """The paper's psi, whatever stands in ipo.py."""
-    monkeypatch.setattr(ipo, "psi", lambda q: q)
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """What is drawn, by file name, instead of the files."""
-    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
-    drawn = {}
-    monkeypatch.setattr(plot, "save", lambda figure, path: drawn.update({path.split("/")[-1]: figure}))
-    return drawn
-
-
 def run(out, *flags):
     """The exit status of lab.paper, and its report.json."""
     status = paper.main([*map(str, flags), "--out", str(out)])
@@ -99,7 +84,7 @@ def test_every_policy_is_the_one_that_is_trained_alone(tmp_path, figures):
             assert after["interval"] == pytest.approx(1.96 * pi.std(0, ddof=1) / 3 ** 0.5, abs=1e-9)
             margins = [np.log(pi[:, w] / pi[:, l]) for w, l in pairs]
             assert after["h"] == pytest.approx(np.mean(margins), abs=1e-9)
-    assert status == 0 and sorted(figures) == ["actions.png", "margins.png"]
+    assert status == 0 and sorted(figures) == [f"{tmp_path}/actions.png", f"{tmp_path}/margins.png"]
 
 
 @pytest.mark.parametrize("name", ["d1", "d3prime"])
@@ -122,7 +107,7 @@ def test_figure_1_in_small(tmp_path, figures, capsys):
         assert 1e-4 < max(after["interval"]) < 8e-3  # seeds differ, and their mean is that sure
         assert report[f"dpo, tau {tau:g}"]["after"]["pi"][0] > 0.999
     assert "ipo, tau 0.1: loss 25 at" in (out := capsys.readouterr().out) and "ipo, tau 0.1: a  " in out
-    axes = figures["actions.png"].axes
+    axes = figures[f"{tmp_path}/actions.png"].axes
     assert [axis.get_title()[:3] for axis in axes] == ["ipo", "dpo", "ipo", "dpo"]
     for axis in axes:  # of each action a curve, then its dashed optimum
         numbers = report[axis.get_title()]
@@ -134,14 +119,14 @@ def test_figure_1_in_small(tmp_path, figures, capsys):
             at_end = edge[edge[:, 0] == 3000, 1]
             middle, error = numbers["after"]["pi"][action], numbers["after"]["interval"][action]
             assert (at_end.min(), at_end.max()) == pytest.approx((middle - error, middle + error))
-    margin, = figures["margins.png"].axes
+    margin, = figures[f"{tmp_path}/margins.png"].axes
     assert margin.lines[0].get_ydata()[-1] == pytest.approx(report["ipo, tau 0.1"]["after"]["h"])
 
 
 def test_ipos_margin_stops_and_dpos_does_not(tmp_path, figures):
     """One certain pair, tau .1: 5 nats, and more at every look."""
     _, report = run(tmp_path, "--data", "bandit2", "--tau", 0.1, "--steps", 1500, "--seeds", 2)
-    lines = figures["margins.png"].axes[0].lines
+    lines = figures[f"{tmp_path}/margins.png"].axes[0].lines
     drawn = {line.get_label(): line for line in lines}
     assert report["ipo, tau 0.1"]["after"]["h"] == pytest.approx(5, abs=1e-4)
     assert {"ipo, tau 0.1", "dpo, tau 0.1", "mean target", "exact pi*"} <= drawn.keys()

@@ -11,14 +11,7 @@ import ipo
 import model
 from lab import equal, reward, rlhf, rollout, start, tabular
 
-TINY = {"bt3": (["good", "dull", "hot"], 1)}  # 4 prompts x 4 responses
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    torch.set_num_threads(1)
-    monkeypatch.setattr(ipo, "psi", lambda q: q)
-    monkeypatch.setattr(data, "WORLDS", data.WORLDS | TINY)
+pytestmark = pytest.mark.usefixtures("bt3")
 
 
 def args_of(out, *flags, **own):
@@ -282,7 +275,7 @@ def test_the_reward_model_s_figures_are_what_they_are_called(tmp_path, monkeypat
 
 def test_where_no_reward_is_true_the_likeliest_stands_for_it(tmp_path, monkeypatch):
     """cyclic: each response wins as often under the fit as it does, over all opponents; bt3: the world's."""
-    monkeypatch.setitem(data.WORLDS, "cyclic", TINY["bt3"])
+    monkeypatch.setitem(data.WORLDS, "cyclic", data.WORLDS["bt3"])
     args = args_of(tmp_path, "--data", "cyclic", "--sft_steps", "5")
     _, world, _, _ = start.start(args)
     r = reward.truth(world)
@@ -296,7 +289,7 @@ def test_where_no_reward_is_true_the_likeliest_stands_for_it(tmp_path, monkeypat
 
 def test_certain_preferences_stretch_the_reward_and_a_ridge_holds_it(tmp_path, monkeypatch):
     """deterministic: the gap at 240 steps is more than 1.5 times that at 60; with a ridge less than 1.2."""
-    monkeypatch.setitem(data.WORLDS, "deterministic", TINY["bt3"])
+    monkeypatch.setitem(data.WORLDS, "deterministic", data.WORLDS["bt3"])
     gaps = {}
     for ridge in (0.0, 0.05):
         for steps in (60, 240):
@@ -433,7 +426,7 @@ def test_a_file_of_pairs_is_learned_by_sampling(tmp_path, pairs, capsys):
 
 def test_three_ways_to_one_policy(tmp_path, monkeypatch, capsys):
     """Proposition 1 in small: RLHF, DPO, and IPO's loop with Psi = logit, pairwise and from the exact one."""
-    monkeypatch.setitem(data.WORLDS, "bt", TINY["bt3"])
+    monkeypatch.setitem(data.WORLDS, "bt", data.WORLDS["bt3"])
     argv = ["--pairs", "4000", "--steps", "300", "--reward_steps", "200", "--sft_steps", "20"]
     assert start.report("equal", equal.run, [*argv, "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
@@ -462,7 +455,7 @@ def test_bad_input_is_one_line(program, argv, why, tmp_path, capsys):
 
 def test_nothing_saved_is_lost(tmp_path, pairs, capsys, monkeypatch):
     """A run of a file, or one that was cut short, is refused as --out; its files stay as they were."""
-    monkeypatch.setitem(data.WORLDS, "bt", TINY["bt3"])
+    monkeypatch.setitem(data.WORLDS, "bt", data.WORLDS["bt3"])
     kept = {tmp_path / "run" / "ref.pt", tmp_path / "all" / "dpo" / "ref.pt"}
     for path in kept:
         path.parent.mkdir(parents=True)

@@ -17,11 +17,6 @@ FILE = ["--steps", "6", "--sft_steps", "3", "--batch_size", "2", "--tokenizer", 
 NUMBER = r"([-+.\d]+)"
 
 
-@pytest.fixture(autouse=True)
-def paper_psi(monkeypatch):
-    monkeypatch.setattr(ipo, "psi", lambda q: q)
-
-
 def run(tmp_path, *flags):
     """A finished run in tmp_path/out, on the CPU."""
     assert ipo.main([*flags, "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0

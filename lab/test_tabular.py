@@ -15,11 +15,6 @@ from lab import tabular
 WORLDS = [(0, 3, 0.1), (1, 4, 0.2), (2, 5, 0.5), (3, 4, 1.0)]  # seed, responses, tau
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def small(seed, Y, X=2):
     """Random p* (any, intransitive or not), reference and mu: (X,Y,Y), log (X,Y), (X,Y)."""
     generator = torch.Generator().manual_seed(seed)

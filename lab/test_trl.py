@@ -32,8 +32,7 @@ SAME = {"bf16": False, "use_cpu": True, "lr_scheduler_type": "constant", "learni
 
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path, monkeypatch):
-    """The paper's Psi, whatever a student made of it; no file outside the test's, no look at the hub."""
-    monkeypatch.setattr(ipo, "psi", lambda q: q)
+    """No file outside the test's, no look at the hub."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
