@@ -3,7 +3,6 @@
 Nothing here knows what a preference is.
 Sizes: R rows, T tokens in a row, C channels, V vocabulary, S scored tokens, U distinct prefixes of rows.
 """
-import math
 import os
 import zipfile
 from dataclasses import dataclass
@@ -29,6 +28,15 @@ class GPTConfig:
     n_embd: int = 768        # channels C, a multiple of n_head
 
 
+def attend(qkv, n_head, begin=0):  # (R,T,3C) -> (R,T-begin,C)
+    """Causal attention: what positions from `begin` on (usually all) take from those up to themselves."""
+    q, k, v = qkv.unflatten(2, (3, n_head, -1)).permute(2, 0, 3, 1, 4)  # each (R, heads, T, C / heads)
+    T = qkv.shape[1]
+    mask = torch.ones(T, T, dtype=torch.bool, device=qkv.device).tril()[begin:] if begin else None
+    y = F.scaled_dot_product_attention(q[:, :, begin:], k, v, mask, is_causal=not begin)
+    return y.transpose(1, 2).flatten(2)
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention."""
 
@@ -40,14 +48,7 @@ class Attention(nn.Module):
 
     def forward(self, x, shared=None):  # (R,T,C) -> (R,T,C)
         qkv = self.c_attn(x)
-        if shared:  # skip at first: see the end of this file
-            qkv = shared.spread(qkv)
-        R, T, _ = qkv.shape
-        q, k, v = (z.view(R, T, self.n_head, -1).transpose(1, 2) for z in qkv.chunk(3, dim=2))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        y = y.transpose(1, 2).reshape(R, T, -1)
-        if shared:
-            y = shared.gather(y)
+        y = shared.attend(qkv, self.n_head) if shared else attend(qkv, self.n_head)
         return self.c_proj(y)
 
 
@@ -93,10 +94,9 @@ class GPT(nn.Module):
             "ln_f": nn.LayerNorm(config.n_embd),
         })
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # what blocks add to the stream, twice each: GPT-2's scale
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
-            elif p.dim() == 2:
-                nn.init.normal_(p, std=0.02)
+            if p.dim() == 2:
+                added = name.endswith("c_proj.weight")  # to the stream, by each block twice: GPT-2's scale
+                nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5 if added else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
@@ -104,12 +104,15 @@ class GPT(nn.Module):
         """The normalised stream after the last block. wanted (R,T), for speed: False where it is not read."""
         if tokens.shape[1] > self.config.block_size:
             raise ValueError(f"{tokens.shape[1]} tokens exceed the context of {self.config.block_size}")
-        if wanted is not None:
-            return hidden_once(self, tokens, wanted)  # training comes here; below: the same, plainly
-        x = self.transformer.wte(tokens) + self.transformer.wpe.weight[:tokens.shape[1]]
+        position = torch.arange(tokens.shape[1], device=tokens.device)
+        shared = None if wanted is None else Shared(tokens, wanted)
+        if shared:  # in training, for speed; skip at first: see the end of this file
+            tokens, position = shared.tokens, shared.position
+        x = self.transformer.wte(tokens) + self.transformer.wpe(position)
         for block in self.transformer.h:
-            x = block(x)
-        return self.transformer.ln_f(x)
+            x = block(x, shared)
+        x = self.transformer.ln_f(x)
+        return spread(x, shared.back) if shared else x
 
     def head(self, x):  # (...,C) -> (...,V)
         """Logits over the ids that can be emitted."""
@@ -198,13 +201,10 @@ def generate(policy, tokenizer, prompt, temperature=1.0, seed=0, max_new_tokens=
 
 
 def save(path, policy, **extra):
-    """Writes sizes, weights and extra (plain values, tensors) in one step: whatever interrupts it, path is
-    the old file or the new one, whole. Raises Refused if the disk is full, say."""
+    """Writes sizes, weights and extra (plain values, tensors) in one step: whenever it is killed, path is the
+    old file or the new one, whole. Raises Refused if the disk is full, say."""
     try:
-        with open(f"{path}.tmp", "wb") as file:
-            torch.save({"config": vars(policy.config), "model": policy.state_dict(), **extra}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        torch.save({"config": vars(policy.config), "model": policy.state_dict(), **extra}, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter
         why = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -226,11 +226,9 @@ def load(path, policy=None, optimizer=None):
         if optimizer:
             optimizer.load_state_dict(extra.pop("optimizer"))
             extra["step"] = int(extra["step"])
-    except OSError as error:
-        raise Refused(f"{path}: {error.strerror or error}; name the ckpt.pt that a run left") from None
     except Exception as error:  # a file that is cut, foreign or edited raises a dozen kinds
         why = (str(error).strip() or type(error).__name__).splitlines()[0][:80]
-        raise Refused(f"{path}: no checkpoint of nanoIPO, or a damaged one ({why}); name another") from None
+        raise Refused(f"{path}: no whole checkpoint ({why}); name the ckpt.pt that a run left") from None
     return policy, extra
 
 
@@ -244,34 +242,39 @@ def in_chunks(f, x, ids, size=512):  # f: (S,C), (S,) -> (S,)
     return torch.cat([checkpoint(f, *part, use_reentrant=False) for part in parts])
 
 
+def spread(x, where):  # (U,C), (...) -> (...,C)
+    """x[where], with a faster backward pass, which sums no gradients in bfloat16: long sums would stall."""
+    return F.embedding(where, x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+
+
 class Shared:
     """Rows of tokens as U distinct prefixes. Under causal attention a position depends on the tokens up to it
-    alone, so what rows share at the start, above all a pair's prompt, is computed once, and padding never;
-    attention alone sees rows. Sorted rows show which prefixes are equal: nothing is approximated."""
+    alone, so what rows share at the start, above all a pair's prompt, is computed once, and padding never.
+    Attention alone sees rows, each asking for its own positions only, those that no row before it has.
+    Sorted rows show which prefixes are equal: nothing is approximated."""
 
     def __init__(self, tokens, wanted):  # (R,T), (R,T)
-        needed = wanted.flip(1).cumsum(1).flip(1) > 0    # what is wanted, and all that stands before it
-        rows, self.back = tokens.masked_fill(~needed, -1).unique(dim=0, return_inverse=True)  # sorted; (R,)
-        new = torch.ones_like(rows, dtype=torch.bool)
-        new[1:] = (rows[1:] != rows[:-1]).cumsum(1) > 0  # neighbours are equal up to where they first differ
-        new &= rows >= 0
-        self.first = new.flatten().nonzero()[:, 0]       # (U,) in the flat rows
-        self.tokens, self.position = rows.flatten()[self.first], self.first % tokens.shape[1]  # (U,), (U,)
-        number = new.flatten().cumsum(0).view_as(new) - 1
-        self.where = number.masked_fill(~new, 0).cummax(0).values  # places in U; not new: as in the row above
+        needed = wanted.flip(1).cumsum(1).flip(1) > 0     # what is wanted, and all that stands before it
+        rows, row = tokens.masked_fill(~needed, -1).unique(dim=0, return_inverse=True)  # sorted; (R,)
+        above = torch.cat([rows[:1] - 1, rows[:-1]])      # the row before; before the first, nothing like it
+        new = ((rows != above).cumsum(1) > 0) & (rows >= 0)  # equal up to where they first differ
+        self.tokens, self.position = rows[new], new.nonzero()[:, 1]                # (U,), (U,)
+        number = (new.flatten().cumsum(0).view_as(new) - 1).masked_fill(~new, -1)  # place in U, -1: not new
+        where = number.cummax(0).values.clamp(min=0)      # place in U; not new: as in the row above
+        self.back = where[row]                            # (R,T)
+        # rows whose own positions begin and end alike, in steps of a sixteenth of all, attend together
+        step = max(16, tokens.shape[1] // 16)
+        length = (rows >= 0).sum(1).clamp(min=1)     # a row of which nothing is wanted counts as 1
+        bounds = torch.stack([length - new.sum(1), length + step - 1], 1) // step * step
+        bounds, group = bounds.unique(dim=0, return_inverse=True)
+        self.groups = [(where[group == g, :end], number[group == g, begin:end])
+                       for g, (begin, end) in enumerate(bounds.tolist())]
+        answers = torch.cat([own.flatten() for _, own in self.groups])
+        self.answer = answers.argsort()[-len(self.tokens):]  # (U,) where in the groups' answers each stands
 
-    # F.embedding is x[index] with a faster backward pass
-    def spread(self, x):  # (U,C) -> (rows,T,C); gradients of many rows must not be summed in bfloat16
-        return F.embedding(self.where, x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
-
-    def gather(self, x):  # (rows,T,C) -> (U,C)
-        return F.embedding(self.first, x.flatten(0, 1))
-
-
-def hidden_once(policy, tokens, wanted):  # (R,T), (R,T) -> (R,T,C)
-    """GPT.hidden with every distinct prefix computed once; anything where `wanted` is False."""
-    shared = Shared(tokens, wanted)
-    x = policy.transformer.wte(shared.tokens) + policy.transformer.wpe(shared.position)  # (U,C)
-    for block in policy.transformer.h:
-        x = block(x, shared)
-    return shared.spread(policy.transformer.ln_f(x))[shared.back]
+    def attend(self, qkv, n_head):  # (U,3C) -> (U,C)
+        flat = spread(qkv, torch.cat([where.flatten() for where, _ in self.groups]))
+        parts = flat.split([where.numel() for where, _ in self.groups])
+        y = [attend(part.view(*where.shape, -1), n_head, where.shape[1] - own.shape[1]).flatten(0, 1)
+             for part, (where, own) in zip(parts, self.groups)]
+        return F.embedding(self.answer, torch.cat(y))

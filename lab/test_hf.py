@@ -533,7 +533,7 @@ def test_command_lines_that_make_no_sense_are_refused(tmp_path, capsys):
         said = capsys.readouterr().err
         assert said.startswith("hf.py: ") and said.count("\n") == 1, said
     assert ipo.main(["--resume", "--out", out]) == 2 and ipo.main(["--sample", "Hi", "--out", out]) == 2
-    assert "no checkpoint of nanoIPO" in capsys.readouterr().err
+    assert "no whole checkpoint" in capsys.readouterr().err
     with pytest.raises(SystemExit) as done:
         hf.main(["--help"])
     assert done.value.code == 0 and hf.__doc__.splitlines()[0] in capsys.readouterr().out
