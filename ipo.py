@@ -103,6 +103,8 @@ class Stopped(RuntimeError):
 
 def autocast(args):
     """Context: matrix products in --dtype; weights, log-probs and losses stay float32."""
+    # CPUs obey, too, despite the name: their flash attention is slow in bfloat16, plain products are not
+    torch.backends.cuda.enable_flash_sdp(args.device != "cpu" or args.dtype == "float32")
     return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
@@ -234,8 +236,7 @@ def check_start(h, loss, logp, p, args):
         raise Refused("infinite margin at p = 1, DPO's over-fitting; use --labels soft or another psi")
     print(f"\nstep 0: loss {loss:.6g}, theory {theory:.6g} (the loss at h = 0)")
     if not h.abs().max() <= (2e-2 if args.dtype == "bfloat16" else 1e-5) * (1 + logp.abs().max()):  # rounding
-        raise Stopped(f"step 0: margins up to {h.abs().max():.3g} nats where pi = ref has 0: the cached "
-                      "reference is not the policy that training starts from")
+        raise Stopped(f"step 0: margins up to {h.abs().max():.3g} nats, not 0: the reference is not pi")
 
 
 # A source has pairs (a PairData), tokenizer, sizes (GPTConfig's first three), prompts to sample from (ids),
@@ -462,7 +463,7 @@ def main(argv=None):
         return 0
     except (Refused, model.Refused, Stopped, OSError, KeyboardInterrupt) as error:
         print("ipo.py:", str(error) or "interrupted; --resume goes on where it was saved", file=sys.stderr)
-        return 2 if isinstance(error, (Refused, model.Refused)) else 1
+        return 2 if isinstance(error, (Refused, model.Refused, FileExistsError, NotADirectoryError)) else 1
 
 
 if __name__ == "__main__":

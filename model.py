@@ -1,7 +1,8 @@
 """A GPT with GPT-2's names and shapes, sampling, GPT-2's weights in and out, checkpoint files.
 
 Nothing here knows what a preference is.
-Sizes: R rows, T tokens in a row, C channels, V vocabulary, S scored tokens, U distinct prefixes of rows.
+Sizes: R rows, T tokens in a row, C channels, V vocabulary, S scored tokens; a prefix is a position with
+all tokens before it, U counts the distinct ones of a batch.
 """
 import os
 import zipfile
@@ -11,6 +12,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+# for bfloat16 on CPUs (ipo.autocast): attention as plain products makes no detour by float32
+torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
 
 
 class Refused(ValueError):
@@ -29,9 +33,10 @@ class GPTConfig:
 
 
 def attend(qkv, n_head, begin=0):  # (R,T,3C) -> (R,T-begin,C)
-    """Causal attention: what positions from `begin` on (usually all) take from those up to themselves."""
+    """Causal attention: what each position from `begin` on (0: all) takes from itself and those before it."""
     q, k, v = qkv.unflatten(2, (3, n_head, -1)).permute(2, 0, 3, 1, 4)  # each (R, heads, T, C / heads)
     T = qkv.shape[1]
+    # is_causal alone would set the first query beside the first key, not the last beside the last
     mask = torch.ones(T, T, dtype=torch.bool, device=qkv.device).tril()[begin:] if begin else None
     y = F.scaled_dot_product_attention(q[:, :, begin:], k, v, mask, is_causal=not begin)
     return y.transpose(1, 2).flatten(2)
@@ -46,7 +51,7 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, shared=None):  # (R,T,C) -> (R,T,C)
+    def forward(self, x, shared=None):  # (R,T,C) -> (R,T,C), or if shared (U,C) -> (U,C)
         qkv = self.c_attn(x)
         y = shared.attend(qkv, self.n_head) if shared else attend(qkv, self.n_head)
         return self.c_proj(y)
@@ -74,7 +79,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, shared=None):  # (R,T,C) -> (R,T,C)
+    def forward(self, x, shared=None):  # (R,T,C) -> (R,T,C), or if shared (U,C) -> (U,C)
         x = x + self.attn(self.ln_1(x), shared)
         return x + self.mlp(self.ln_2(x))
 
@@ -95,18 +100,19 @@ class GPT(nn.Module):
         })
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                added = name.endswith("c_proj.weight")  # to the stream, by each block twice: GPT-2's scale
+                added = name.endswith("c_proj.weight")  # to the stream, 2 n_layer times: GPT-2's scale
                 nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5 if added else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
     def hidden(self, tokens, wanted=None):  # (R,T) -> (R,T,C)
-        """The normalised stream after the last block. wanted (R,T), for speed: False where it is not read."""
+        """The normalised stream after the last block. wanted (R,T), for speed: where it is False,
+        the result is not read and may be anything."""
         if tokens.shape[1] > self.config.block_size:
             raise ValueError(f"{tokens.shape[1]} tokens exceed the context of {self.config.block_size}")
         position = torch.arange(tokens.shape[1], device=tokens.device)
         shared = None if wanted is None else Shared(tokens, wanted)
-        if shared:  # in training, for speed; skip at first: see the end of this file
+        if shared:  # for speed; skip at first: see the end of this file
             tokens, position = shared.tokens, shared.position
         x = self.transformer.wte(tokens) + self.transformer.wpe(position)
         for block in self.transformer.h:
@@ -180,7 +186,7 @@ def quiet_transformers():
 @torch.no_grad()
 def generate(policy, tokenizer, prompt, temperature=1.0, seed=0, max_new_tokens=64):
     """A text sampled after `prompt` (ids), up to <|endoftext|>, max_new_tokens or a full context. temperature
-    0 takes the likeliest token. Seed and prompt fix the draws: texts differ by policies. Raises Refused."""
+    0 takes the likeliest token. Same seed and prompt, same draws: only policies differ. Raises Refused."""
     prompt = list(prompt) or [tokenizer.eot_token]
     ids, V, T = [*prompt], policy.config.vocab_size, policy.config.block_size
     if len(ids) >= T or max(ids) >= V:
@@ -208,13 +214,13 @@ def save(path, policy, **extra):
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter
         why = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise Refused(f"{path}: cannot be written ({why}); what was there before still is; make room, then "
-                            "--resume") from None
+        raise Refused(f"{path}: cannot be written ({why}); the old file stays; mend that, --resume") from None
 
 
 def load(path, policy=None, optimizer=None):
-    """(policy, extra), on the CPU. path: save's file, whose weights go into a GPT or the `policy` given, its
-    optimizer's state into `optimizer`, executing nothing; or what from_pretrained takes. Raises Refused."""
+    """(policy, what save got as extra). path: save's file, of which nothing is executed, or what
+    from_pretrained takes. Weights go into a new GPT on the CPU, or the `policy` given; the optimizer's state
+    into `optimizer`, if given. Raises Refused."""
     if not str(path).endswith(".pt"):
         return GPT.from_pretrained(path), {}
     try:
@@ -235,7 +241,8 @@ def load(path, policy=None, optimizer=None):
 # --------------------------------------------------------------------------------- for speed; skip at first
 
 def in_chunks(f, x, ids, size=512):  # f: (S,C), (S,) -> (S,)
-    """f(x, ids), 512 tokens at a time, whose logits are computed again in the backward pass: never (S,V)."""
+    """f(x, ids). Above 512 tokens, 512 at a time, whose logits are computed again in the backward pass: never
+    (S,V)."""
     if len(ids) <= size:
         return f(x, ids)
     parts = zip(x.split(size), ids.split(size))
@@ -243,34 +250,37 @@ def in_chunks(f, x, ids, size=512):  # f: (S,C), (S,) -> (S,)
 
 
 def spread(x, where):  # (U,C), (...) -> (...,C)
-    """x[where], with a faster backward pass, which sums no gradients in bfloat16: long sums would stall."""
+    """x[where]. Gradients of a row that is taken often are summed: fast here, and not in bfloat16, where long
+    sums stall."""
     return F.embedding(where, x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
 
 
 class Shared:
     """Rows of tokens as U distinct prefixes. Under causal attention a position depends on the tokens up to it
-    alone, so what rows share at the start, above all a pair's prompt, is computed once, and padding never.
-    Attention alone sees rows, each asking for its own positions only, those that no row before it has.
-    Sorted rows show which prefixes are equal: nothing is approximated."""
+    alone, so what rows share at the start, above all a pair's prompt, is computed once, and what follows a
+    row's last wanted position never. Sorted rows show which prefixes are equal: nothing is approximated.
+    Rows [a b c], [a b d], [e f -]: U = 6 (a, ab, abc, abd, e, ef), own [0 1 2], [-1 -1 3], [4 5 -1],
+    where [0 1 2], [0 1 3], [4 5 3]. Attention alone sees rows, each asking for little more than its own."""
 
     def __init__(self, tokens, wanted):  # (R,T), (R,T)
         needed = wanted.flip(1).cumsum(1).flip(1) > 0     # what is wanted, and all that stands before it
-        rows, row = tokens.masked_fill(~needed, -1).unique(dim=0, return_inverse=True)  # sorted; (R,)
+        # N <= R distinct rows, sorted, -1 after their end; which of them each row is
+        rows, row = tokens.masked_fill(~needed, -1).unique(dim=0, return_inverse=True)  # (N,T), (R,)
         above = torch.cat([rows[:1] - 1, rows[:-1]])      # the row before; before the first, nothing like it
-        new = ((rows != above).cumsum(1) > 0) & (rows >= 0)  # equal up to where they first differ
-        self.tokens, self.position = rows[new], new.nonzero()[:, 1]                # (U,), (U,)
-        number = (new.flatten().cumsum(0).view_as(new) - 1).masked_fill(~new, -1)  # place in U, -1: not new
-        where = number.cummax(0).values.clamp(min=0)      # place in U; not new: as in the row above
+        new = ((rows != above).cumsum(1) > 0) & (rows >= 0)  # from the first difference to the row above on
+        self.tokens, self.position = rows[new], new.nonzero()[:, 1]             # (U,), (U,)
+        own = (new.flatten().cumsum(0).view_as(new) - 1).masked_fill(~new, -1)  # place in U, -1: not new
+        where = own.cummax(0).values.clamp(min=0)         # not new: as above, the largest so far there
         self.back = where[row]                            # (R,T)
-        # rows whose own positions begin and end alike, in steps of a sixteenth of all, attend together
+        # rows whose own positions begin and end alike, rounded outwards to steps, attend together
         step = max(16, tokens.shape[1] // 16)
-        length = (rows >= 0).sum(1).clamp(min=1)     # a row of which nothing is wanted counts as 1
+        length = (rows >= 0).sum(1).clamp(min=1)          # a row of which nothing is wanted counts as 1
         bounds = torch.stack([length - new.sum(1), length + step - 1], 1) // step * step
         bounds, group = bounds.unique(dim=0, return_inverse=True)
-        self.groups = [(where[group == g, :end], number[group == g, begin:end])
+        self.groups = [(where[group == g, :end], own[group == g, begin:end])  # seen; asked for, or -1
                        for g, (begin, end) in enumerate(bounds.tolist())]
-        answers = torch.cat([own.flatten() for _, own in self.groups])
-        self.answer = answers.argsort()[-len(self.tokens):]  # (U,) where in the groups' answers each stands
+        asked = torch.cat([own.flatten() for _, own in self.groups])
+        self.answer = asked.argsort()[-len(self.tokens):]  # (U,) places in asked of 0 .. U-1, behind all -1
 
     def attend(self, qkv, n_head):  # (U,3C) -> (U,C)
         flat = spread(qkv, torch.cat([where.flatten() for where, _ in self.groups]))

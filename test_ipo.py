@@ -743,7 +743,7 @@ def test_step_0_is_theorys(tmp_path, capsys, loss, logp, start):
 @cases("logp, wrong", [("sum", {"of": 1}), ("mean", {"form": "sum"}), ("sum", {"form": "mean"})])
 def test_a_wrong_reference_stops_the_run(tmp_path, logp, wrong):
     """A cache that another model made, or in another form, gives margins at step 0; nothing is saved."""
-    with pytest.raises(ipo.Stopped, match="the cached reference is not the policy"):
+    with pytest.raises(ipo.Stopped, match="the reference is not pi"):
         looped(tmp_path, "--logp", logp, **wrong)
     assert not os.listdir(tmp_path)
 
@@ -979,6 +979,7 @@ BAD_COMMANDS = """
 --init_from bad.jsonl   -> --init_from bad.jsonl:
 --sample x              -> No such file or directory: 'out/ckpt.pt'); name the ckpt.pt that a run left
 --sample x --out cut.pt -> Not a directory: 'cut.pt/ckpt.pt'
+--out good.jsonl        -> File exists: 'good.jsonl'
 --resume                -> out/config.json is not that of a run
 """
 

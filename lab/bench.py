@@ -6,9 +6,9 @@
 Trains on the pairs in file order at a constant rate, writes no files, prints a line of JSON: step_s, the
 median of a step's seconds without the first two (so --steps 3 or more); tokens_per_s, padding not counted;
 peak_gib of this process, or of the GPU; matmul_gflops, 1e9 operations a second of large matrix products here
-and now; floor_s, what the operations that these pairs need take at that rate: 6 for each matrix parameter and
-token, forward and backward, causal attention, the head on response tokens, a pair's prompt once; times_floor,
-step_s / floor_s; losses of every step.
+and now; floor_s, what the operations that a step's pairs need take at that rate: 6 for each matrix parameter
+and token, forward and backward, causal attention, the head on response tokens, a pair's prompt once;
+times_floor, a step's seconds over its floor (medians over the same steps as step_s); losses of every step.
 
 --against trl: fresh processes take turns, --rounds times: ours, TRL as it comes, TRL at its best (reference
 log-probs computed beforehand, no recomputation). Same pairs, weights, optimiser, rate: losses must agree.
@@ -125,8 +125,11 @@ def ours(args):
     numbers["tokens_per_s"] = pairs.start.diff()[rows].sum().item() / args.steps / numbers["step_s"]
     numbers["peak_gib"], rate = peak_memory(args.device), matmul_rate(args)
     numbers["matmul_gflops"] = rate / 1e9
-    numbers["floor_s"] = flops(policy, pairs, index) / args.steps / rate
-    numbers["times_floor"] = numbers["step_s"] / numbers["floor_s"]
+    floors = [flops(policy, pairs, these) / rate for these in index.split(args.batch_size)]
+    times = zip(itertools.pairwise(marks), floors)
+    ratios = [(after[0] - before[0]) / floor for (before, after), floor in times]
+    numbers["floor_s"] = statistics.median(floors[2:] or floors)
+    numbers["times_floor"] = statistics.median(ratios[2:] or ratios)
     return numbers | {"losses": losses}
 
 

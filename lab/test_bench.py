@@ -114,7 +114,7 @@ def test_a_line_of_json_and_no_files(folder, tmp_path, monkeypatch, capsys):
     assert bench.main(flags(path, "--init_from", folder)) == 0
     numbers = json.loads(capsys.readouterr().out)
     assert len(numbers["losses"]) == 5 and numbers["losses"][0] == pytest.approx(25.0, rel=1e-4)
-    assert numbers["floor_s"] * numbers["times_floor"] == pytest.approx(numbers["step_s"])
+    assert 0 < numbers["floor_s"] < numbers["step_s"] and numbers["times_floor"] > 1
     lengths = sum(2 * (len("say 0:") + 1) + 4 * (1 + i % 3) + 3 * (1 + i % 4) for i in range(20)) / 5
     assert numbers["tokens_per_s"] * numbers["step_s"] == pytest.approx(lengths)
     assert 0.05 < numbers["peak_gib"] < 100 and numbers["matmul_gflops"] > 0.1
