@@ -371,7 +371,7 @@ def parse(argv=None):
         parser.set_defaults(sft_steps=0)
     saved = saved_flags(given.out) if given.resume else {}
     parser.set_defaults(**saved)
-    argv = ["--loss", saved.get("loss", "ipo"), *(argv or sys.argv[1:])] if saved else argv  # a loss of ours?
+    argv = ["--loss", saved.get("loss", "ipo"), *(argv or sys.argv[1:])] if saved else argv  # to be checked
     args = parser.parse_args(argv)
     for flag, value in vars(args).items():
         if flag in saved and saved[flag] != value:
