@@ -77,7 +77,7 @@ def nearest(loss, name, mean=False):
         asked = data.optimum(ref, worth, mu, 1.0) - ref  # / tau: what eq. 7 adds to ref, up to a constant
         gaps = [data.kl(best, (ref + asked / tau).log_softmax(-1)).item() for tau in taus]
         gap, tau = min(zip(gaps, taus))
-        found[psi] = {"tau": round(tau, 4), "kl": round(gap, 4) if math.isfinite(gap) else None}
+        found[psi] = {"tau": round(tau, 4), "kl": round(max(gap, 0.0), 4) if math.isfinite(gap) else None}
     return found
 
 
