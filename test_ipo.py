@@ -539,8 +539,9 @@ def write(path, *lines):
     return str(path)
 
 
-def some_pairs(folder, n=30):
-    return write(folder / "pairs.jsonl", *(pair(f"good {i}", f"bad {i}", f"question {i}?") for i in range(n)))
+def some_pairs(folder):
+    rows = (pair(f"good {i}", f"bad {i}", f"question {i}?", p=[0.2, 0.8, 0.8][i % 3]) for i in range(30))
+    return write(folder / "pairs.jsonl", *rows)
 
 
 def encoded(*pairs):
@@ -687,13 +688,17 @@ def test_the_learning_rate_rises_and_falls_to_zero(steps, expected):
     assert rates == approx(expected) and optimizer.param_groups[0]["weight_decay"] == 0
 
 
-@cases("loss, form, holdout, start", [("ipo", "sum", 0.3, 25), ("dpo", "mean", 0, 0.693147)])
-def test_a_run_is_these_steps(tmp_path, loss, form, holdout, start):
-    """Written out, with full logits and a second model: the same losses of SFT and training, the same h."""
+@cases("loss, form, holdout, start, written_out", [
+    ("ipo", "sum", 0.3, 9, lambda h, p: (h - 5 * (2 * p - 1)) ** 2),
+    ("dpo", "mean", 0.01, 0.693147, lambda h, p: torch.log1p((-h / 10).exp()) + (1 - p) * h / 10)])
+def test_a_run_is_these_steps(tmp_path, loss, form, holdout, start, written_out):
+    """With full logits, a second model and soft labels: losses of SFT, of training and of held-out pairs
+    (of all if none are); their h."""
     argv = "--data", some_pairs(tmp_path), *SMALL, "--loss", loss, "--logp", form, "--holdout", holdout
     said = cli(*argv, "--lr", 0.01, "--sft_lr", 0.01, "--log_every", 1, "--out", tmp_path / "run")
     source, generator, losses = ipo.FileSource(options(*argv)), torch.Generator().manual_seed(0), []
-    train, held, padded = source.train, source.eval, source.pairs.padded
+    train, padded, p, rows = source.train, source.pairs.padded, source.pairs.p, torch.arange(60).view(30, 2)
+    held = torch.tensor(sorted({*range(30)} - {*train.tolist()}) or range(30))
     torch.manual_seed(0)
     policy = model.GPT(model.GPTConfig(*source.sizes, n_layer=1, n_head=4, n_embd=16))
 
@@ -707,26 +712,20 @@ def test_a_run_is_these_steps(tmp_path, loss, form, holdout, start):
             optimizer.step()
             optimizer.zero_grad()
 
-    def rows(pairs):
-        return torch.cat([2 * pairs, 2 * pairs + 1])  # chosen, rejected
-
     def h(pairs):
-        tokens, mask = padded(rows(pairs))
+        tokens, mask = padded(rows[pairs].T.flatten())  # chosen, rejected
         ratio = plain_logp(policy, tokens, mask) - plain_logp(ref, tokens, mask).detach()
         chosen, rejected = (ratio / mask.sum(1) if form == "mean" else ratio).chunk(2)
         return chosen - rejected
 
-    def squares_or_logistic(pairs):
-        return ((h(pairs) - 5) ** 2 if loss == "ipo" else torch.log1p((-0.1 * h(pairs)).exp())).mean()
-
-    steps(3, 8, rows(train), lambda r: -plain_logp(policy, *padded(r)).sum() / padded(r)[1].sum())
+    steps(3, 8, rows[train].T.flatten(), lambda r: -plain_logp(policy, *padded(r)).sum() / padded(r)[1].sum())
     ref, log = copy.deepcopy(policy), metrics(tmp_path / "run")
-    steps(6, 4, train, squares_or_logistic)
-    first, *trained = [x.item() for x in losses[2:]]
-    assert f"3/3 | loss {first:8.4f} nats" in said and f"step 0: loss {start:g}, theory {start:g} " in said
-    assert [line["batch"]["loss"] for line in log] == approx(trained, rel=1e-4)
-    assert log[-1]["eval"]["h"] == approx(h(held).mean().item(), rel=1e-4)
-    assert len(held) == 30 * (holdout or 1) and {*train.tolist(), *held.tolist()} == {*range(30)}
+    steps(6, 4, train, lambda pairs: written_out(h(pairs), p[pairs]).mean())
+    assert f"3/3 | loss {losses[2]:8.4f} nats" in said and f", theory {start:g} (the loss at h = 0)" in said
+    assert float(re.search(r"step 0: loss (\S+), theory", said)[1]) == approx(start, rel=1e-5)
+    assert [line["batch"]["loss"] for line in log] == approx([x.item() for x in losses[3:]], rel=1e-4)
+    n, means = log[-1]["eval"], torch.stack([h(held), written_out(h(held), p[held])]).mean(1).tolist()
+    assert [n["h"], n["loss"], len(held)] == approx([*means, 30 * holdout // 1 or 30], rel=1e-4, abs=1e-5)
 
 
 @cases("logp, wrong", [("sum", {"of": 1}), ("mean", {"form": "sum"}), ("sum", {"form": "mean"})])
