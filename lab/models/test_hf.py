@@ -1,0 +1,539 @@
+"""Claims of lab/models/hf.py and lab/models/chat.py; the oracles are transformers' own models and tokenizers, made here.
+"""
+import itertools
+import json
+import shutil
+
+import pytest
+import torch
+
+import data
+import ipo
+import model
+from lab.models import chat, hf
+
+tokenizers = pytest.importorskip("tokenizers")
+transformers = pytest.importorskip("transformers")
+Auto = transformers.AutoModelForCausalLM
+
+SMALL = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+GPT2 = {"vocab_size": 300, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+NEOX = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
+FAMILIES = {  # dropout where a family has one: it must be off
+    "llama": SMALL | {"attention_dropout": 0.5}, "qwen2": SMALL, "mistral": SMALL,
+    "gemma": SMALL | {"head_dim": 8}, "gemma2": SMALL | {"head_dim": 8}, "phi": SMALL | {"resid_pdrop": 0.5},
+    "gpt_neox": NEOX | {"hidden_dropout": 0.5},
+    "bloom": {"vocab_size": 300, "hidden_size": 32, "n_layer": 2, "n_head": 4, "hidden_dropout": 0.5},
+    "gpt2 untied": GPT2 | {"tie_word_embeddings": False}, "gpt2 relu": GPT2 | {"activation_function": "relu"}}
+
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+INST = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}")
+ROLES = ("{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+         "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+USER = {"role": "user", "content": "Hi"}
+YES = {"role": "assistant", "content": "Yes."}
+NO = {"role": "assistant", "content": "Blue"}
+FIVE = [  # the same pair
+    {"prompt": [USER], "chosen": [YES], "rejected": [NO]},
+    {"chosen": [USER, YES], "rejected": [USER, NO]},
+    {"prompt": [USER], "chosen": [USER, YES], "rejected": [USER, NO]},
+    {"prompt": "Hi", "chosen": [USER, YES], "rejected": [USER, NO]},
+    {"prompt": [], "chosen": [USER | {"name": "Ann"}, YES], "rejected": [USER, NO]}]
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch):
+    """No look at the hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def random_model(folder, family="llama", **more):
+    """A model of this family with large random weights, saved in the folder."""
+    torch.manual_seed(0)
+    model.quiet_transformers()
+    config = transformers.AutoConfig.for_model(family.split()[0], **FAMILIES[family] | more)
+    made = Auto.from_config(config).eval()
+    for p in made.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    made.save_pretrained(folder)
+    return made
+
+
+def byte_tokenizer(folder, bos=True, template=CHATML, eos="<|im_end|>"):
+    """Byte-level BPE with some merges, of line breaks, too, and ChatML's control tokens."""
+    merges = [("e", "s"), ("Y", "es"), ("\u010a", "\u010a"), (".", "\u010a"), (":", "\u010a")]
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    ids = {token: i for i, token in enumerate([*alphabet, *map("".join, merges)])}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(ids, merges))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.add_special_tokens(["<s>", "<|im_start|>", "<|im_end|>", "<|end|>"])
+    return finished(inner, folder, bos, template, eos)
+
+
+def space_tokenizer(folder, scheme="always", bos=True, template=INST, eos="</s>"):
+    """SentencePiece's way: BPE on text whose spaces are marked, with one more before any text."""
+    letters = [*"\u2581\nabcdefghijklmnopqrstuvwxyzABCHINSTUY[]/?.:!1", "Bl", "\u2581Bl", "ue"]
+    ids = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *letters])}
+    merges = [("B", "l"), ("\u2581", "Bl"), ("u", "e")]
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    inner.decoder = tokenizers.decoders.Metaspace(prepend_scheme=scheme, split=False)
+    inner.add_special_tokens(["<s>", "</s>", "<|user|>", "<|assistant|>"])
+    return finished(inner, folder, bos, template, eos)
+
+
+def finished(inner, folder, bos, template, eos):
+    single = "<s> $A" if bos else "$A"
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single=single, special_tokens=[("<s>", inner.token_to_id("<s>"))])
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token=eos,
+                                                unk_token=inner.model.unk_token)
+    made.chat_template = template
+    made.save_pretrained(folder)
+    return chat.Tokenizer(str(folder))
+
+
+def write(path, *items):
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    return str(path)
+
+
+def texts(path, n=12):
+    """A file of n pairs."""
+    return write(path, *({"prompt": f"question {i}?", "chosen": "Yes, it is.", "rejected": f"No {i}"}
+                         for i in range(n)))
+
+
+def pair_ids(tmp_path, tokenizer, item):
+    """Ids of prompt, chosen and rejected response of one line, as the core encodes them."""
+    pairs = hf.read(write(tmp_path / "one.jsonl", item), tokenizer)
+    encoded = data.encode(pairs, tokenizer, 64)
+    rows = [encoded.tokens[encoded.start[row]:encoded.start[row + 1]].tolist() for row in (0, 1)]
+    n = int(encoded.prompt_len[0])
+    return rows[0][:n], rows[0][n:], rows[1][n:]
+
+
+def flags(tmp_path, *more):
+    """Those of a short run: the model in tmp_path/in, its files in tmp_path/out."""
+    return ["--init_from", str(tmp_path / "in"), "--data", str(tmp_path / "pairs.jsonl"), "--out",
+            str(tmp_path / "out"), "--steps", "6", "--batch_size", "4", "--lr", "1e-2", "--log_every", "3",
+            "--device", "cpu", *more]
+
+
+# ----------------------------------------------------------------------------------------------------- models
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_comes_in_is_trained_and_goes_out(tmp_path, family):
+    """Logits and log-probs are transformers' own behind <s>, padding and train() change nothing, six steps
+    change the policy, and AutoModelForCausalLM loads the trained one with equal logits."""
+    theirs = random_model(tmp_path / "in", family)
+    tokenizer = byte_tokenizer(tmp_path / "in")
+    start, policy = tokenizer.start, hf.load(str(tmp_path / "in"), tokenizer)
+    assert start == [tokenizer.hf.bos_token_id] and isinstance(policy, hf.Policy)
+    tokens, length = torch.randint(300, (3, 12)), torch.tensor([[12], [9], [7]])
+    row = torch.cat([torch.full((3, 1), start[0]), tokens], 1)
+    mask = (torch.arange(12) >= torch.tensor([[1], [4], [3]])) & (torch.arange(12) < length)
+    with torch.no_grad():
+        expected = theirs(row).logits[:, 1:]
+        assert expected.std() > 0.1
+        assert (policy.head(policy.train().hidden(tokens)) - expected).abs().max() < 1e-4
+        logp = expected.log_softmax(-1)[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
+        ours = ipo.sequence_logp(policy, tokens * (torch.arange(12) < length), mask)
+        assert (ours - (logp * mask[:, 1:]).sum(1)).abs().max() < 1e-4
+    texts(tmp_path / "pairs.jsonl")
+    assert hf.main(flags(tmp_path)) == 0
+    back = Auto.from_pretrained(tmp_path / "out/export")
+    trained, _ = model.load(tmp_path / "out/ckpt.pt", policy)
+    assert type(back) is type(theirs)
+    with torch.no_grad():
+        after = back(row).logits[:, 1:]
+        assert (trained.head(trained.hidden(tokens)) - after).abs().max() < 1e-4
+        assert (after - expected).abs().max() > 1e-2
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert abs(report["before"]["h"]) < 1e-4 and report["after"]["loss"] < 20 < report["before"]["loss"]
+
+
+def test_what_a_run_saves_is_whole(tmp_path):
+    """The export's tokenizer is the model's, with its template; what was trained to end a text ends one."""
+    random_model(tmp_path / "in")
+    tokenizer = byte_tokenizer(tmp_path / "in")
+    texts(tmp_path / "pairs.jsonl")
+    assert hf.main(flags(tmp_path)) == 0
+    again = chat.Tokenizer(str(tmp_path / "out/export"))
+    for text in "Yes, yes", "\u00e9 \U0001f642 <|im_end|>":
+        assert again.encode_ordinary(text) == tokenizer.encode_ordinary(text)
+        assert again.decode(again.encode_ordinary(text)) == text
+    assert again.hf.chat_template == CHATML and again.start == tokenizer.start
+    back = Auto.from_pretrained(tmp_path / "out/export")
+    assert back.generation_config.eos_token_id == back.config.eos_token_id == tokenizer.eot_token
+
+
+def test_several_ends_of_text_are_kept(tmp_path):
+    """Where the model's list of ends holds the tokenizer's, nothing is replaced."""
+    theirs = random_model(tmp_path / "in", eos_token_id=[7, 263])
+    theirs.generation_config.eos_token_id = [7, 263]
+    tokenizer = byte_tokenizer(tmp_path / "in")
+    assert tokenizer.eot_token == 263
+    hf.export(hf.Policy(theirs), tokenizer, str(tmp_path / "out"))
+    assert Auto.from_pretrained(tmp_path / "out").generation_config.eos_token_id == [7, 263]
+
+
+def test_samples_are_transformers_own(tmp_path):
+    """Greedy texts of the core's generate equal transformers' generate behind <s>."""
+    theirs = random_model(tmp_path)
+    tokenizer = byte_tokenizer(tmp_path)
+    policy = hf.load(str(tmp_path), tokenizer)
+    prompt = tokenizer.encode_ordinary("Where to?")
+    row = torch.tensor([tokenizer.start + prompt])
+    ids = theirs.generate(row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=20,
+                          eos_token_id=tokenizer.eot_token, pad_token_id=0)[0, row.shape[1]:].tolist()
+    expected = tokenizer.decode(prompt + [i for i in ids if i != tokenizer.eot_token])
+    said = model.generate(policy, tokenizer, prompt, temperature=0, max_new_tokens=20)
+    assert len(ids) > 3 and tokenizer.decode(prompt) + said == expected
+
+
+class Ahead(transformers.LlamaModel):
+    """A trunk whose tokens see the one behind them."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.last_hidden_state = out.last_hidden_state + out.last_hidden_state.roll(-1, dims=1)
+        return out
+
+
+def test_a_model_whose_tokens_see_later_ones_is_refused(tmp_path, monkeypatch):
+    """Its logits are the head of its hidden states, and yet no log-prob of a response."""
+    random_model(tmp_path)
+    tokenizer = byte_tokenizer(tmp_path)
+    hf.load(str(tmp_path), tokenizer)
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaModel", Ahead)
+    with pytest.raises(data.Refused, match="tokens see later ones .*: not causal; name a"):
+        hf.load(str(tmp_path), tokenizer)
+
+
+def test_models_that_cannot_be_trained_are_refused_in_a_line(tmp_path):
+    """Not there, encoder-decoder, both ways, logits scaled elsewhere, cut, missing weights: never a guess."""
+    from safetensors.torch import load_file, save_file
+    tokenizer = space_tokenizer(tmp_path / "tokenizer")
+    small = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "intermediate_size": 32}
+    t5 = transformers.T5Config(vocab_size=97, d_model=32, num_layers=1, num_heads=2, d_kv=8, d_ff=32)
+    granite = transformers.GraniteConfig(**small, num_key_value_heads=2, logits_scaling=8.0)
+    transformers.T5ForConditionalGeneration(t5).save_pretrained(tmp_path / "t5")
+    transformers.BertForMaskedLM(transformers.BertConfig(**small)).save_pretrained(tmp_path / "bert")
+    transformers.GraniteForCausalLM(granite).save_pretrained(tmp_path / "granite")
+    random_model(tmp_path / "cut")
+    shutil.copytree(tmp_path / "cut", tmp_path / "part")
+    weights = tmp_path / "cut/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    state = load_file(tmp_path / "part/model.safetensors")
+    del state["model.norm.weight"]
+    save_file(state, tmp_path / "part/model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "empty").mkdir()
+    for name, words in {"nothing": "nothing", "t5": "encoder-decoder", "bert": "its ", "empty": "empty",
+                        "granite": "not the head of its hidden states", "cut": "cut",
+                        "part": "weights are missing: ['model.norm.weight']"}.items():
+        with pytest.raises(data.Refused) as error:
+            hf.load(str(tmp_path / name), tokenizer)
+        said = str(error.value)
+        assert said.startswith("--init_from ") and words in said and "\n" not in said, said
+
+
+def test_tokenizers_that_cannot_be_used_are_refused_in_a_line(tmp_path, capsys):
+    """None there, damaged, without end of text, with more ids than the model reads."""
+    texts(tmp_path / "pairs.jsonl")
+    random_model(tmp_path / "in", "gpt2 relu", vocab_size=200)
+    cases = ["tokenizer cannot be used (there is none)"]
+    assert hf.main(flags(tmp_path)) == 2
+    byte_tokenizer(tmp_path / "in")
+    cases += ["its tokenizer has 265 ids, more than its model"]
+    assert hf.main(flags(tmp_path)) == 2
+    settings = json.loads((tmp_path / "in/tokenizer_config.json").read_text())
+    (tmp_path / "in/tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
+    cases += ["no end of text to train"]
+    assert hf.main(flags(tmp_path)) == 2
+    (tmp_path / "in/tokenizer.json").write_text("{")
+    cases += ["tokenizer cannot be used"]
+    assert hf.main(flags(tmp_path)) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == len(cases)
+    for line, words in zip(said, cases):
+        assert line.startswith(f"hf.py: --init_from {tmp_path / 'in'}: ") and words in line
+
+
+# ------------------------------------------------------------------------------------------------------ texts
+
+def test_what_a_model_expects_before_any_text_is_never_cut(tmp_path):
+    """A long prompt is cut to what the context leaves behind <s>, and rows are scored behind <s>: the
+    model's own log-probs of [<s>, tail of the prompt, response]."""
+    theirs = random_model(tmp_path)
+    tokenizer = byte_tokenizer(tmp_path)
+    policy = hf.load(str(tmp_path), tokenizer)
+    assert policy.config.block_size == 63 and hf.load(str(tmp_path), tokenizer, 10).config.block_size == 10
+    pairs = [data.Pair("0123456789" * 10, "abc", "d")]
+    encoded = data.encode(pairs, tokenizer, policy.config.block_size)
+    tokens, mask = encoded.padded(torch.arange(2))
+    row = torch.cat([torch.tensor([tokenizer.start]), tokens[:1]], 1)
+    assert row.shape[1] == 64 and tokenizer.start[0] not in tokens
+    logp = theirs(row).logits.log_softmax(-1)[0, :-1].gather(1, row[0, 1:, None])[:, 0]
+    assert torch.allclose(ipo.sequence_logp(policy, tokens, mask)[0], logp[-4:].sum(), atol=1e-4)
+
+
+def test_start_is_what_stands_before_a_text_not_behind_it(tmp_path):
+    """<s> before is start; an end of text that a tokenizer writes behind is not."""
+    tokenizer = space_tokenizer(tmp_path)
+    inner = tokenizer.hf.backend_tokenizer
+    for single, start in {"<s> $A </s>": [1], "$A </s>": [], "$A": [], "</s> <s> $A": [2, 1]}.items():
+        inner.post_processor = tokenizers.processors.TemplateProcessing(
+            single=single, special_tokens=[("<s>", 1), ("</s>", 2)])
+        made = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+        made.save_pretrained(tmp_path)
+        assert chat.Tokenizer(str(tmp_path)).start == start, single
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_no_space_appears_before_a_response(tmp_path, scheme):
+    """The tokenizer's own mark of a space stands before a text, also before a response that begins one, and
+    nowhere between prompt and response. Nor may a border vanish in one token: ue, _Bl, unknown letters."""
+    tokenizer = space_tokenizer(tmp_path, scheme)
+
+    def tokens(prompt, chosen):
+        item = {"prompt": prompt, "chosen": chosen, "rejected": "a"}
+        found = [tokenizer.hf.convert_ids_to_tokens(ids) for ids in pair_ids(tmp_path, tokenizer, item)]
+        return found[:2]
+    assert tokens("Blue?\n", "Blue") == [["\u2581Bl", "ue", "?", "\n"], ["Bl", "ue", "</s>"]]
+    assert tokens("Blue?", "Blue Blue") == [["\u2581Bl", "ue", "?"], ["Bl", "ue", "\u2581Bl", "ue", "</s>"]]
+    assert tokens("u", "e Blue") == [["\u2581", "u"], ["e", "\u2581Bl", "ue", "</s>"]]
+    assert tokens("a ", "Blue") == [["\u2581", "a", "\u2581"], ["Bl", "ue", "</s>"]]
+    assert tokens("a", " Blue") == [["\u2581", "a"], ["\u2581Bl", "ue", "</s>"]]
+    assert tokens("a\u2603", "\u2603b") == [["\u2581", "a", "<unk>"], ["<unk>", "b", "</s>"]]
+    assert tokens("", "Blue") == [["</s>"], ["\u2581Bl", "ue", "</s>"]]
+
+
+def test_bytes_are_never_joined_over_the_border(tmp_path):
+    """A line break that this tokenizer joins with what precedes it stands alone at a response's start."""
+    tokenizer = byte_tokenizer(tmp_path / "in")
+    assert [len(tokenizer.ids(text)) for text in ("\n\n", ".\n", ":\n", "a\n")] == [1, 1, 1, 2]
+    item = {"prompt": "Where?\n", "chosen": "\nYes", "rejected": "Yes"}
+    found = pair_ids(tmp_path, tokenizer, item)
+    prompt, chosen, rejected = (tokenizer.hf.convert_ids_to_tokens(ids) for ids in found)
+    assert prompt[-1] == "\u010a" and chosen == ["\u010a", "Yes", "<|im_end|>"] and rejected == chosen[1:]
+
+
+def test_a_word_level_tokenizer_works(tmp_path):
+    """Whole words, <unk> for others; the same ids before and behind a border."""
+    ids = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "yes", "no", "why"])}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.add_special_tokens(["<s>", "</s>"])
+    tokenizer = finished(inner, tmp_path, True, None, "</s>")
+    assert tokenizer.start == [1] and tokenizer.n_vocab == 6
+    item = {"prompt": "why not", "chosen": "yes", "rejected": "no no"}
+    assert pair_ids(tmp_path, tokenizer, item) == ([5, 0], [3, 2], [4, 4, 2])
+
+
+def test_a_written_out_control_token_is_text(tmp_path):
+    """Nothing in a plain text becomes a control token, also where a response is encoded behind its prompt."""
+    for tokenizer in byte_tokenizer(tmp_path / "b"), space_tokenizer(tmp_path / "s"):
+        token = tokenizer.hf.eos_token
+        item = {"prompt": f"a {token}", "chosen": f"b {token} c", "rejected": f"{token}"}
+        prompt, chosen, rejected = pair_ids(tmp_path, tokenizer, item)
+        assert tokenizer.eot_token not in prompt + chosen[:-1] + rejected[:-1]
+        assert chosen[-1] == rejected[-1] == tokenizer.eot_token
+
+
+# ---------------------------------------------------------------------------------------------- conversations
+
+def tokenizer_of(kind, folder):
+    """A tokenizer with a chat template; the ones of SentencePiece's way write <s> themselves."""
+    if kind == "bytes":
+        return byte_tokenizer(folder, bos=False)
+    scheme, template = kind.split()
+    return space_tokenizer(folder, scheme, template={"inst": INST, "roles": ROLES}[template])
+
+
+KINDS = ["bytes", "always inst", "first inst", "always roles", "first roles"]
+
+
+@pytest.mark.parametrize("kind, item", list(itertools.product(KINDS, FIVE)))
+def test_conversations_have_the_tokens_of_the_chat_template(tmp_path, kind, item, capsys):
+    """start + prompt + response are the ids of apply_chat_template for the whole conversation up to its
+    end of text, in each of the five ways; the prompt is what it gives with add_generation_prompt."""
+    tokenizer = tokenizer_of(kind, tmp_path / "in")
+
+    def oracle(messages, **more):
+        return tokenizer.hf.apply_chat_template(messages, tokenize=True, **more)["input_ids"]
+    prompt, *responses = pair_ids(tmp_path, tokenizer, item)
+    assert tokenizer.start + prompt == oracle([USER], add_generation_prompt=True)
+    for answer, response in zip((YES, NO), responses):
+        whole = oracle([USER, answer])
+        length = len(whole) - whole[::-1].index(tokenizer.eot_token)
+        assert tokenizer.start + prompt + response == whole[:length]
+        assert response.count(tokenizer.eot_token) == 1 and answer["content"] in tokenizer.decode(response)
+    said = capsys.readouterr().out
+    assert ("1 messages with key 'name', not used" in said) == (item is FIVE[-1]) and "writes no" not in said
+
+
+def test_a_template_that_ends_otherwise_keeps_its_end(tmp_path):
+    """Where the tokenizer's end of text is not the template's end of turn, both are trained."""
+    tokenizer = byte_tokenizer(tmp_path / "in", eos="<|end|>")
+    _, chosen, _ = pair_ids(tmp_path, tokenizer, FIVE[0])
+    assert tokenizer.decode(chosen) == "Yes.<|im_end|>\n<|end|>"
+
+
+def test_a_template_without_the_start_is_told(tmp_path, capsys):
+    """<s> stands before every row; if the template writes none, a line says so."""
+    pair_ids(tmp_path, byte_tokenizer(tmp_path / "in", bos=True), FIVE[0])
+    assert "1 conversations whose chat template writes no '<s>'" in capsys.readouterr().out
+
+
+def test_texts_and_conversations_share_a_file(tmp_path, capsys):
+    """Lines of both kinds, with p, blank lines and unused keys; texts as the core reads them."""
+    lines = [FIVE[0] | {"p": 0.75}, {"prompt": "a", "chosen": "b", "rejected": "c", "id": 1},
+             {"chosen": "\n\nHuman: Hi\n\nAssistant: b", "rejected": "\n\nHuman: Hi\n\nAssistant: c"}]
+    path = write(tmp_path / "pairs.jsonl", *lines)
+    with open(path, "a") as file:
+        file.write("\n\n")
+    pairs = list(hf.read(path, byte_tokenizer(tmp_path / "in")))
+    assert [pair.p for pair in pairs] == [0.75, 1.0, 1.0]
+    assert pairs[1][:3] == ("a", "b", "c") and pairs[2][:3] == ("\n\nHuman: Hi\n\nAssistant:", " b", " c")
+    assert [pair.where for pair in pairs] == [f"{path}:{i}" for i in (1, 2, 3)]
+    said = capsys.readouterr().out
+    assert "2 blank lines skipped" in said and "1 lines with key 'id', not used" in said
+
+
+REFUSED = [
+    (None, FIVE[0], "the model's tokenizer has no chat template"),
+    (CHATML, {"prompt": [USER], "chosen": [YES | {"content": "a<|im_end|>"}], "rejected": [YES]},
+     "a message holds '<|im_end|>', which would be a control token; remove it"),
+    (CHATML, {"prompt": [{"role": "user<s>", "content": "a"}], "chosen": [YES], "rejected": [NO]},
+     "a message holds '<s>'"),
+    ("{{ raise_exception('no system here') }}", FIVE[0],
+     "the model's chat template refuses these messages (no system here); mend their roles or order"),
+    ("{{ messages|length }}" + CHATML, FIVE[0], "the model's chat template writes the prompt otherwise"),
+    (CHATML, {"chosen": [USER, YES], "rejected": "No"}, "'rejected' is no list of messages"),
+    (CHATML, {"prompt": [USER], "chosen": "Yes", "rejected": "No"}, "'chosen' is no list of messages"),
+    (CHATML, {"prompt": [USER], "chosen": [YES]}, "'rejected' is no list of messages"),
+    (CHATML, {"chosen": [USER, YES], "rejected": [USER | {"content": "Ho"}, YES]},
+     "chosen and rejected differ before their last messages"),
+    (CHATML, {"chosen": [USER, YES], "rejected": [USER]}, "'rejected' must end in a message of role"),
+    (CHATML, {"prompt": [USER], "chosen": [], "rejected": []}, "'chosen' must end in a message of role"),
+    (CHATML, {"prompt": "Ho", "chosen": [USER, YES], "rejected": [USER, NO]}, "'prompt' is the text of no "),
+    (CHATML, {"prompt": 5, "chosen": [USER, YES], "rejected": [USER, NO]}, "'prompt' is the text of no "),
+    (CHATML, {"chosen": [USER, YES], "rejected": ["No"]}, "'rejected' holds 'No', which is no message"),
+    (CHATML, {"chosen": [USER, YES], "rejected": [USER | {"content": ["No"]}]}, "'rejected' holds "),
+    (CHATML, {"chosen": [USER, YES], "rejected": [{"content": "No"}]}, "'rejected' holds "),
+    (CHATML, {"chosen": [USER, YES], "rejected": [USER, YES | {"content": ""}]}, "not empty"),
+    (CHATML, FIVE[0] | {"p": 2}, "'p' is 2"),
+    (CHATML, {"prompt": [USER | {"content": "\ud83d"}], "chosen": [YES], "rejected": [NO]}, "no JSON in UTF"),
+    (CHATML, {"prompt": "a", "chosen": "", "rejected": "b"}, "'chosen' is empty"),
+    (CHATML, [1], "not an object")]
+
+
+@pytest.mark.parametrize("template, item, message", REFUSED)
+def test_lines_that_cannot_be_used_are_named(tmp_path, template, item, message):
+    """File, line, what and the remedy, in one line."""
+    tokenizer = byte_tokenizer(tmp_path / "in", template=template)
+    path = write(tmp_path / "pairs.jsonl", item)
+    with pytest.raises(data.Refused) as error:
+        list(hf.read(path, tokenizer))
+    said = str(error.value)
+    assert said.startswith(f"{path}:1: ") and message in said and "\n" not in said, said
+
+
+# ------------------------------------------------------------------------------------------------ the program
+
+def test_a_chat_model_is_trained_on_conversations(tmp_path):
+    """The loss saw margins of transformers' own log-probs of whole conversations, trained less reference."""
+    theirs = random_model(tmp_path / "in")
+    tokenizer = byte_tokenizer(tmp_path / "in", bos=False)
+    items = [FIVE[0] | {"prompt": [USER | {"content": letter}]} for letter in "abcd"]
+    write(tmp_path / "pairs.jsonl", *items)
+    assert hf.main(flags(tmp_path, "--holdout", "0")) == 0
+    back = Auto.from_pretrained(tmp_path / "out/export")
+
+    @torch.no_grad()
+    def logp(hugging_face, item, answer):
+        apply = tokenizer.hf.apply_chat_template
+        n = len(apply(item["prompt"], add_generation_prompt=True)["input_ids"])
+        row = torch.tensor([apply([*item["prompt"], answer])["input_ids"][:-1]])  # a line break ends it
+        return hugging_face(row).logits.log_softmax(-1)[0, n - 1:-1].gather(1, row[0, n:, None]).sum()
+    chosen, rejected = (sum(logp(back, item, answer) - logp(theirs, item, answer) for item in items) / 4
+                        for answer in (YES, NO))
+    after = json.loads((tmp_path / "out/report.json").read_text())["after"]
+    assert after["chosen"] == pytest.approx(chosen.item(), abs=1e-3)
+    assert after["h"] == pytest.approx((chosen - rejected).item(), abs=1e-3) and after["h"] > 1
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
+    """Stopped after half its steps and resumed twice: weights, log and flags as in one go, behind <s>."""
+    random_model(tmp_path / "in", "gemma2")
+    byte_tokenizer(tmp_path / "in")
+    texts(tmp_path / "pairs.jsonl")
+    assert hf.main(flags(tmp_path, "--sft_steps", "2")) == 0
+    shutil.move(tmp_path / "out", tmp_path / "whole")
+    save = model.save
+
+    def interrupted(path, *args, **extra):
+        save(path, *args, **extra)
+        if "step" in extra:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "save", interrupted)
+        assert hf.main(flags(tmp_path, "--sft_steps", "2")) == 1
+    assert capsys.readouterr().err.startswith("hf.py: interrupted; --resume")
+    for _ in range(2):
+        assert hf.main(["--resume", "--out", str(tmp_path / "out")]) == 0
+    states = [torch.load(tmp_path / name / "ckpt.pt") for name in ("whole", "out")]
+    assert all(torch.equal(states[0]["model"][key], value) for key, value in states[1]["model"].items())
+    assert states[0]["lines"] == states[1]["lines"]
+    again = json.loads((tmp_path / "out/config.json").read_text())
+    assert again["block_size"] == 63 and again["sft_steps"] == 2
+    exports = [(tmp_path / name / "export/model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert exports[0] == exports[1]
+
+
+def test_the_context_is_4096_or_what_is_asked_or_what_the_model_has(tmp_path):
+    """A family without limit, and one of 64 tokens."""
+    random_model(tmp_path / "in", "bloom")
+    random_model(tmp_path / "short")
+    for folder in "in", "short":
+        byte_tokenizer(tmp_path / folder)
+    texts(tmp_path / "pairs.jsonl")
+    for more, size in (([], 4096), (["--block_size", "5000"], 5000), (["--block_size", "30"], 30)):
+        args = hf.parse(flags(tmp_path, *more))
+        policy, source = hf.prepare(args)
+        assert args.block_size == policy.config.block_size == source.sizes[0] == size
+    args = hf.parse(flags(tmp_path, "--init_from", str(tmp_path / "short")))
+    hf.prepare(args)
+    assert args.block_size == 63
+
+
+def test_command_lines_that_make_no_sense_are_refused(tmp_path, capsys):
+    """A world, no model, a sample, an export over the model itself, a taken folder; the core on such runs."""
+    random_model(tmp_path / "in")
+    byte_tokenizer(tmp_path / "in")
+    texts(tmp_path / "pairs.jsonl")
+    assert hf.main(flags(tmp_path)) == 0
+    out = str(tmp_path / "out")
+    shutil.copytree(tmp_path / "in", tmp_path / "a/export")
+    wrong = [["--init_from", "x"], flags(tmp_path, "--sample", "Hi", "--out", str(tmp_path / "new")),
+             ["--data", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "new")],
+             flags(tmp_path, "--init_from", str(tmp_path / "a/export"), "--out", str(tmp_path / "a")),
+             flags(tmp_path), flags(tmp_path, "--tau", "-1"), flags(tmp_path, "--data", "nothing.jsonl"),
+             ["--resume", "--out", out, "--tau", "0.3"]]
+    capsys.readouterr()
+    for argv in wrong:
+        assert hf.main(argv) == 2, argv
+        said = capsys.readouterr().err
+        assert said.startswith("hf.py: ") and said.count("\n") == 1, said
+    assert ipo.main(["--resume", "--out", out]) == 2 and ipo.main(["--sample", "Hi", "--out", out]) == 2
+    assert "no whole checkpoint" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as done:
+        hf.main(["--help"])
+    assert done.value.code == 0 and hf.__doc__.splitlines()[0] in capsys.readouterr().out

@@ -1,0 +1,283 @@
+"""Claims of lab/models/trl_ipo.py; the oracle is the core's own loop (lab/models/bench.py), which shares no code with TRL.
+"""
+import argparse
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import data
+import ipo
+import model
+from lab.models import bench, chat, hf
+from test_bench import flags, folder, write_pairs  # noqa: F401: folder is a fixture
+
+trl = pytest.importorskip("trl", reason="TRL is not installed")
+datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+from lab.models import trl_ipo
+
+# as lab/models/bench.py trains: in file order, at a constant rate, in float32
+SAME = {"bf16": False, "use_cpu": True, "lr_scheduler_type": "constant", "learning_rate": 1e-3,
+        "max_steps": 5, "per_device_train_batch_size": 4, "train_sampling_strategy": "sequential",
+        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "gradient_checkpointing": False,
+        "logging_steps": 1}
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path, monkeypatch):
+    """No file outside the test's, no look at the hub."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """A file of 20 pairs with p from 0 to 1."""
+    return write_pairs(tmp_path / "pairs.jsonl", soft=True)
+
+
+def trainer(folder, path, out, loss="ipo", **more):
+    """From Python, on pairs as TRL's users load them."""
+    loaded = datasets.load_dataset("json", data_files=path, split="train")
+    return trl_ipo.IPOTrainer(folder, trl.DPOConfig(str(out), **SAME | more), loaded, loss)
+
+
+def argv(folder, path, out, *more):
+    same = [text for flag, value in SAME.items() for text in (f"--{flag}", str(value))]
+    return ["--model", folder, "--data", str(path), "--output_dir", str(out), *same, *more]
+
+
+def command(monkeypatch, *flags):
+    """The trainer of the command line's run, which has to succeed."""
+    made, train = [], trl_ipo.IPOTrainer.train
+
+    def noted(self, **more):
+        made.append(self)
+        train(self, **more)
+
+    monkeypatch.setattr(trl_ipo.IPOTrainer, "train", noted)
+    assert trl_ipo.main(argv(*flags)) == 0
+    return made[0]
+
+
+def logged(done, name="loss"):
+    return [line[name] for line in done.state.log_history if name in line]
+
+
+def core(folder, path, loss="ipo", steps=5):
+    """The core's losses of the same steps, its policy after them and the pairs."""
+    args = bench.parse(flags(path, "--init_from", folder, "--loss", loss, "--steps", str(steps)))
+    policy, pairs = bench.prepare(args)
+    ref_logp = ipo.score(policy, pairs, torch.arange(len(pairs.prompt_len)), args)
+    return list(bench.train(policy, pairs, ref_logp, args)), policy, pairs
+
+
+def score(policy, pairs):
+    """The core's log-probs of all chosen, then of all rejected responses."""
+    args = argparse.Namespace(device="cpu", dtype="float32", batch_size=4)
+    return ipo.score(policy, pairs, pairs.pair_rows(torch.arange(len(pairs.p))), args)
+
+
+def second(folder, path):
+    """The margin and log-ratios that the log has to show at the second step: means over its batch."""
+    _, policy, pairs = core(folder, path, steps=1)
+    ratios = score(policy, pairs) - score(model.GPT.from_pretrained(folder), pairs)
+    chosen, rejected = (half[4:8].mean().item() for half in ratios.chunk(2))
+    assert min(abs(chosen), abs(rejected), abs(chosen - rejected)) > 0.01
+    return {"h": chosen - rejected, "chosen": chosen, "rejected": rejected}
+
+
+@torch.no_grad()
+def trl_score(done):
+    """The same by TRL's model, head, tokens and padding."""
+    batch = done.data_collator(list(done.train_dataset))
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    return done.model.eval()(input_ids=batch["input_ids"], labels=labels, fused_lm_head=True).log_probs.sum(1)
+
+
+@pytest.mark.parametrize("loss, square", [("ipo", True), ("dpo", False)])
+def test_losses_and_policy_are_the_cores(loss, square, folder, pairs, tmp_path, monkeypatch):
+    """Sums, soft p, any Psi and loss: equal step by step; so are the log-probs after, and in hf.py."""
+    if square:
+        monkeypatch.setattr(ipo, "psi", lambda q: 0.3 * q ** 2 + q ** 3)
+    ours, policy, encoded = core(folder, pairs, loss)
+    done = command(monkeypatch, folder, pairs, tmp_path / "out", "--loss", loss)
+    assert logged(done) == pytest.approx(ours, rel=1e-5)
+    after, start = trl_score(done), score(model.GPT.from_pretrained(folder), encoded)
+    assert torch.allclose(after, score(policy, encoded), atol=1e-3)
+    assert not torch.allclose(after, start, atol=0.1)
+    tokenizer = chat.Tokenizer(str(tmp_path / "out"))
+    exported = hf.load(str(tmp_path / "out"), tokenizer)
+    texts = data.encode(hf.read(pairs, tokenizer), tokenizer, 64)
+    assert torch.allclose(score(exported, texts), after, atol=1e-4)
+
+
+def test_pairs_without_p_are_certain(folder, tmp_path):
+    """No column p: p = 1, and a p that is null, too."""
+    path = write_pairs(tmp_path / "pairs.jsonl")
+    done = trainer(folder, path, tmp_path / "out", max_steps=2)
+    done.train()
+    assert logged(done) == pytest.approx(core(folder, path)[0][:2], rel=1e-5)
+    pair = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
+    assert done.data_collator([pair | {"p": None}, pair | {"p": 0.25}])["p"].tolist() == [1.0, 0.25]
+
+
+def test_parts_of_a_batch_make_the_batch(folder, pairs, tmp_path):
+    """Two pairs at a time, twice: the core's loss of all four, its margin and its log-ratios."""
+    done = trainer(folder, pairs, tmp_path / "out", max_steps=2, per_device_train_batch_size=2,
+                   gradient_accumulation_steps=2)
+    done.train()
+    assert logged(done) == pytest.approx(core(folder, pairs)[0][:2], rel=1e-5)
+    for name, value in second(folder, pairs).items():
+        assert logged(done, name) == pytest.approx([0, value], abs=1e-3)
+
+
+def one_of_two(rank, port, flags):
+    """The command line as torchrun starts it; in a fork, which need not import TRL again."""
+    os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
+                   "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)  # others do not survive a fork
+    datasets.fingerprint._TEMP_DIR_FOR_TEMP_CACHE_FILES = None  # a process has its own
+    for state in (accelerate.PartialState, accelerate.state.AcceleratorState):
+        state._reset_state()
+    sys.exit(trl_ipo.main(flags))
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system cannot fork")
+def test_two_processes_make_the_batch(folder, pairs, tmp_path):
+    """Two pairs in each: the losses and the policy that one process with four has, the core's."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = argv(folder, pairs, tmp_path / "out", "--save_strategy", "steps", "--save_steps", "5",
+                 "--per_device_train_batch_size", "2")
+    fork = multiprocessing.get_context("fork")
+    both = [fork.Process(target=one_of_two, args=(rank, port, words)) for rank in (0, 1)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+        process.kill()
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    ours, policy, encoded = core(folder, pairs)
+    lines = json.loads((tmp_path / "out/checkpoint-5/trainer_state.json").read_text())["log_history"]
+    assert [line["loss"] for line in lines] == pytest.approx(ours, rel=1e-5)
+    for name, value in second(folder, pairs).items():
+        assert lines[1][name] == pytest.approx(value, abs=1e-3)
+    saved = model.GPT.from_pretrained(str(tmp_path / "out"))
+    assert torch.allclose(score(saved, encoded), score(policy, encoded), atol=1e-3)
+
+
+def test_lora_leaves_an_adapter(folder, pairs, tmp_path, monkeypatch):
+    """pi = ref at step 0 though adapters have dropout; peft loads it: the trained policy's log-probs."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    ours, _, encoded = core(folder, pairs)
+    done = command(monkeypatch, folder, pairs, tmp_path / "out", "--use_peft", "--lora_r", "4",
+                   "--lora_dropout", "0.5", "--learning_rate", "1e-2")
+    assert logged(done)[0] == pytest.approx(ours[0], rel=1e-5)
+    start = transformers.GPT2LMHeadModel.from_pretrained(folder)
+    before = score(hf.Policy(start), encoded)
+    adapted = peft.PeftModel.from_pretrained(start, str(tmp_path / "out")).merge_and_unload()
+    after = score(hf.Policy(adapted), encoded)
+    assert torch.allclose(after, trl_score(done), atol=1e-3)
+    assert not torch.allclose(after, before, atol=0.1)
+
+
+@pytest.mark.parametrize("half", [{}, {"bf16": True}, {"model_init_kwargs": {"dtype": "bfloat16"}}],
+                         ids=["float32", "bf16", "bfloat16 weights"])
+def test_another_reference_stops(half, folder, pairs, tmp_path):
+    """A reference that is not the start has margins at step 0; .1 nats are rounding in bfloat16 alone."""
+    done = trainer(folder, pairs, tmp_path / "out", max_steps=1, **half)
+    done.train_dataset = done.train_dataset.map(
+        lambda pair: {"ref_chosen_logps": pair["ref_chosen_logps"] + 0.1})
+    if half:
+        done.train()
+    else:
+        with pytest.raises(ipo.Stopped, match="step 0"):
+            done.train()
+
+
+def test_weights_are_of_the_dtype_that_was_asked_for(folder, pairs, tmp_path, monkeypatch):
+    """--dtype reaches the model, as its saved configuration shows."""
+    command(monkeypatch, folder, pairs, tmp_path / "out", "--max_steps", "1", "--dtype", "bfloat16")
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_nothing_is_cut(folder, pairs, tmp_path, monkeypatch):
+    """Were 8 tokens TRL's default --max_length, which here cuts each response, losses would be the same."""
+    monkeypatch.setitem(trl_ipo.UNUSED, "max_length", 8)
+    done = trainer(folder, pairs, tmp_path / "out", max_length=8, max_steps=2)
+    done.train()
+    assert logged(done) == pytest.approx(core(folder, pairs)[0][:2], rel=1e-5)
+
+
+def test_equal_responses_are_dropped_and_counted(folder, pairs, tmp_path, monkeypatch, capsys):
+    """As the core drops them: the same losses with such a pair in front."""
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text('{"prompt": "say", "chosen": " a", "rejected": " a"}\n' + Path(pairs).read_text())
+    done = command(monkeypatch, folder, twice, tmp_path / "out", "--max_steps", "2")
+    assert logged(done) == pytest.approx(core(folder, pairs)[0][:2], rel=1e-5)
+    assert "20 of 21" in capsys.readouterr().out
+
+
+def test_conversations_are_texts_by_the_models_template(folder, tmp_path, monkeypatch):
+    """Lists of messages give the tokens that the same pair gives as texts, written as the template does."""
+    template = ("{% for m in messages %}{{ m.role }}: {{ m.content }}"
+                "{% if m.role == 'assistant' %}{{ eos_token }}{% else %}{{ '\n' }}{% endif %}{% endfor %}"
+                "{% if add_generation_prompt %}assistant: {% endif %}")
+    speaks = str(tmp_path / "speaks")
+    transformers.GPT2LMHeadModel.from_pretrained(folder).save_pretrained(speaks)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(speaks)
+    user, yes, no = ({"role": role, "content": text} for role, text in
+                     [("user", "Hi"), ("assistant", "Yes."), ("assistant", "No")])
+    file = tmp_path / "talk.jsonl"
+    lines = [{"prompt": "Hi", "chosen": [user, yes], "rejected": [user, no]},
+             {"prompt": "user: Hi\nassistant: ", "chosen": "Yes.", "rejected": "No"}]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    done = command(monkeypatch, speaks, file, tmp_path / "out", "--max_steps", "1")
+    first, second = done.train_dataset
+    assert all(first[key] == second[key] for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    assert tokenizer.convert_ids_to_tokens(first["chosen_ids"]) == [*"Yes.", data.EOT]
+
+
+def test_a_run_goes_on_where_it_was_saved(folder, pairs, tmp_path, monkeypatch, capsys):
+    """TRL's --resume_from_checkpoint: 2 steps, then 3 more, without a new step 0, have the losses of 5."""
+    out = tmp_path / "out"
+    command(monkeypatch, folder, pairs, out, "--max_steps", "2", "--save_strategy", "steps", "--save_steps",
+            "2")
+    assert "step 0" in capsys.readouterr().out
+    done = command(monkeypatch, folder, pairs, out, "--resume_from_checkpoint", f"{out}/checkpoint-2")
+    assert "step 0" not in capsys.readouterr().out
+    assert logged(done) == pytest.approx(core(folder, pairs)[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("change, word", [
+    (["--loss_type", "ipo"], "loss_type"), (["--label_smoothing", "0.1"], "label_smoothing"),
+    (["--max_length", "512"], "max_length"), (["--loss", "kto"], "kto"), (["--nonsense", "1"], "nonsense"),
+    (["--data", "absent.jsonl"], "absent.jsonl"), (["--model", "absent"], "absent")])
+def test_bad_flags_are_a_line(change, word, folder, pairs, tmp_path, capsys):
+    """What would be accepted and ignored is refused by name; exit status 2, one line."""
+    assert trl_ipo.main([*argv(folder, pairs, tmp_path / "out"), *change]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("trl_ipo.py:") and word in line
+
+
+@pytest.mark.parametrize("line, word", [
+    ('{"prompt": "a", "chosen": " b", "rejected": " c", "p": 1.5}', ":1: 'p' is 1.5"), ("{", ":1: no JSON"),
+    ("", "no usable pair"), ('{"prompt": "a", "chosen": " b", "rejected": " b"}', "no usable pair")])
+def test_a_bad_file_is_a_line(line, word, folder, tmp_path, capsys):
+    """Before anything is trained, with the line's number."""
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(line)
+    assert trl_ipo.main(argv(folder, file, tmp_path / "out")) == 2
+    assert word in capsys.readouterr().err.strip().splitlines()[-1]
