@@ -1,179 +1,370 @@
-"""Preference pairs: read from a JSONL file or drawn from a synthetic world, then encoded and batched.
+"""Preference pairs as tensors, the toy world with its exact answers, and pairs from your own file.
 
-    {"prompt", "chosen", "rejected", "p"} -> Pair --encode--> PairData (token ids) --batch--> Batch (tensors)
-
-A row is a prompt with one response. A pair is two rows of one prompt and p, the probability that an annotator
-prefers the first ("chosen") to the second ("rejected"). A world is small enough to enumerate, so all of its
-preferences are known, and with them the exact optimum. Nothing here touches a parameter.
-Sizes: B pairs in a batch, N in all, R rows, T tokens, X prompts of a world, Y responses to each.
+A row is a prompt with one response. A pair is two rows with the same prompt, and p, the probability that an
+annotator prefers the first response ("chosen") to the second ("rejected"). Nothing here touches a parameter.
+Sizes: N pairs in all, B in a batch, R rows, T tokens in a row, X prompts of the world, Y responses to each.
 """
+import hashlib
 import itertools
 import json
 import os
-from array import array
 from collections import Counter
 from typing import NamedTuple
 
 import tiktoken
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 EOT = "<|endoftext|>"
 
 
 class Refused(ValueError):
-    """Bad input, in one line: where (file:line, key or flag), what, and the remedy."""
+    """Bad input, in one line: what was found, where, and the remedy."""
 
+    def __init__(self, message):
+        # a line break or a terminal's escape code in somebody's file name must not reach the screen
+        safe = [c if c.isprintable() else ascii(c) for c in message]
+        super().__init__("".join(safe))
+
+
+def short(text):
+    """The first line of something that came from outside, 80 characters at most."""
+    return str(text).strip().partition("\n")[0][:80]
+
+
+# ----------------------------------------------------------------------------------------- pairs as tensors
+
+class Batch(NamedTuple):
+    """B pairs as tensors. Rows 0..B-1 hold the chosen responses, rows B..2B-1 the rejected ones."""
+    tokens: torch.Tensor    # (2B,T) int64
+    mask: torch.Tensor      # (2B,T) bool, True on the tokens of the response, its end of text included
+    p: torch.Tensor         # (B,) float32, probability that the chosen response is preferred
+    ref_logp: torch.Tensor  # (2B,) log-prob of each response under the reference, nats
+
+
+class PairData:
+    """All rows in one table, and the pairs that they form.
+
+    tokens (R,T) int32, padded on the right; length (R,) without the padding, prompt_len (R,) of the prompt.
+    chosen, rejected (N,): the rows of each pair; p (N,); prompt (N,): equal numbers mean equal prompts.
+    ref_logp (R,): the reference's log-prob of each response, once it has been computed.
+    """
+
+    def __init__(self, prompts, responses):  # R lists of ids each
+        rows = [torch.tensor(prompt + response) for prompt, response in zip(prompts, responses)]
+        self.tokens = pad_sequence(rows, batch_first=True).int()
+        self.length = torch.tensor([len(row) for row in rows])
+        self.prompt_len = torch.tensor([len(prompt) for prompt in prompts])
+
+    def set_pairs(self, chosen, rejected, p, prompt):  # (N,) each
+        self.chosen, self.rejected = chosen, rejected
+        self.p, self.prompt = p.float(), prompt
+
+    def padded(self, rows):  # (R,) -> (R,T), (R,T)
+        """The tokens of these rows and their mask, True on response tokens.
+
+        Padding stands on the right. A token never looks to its right, so padding changes no log-prob.
+        """
+        length, prompt_len = self.length[rows, None], self.prompt_len[rows, None]  # (R,1)
+        t = torch.arange(int(length.max()))                                        # (T,)
+        mask = (t >= prompt_len) & (t < length)                                    # (R,T)
+        return self.tokens[rows, :len(t)].long(), mask
+
+    def pair_rows(self, pairs):  # (B,) -> (2B,)
+        """The rows of these pairs, the chosen ones first."""
+        return torch.cat([self.chosen[pairs], self.rejected[pairs]])
+
+    def batch(self, pairs):  # (B,) -> Batch
+        rows = self.pair_rows(pairs)
+        return Batch(*self.padded(rows), self.p[pairs], self.ref_logp[rows])
+
+    def digest(self):
+        """A fingerprint of rows and labels: other data have another."""
+        parts = self.tokens, self.prompt_len, self.chosen, self.rejected, self.p
+        return hashlib.sha256(b"".join(part.numpy() for part in parts)).hexdigest()
+
+
+def shuffled(n, size, steps, generator):  # -> (steps,size)
+    """A row of indices for each step: all of 0..n-1 in random order, then in another, and so on."""
+    epochs = -(-steps * size // n)  # rounded up
+    orders = [torch.randperm(n, generator=generator) for _ in range(epochs)]
+    return torch.cat(orders)[:steps * size].view(steps, size)
+
+
+# -------------------------------------------------------------------------------------------- the toy world
+# Four prompts, "pizza review:" and so on. A response is any string of at most three of seven words, "" too:
+# 1 + 7 + 49 + 343 = 400 responses to each prompt. The model can emit these words and end of text, nothing
+# else, and after the third word its context is full. So it can say nothing outside the list, and its
+# probabilities of the 400 sum to one. That is why every average below is an exact sum.
+
+REWARDS = """
+          pizza  coffee  beer  gelato
+superb      0.9     0.9   0.9     0.9
+good        0.5     0.5   0.5     0.5
+fine        0.1     0.1   0.1     0.1
+dull       -0.5    -0.5  -0.5    -0.5
+awful      -0.9    -0.9  -0.9    -0.9
+hot         0.5     0.7  -0.6    -0.9
+cold       -0.5    -0.7   0.6     0.4
+<|endoftext|> 0       0     0       0
+"""  # what a word adds to the reward of a review of each subject
+SUBJECTS, *LINES = [line.split() for line in REWARDS.strip().splitlines()]
+WORTH = {word: [float(value) for value in values] for word, *values in LINES}
+WORDS = list(WORTH)[:-1]
+WORLDS = ("bt", "deterministic", "cyclic")  # kinds of preferences, see `preference`
+END = 0.25  # the probability that a text which the reference learns from ends after its first or second word
+
+
+class Words:
+    """The world's tokenizer: a token is a word, its id the word's place in the list."""
+    name = "words"
+
+    def __init__(self, words):
+        self.words = [*words, EOT, *SUBJECTS, "review:"]  # so the ids of `words` are 0, 1, 2, ...
+        self.n_vocab = len(self.words)
+        self.eot_token = len(words)
+
+    def encode_ordinary(self, text):
+        for word in set(text.split()) - set(self.words):
+            raise Refused(f"the world has no word {short(word)!r}; it has {', '.join(self.words)}")
+        return [self.words.index(word) for word in text.split()]
+
+    def decode(self, ids):
+        return " ".join(self.words[i] for i in ids)
+
+
+class World:
+    """X prompts, Y responses to each, and every probability known, in float64.
+
+    reward (X,Y). pstar (X,Y,Y): pstar[x,y,z] is the probability that y is preferred to z, written p*(y>z).
+    base (Y,): the distribution of the texts that the reference is trained on. pairs: a PairData whose row
+    x * Y + y is prompt x with response y; `draw` gives it pairs.
+    """
+
+    def __init__(self, name, words=WORDS, longest=3):
+        self.tokenizer = Words(words)
+        self.prompts = [self.tokenizer.encode_ordinary(f"{subject} review:") for subject in SUBJECTS]
+        eot = len(words)  # end of text
+        self.responses, base, padded, rows = [], [], [], []
+        left = 1.0  # the probability that a text has `length` words or more
+        for length in range(longest + 1):
+            ends = 1.0 if length == longest else END * (length > 0)  # the probability that it has no more
+            for ids in itertools.product(range(eot), repeat=length):
+                self.responses.append(self.tokenizer.decode(ids))
+                base.append(left * ends / eot ** length)
+                padded.append([*ids] + [eot] * (longest - length))
+                rows.append(padded[-1][:length + 1])  # after the last word no end of text: no room is left
+            left *= 1 - ends
+        self.base = torch.tensor(base, dtype=torch.float64)
+        worth = [WORTH[word] for word in (*words, EOT)]
+        worth = torch.tensor(worth, dtype=torch.float64)  # (words + 1, X)
+        padded = torch.tensor(padded)         # (Y, longest)
+        self.reward = worth[padded].sum(1).T  # (X,Y)
+        self.pstar = preference(name, self.reward, padded[:, 0])
+        X, Y = self.reward.shape
+        prompts = [prompt for prompt in self.prompts for _ in range(Y)]
+        self.pairs = PairData(prompts, rows * X)
+        # of its model: the context, the ids that it reads, the ids that it says (words and end of text)
+        self.sizes = len(prompts[0]) + longest, self.tokenizer.n_vocab, eot + 1
+
+    def draw(self, n, mu, labels, generator):
+        """Gives self.pairs n pairs: two independent responses from mu (X,Y), and a label.
+
+        "hard": the label is a coin flip with p*; the winner becomes "chosen", and p = 1. "soft": no coin; the
+        pair stays as it was drawn, and p is p*. Both responses may be the same: such a pair has margin 0 for
+        every policy, so it has no gradient.
+        """
+        X, Y = self.reward.shape
+        each = n // X + 1  # pairs for each prompt
+        draws = torch.multinomial(mu, 2 * each, replacement=True, generator=generator)  # (X, 2 each)
+        x = torch.arange(n) % X                 # the prompts take turns
+        first = draws[:, :each].T.flatten()[:n]
+        second = draws[:, each:].T.flatten()[:n]
+        p = self.pstar[x, first, second]
+        if labels == "hard":
+            wins = torch.rand(n, generator=generator) < p
+            first, second = torch.where(wins, first, second), torch.where(wins, second, first)
+            p = torch.ones(n)
+        self.pairs.set_pairs(x * Y + first, x * Y + second, p, x)
+
+
+def preference(name, reward, first):  # (X,Y), (Y,) -> (X,Y,Y)
+    """p*(y>z) of each kind of world. first: the ids of the responses' first words, or of end of text.
+
+    bt: s(r(y) - r(z)), s the sigmoid: Bradley-Terry's model. deterministic: 1 if r(y) > r(z), 1/2 on a tie.
+    cyclic: s(r(y) - r(z) + 2 c), where c is 1 if y's first word beats z's, -1 if it loses, else 0. Word i
+    beats word j if i - j is 1, 4 or -2, and so on. Any three neighbours are rock, paper and scissors, so no
+    reward explains these preferences.
+    """
+    gap = reward[:, :, None] - reward[:, None, :]
+    gap = gap.round(decimals=4)  # the same words in another order add up to another last digit
+    if name == "deterministic":
+        return (gap.sign() + 1) / 2
+    if name == "cyclic":
+        step = (first[:, None] - first) % 3
+        beats = (step == 1).double() - (step == 2).double()
+        beats[0] = beats[:, 0] = 0  # response 0 is the empty one
+        gap = gap + 2 * beats
+    return gap.sigmoid()
+
+
+# ------------------------------------------------------------------ exact quantities: sums over all responses
+
+def mean_over_opponents(worth, mu):  # (X,Y,Y), (X,Y) -> (X,Y)
+    """For each response y the mean of worth[x,y,z] over opponents z from mu."""
+    return (worth * mu[:, None, :]).sum(-1)
+
+
+def optimum(ref_logp, worth, mu, tau):  # (X,Y), (X,Y,Y), (X,Y) -> (X,Y)
+    """log pi*: ref(y) exp(g(y) / tau), normalised, with g(y) the mean of worth = Psi(p*) over mu  (eq. 7).
+
+    Infinite worth (logit of a certain preference) counts as a million. Then pi* is the limit that DPO tends
+    to and never reaches: everything on the responses with most sure wins less sure losses.
+    """
+    g = mean_over_opponents(worth.clamp(-1e6, 1e6), mu)
+    return (ref_logp + g / tau).log_softmax(-1)
+
+
+def kl(logp, other):  # (X,Y), (X,Y) -> ()
+    """KL(pi||other) in nats, of policies given as log-probs: the mean over prompts."""
+    return (logp.exp() * (logp - other)).sum(-1).mean()
+
+
+# -------------------------------------------------------------------------- your own pairs; skip at first
+# one JSON object a line -> Pair -> PairData
 
 class Pair(NamedTuple):
     """One comparison, as text."""
     prompt: str
     chosen: str
     rejected: str
-    p: float = 1.0         # probability that chosen is preferred
-    where: str = "a pair"  # file:line, for error messages
+    p: float = 1.0  # probability that chosen is preferred
 
 
-class Batch(NamedTuple):
-    """B pairs as tensors: rows 0..B-1 hold the chosen responses, rows B..2B-1 the rejected ones."""
-    tokens: torch.Tensor  # (2B,T) int64, padded on the right: under causal attention that changes no log-prob
-    mask: torch.Tensor    # (2B,T) bool, True on response tokens, <|endoftext|> included
-    p: torch.Tensor       # (B,) float32
+NEEDED = 'write {"prompt": "...", "chosen": "...", "rejected": "..."}, and "p" if you like'
+CONVERT = "python -m lab.models.jsonl makes JSONL of it"
+FIRST_BYTES = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1": "Parquet",
+    b"ARROW1": "Arrow",
+    b"\xff\xff\xff\xff": "Arrow",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+    b"[": "a JSON array",
+    b"{\n": "JSON over several lines",
+}
+TURNS = ("\n\nHuman:", "\n\nAssistant:", "<|im_start|>", "<|user|>", "<|start_header_id|>", "[INST]")
 
 
-def finite(numbers):
-    """Tensors () -> floats; None for what is infinite or unknown: JSON has neither."""
-    return {name: value.item() if value.isfinite() else None for name, value in numbers.items()}
+def get_tokenizer(name):
+    """tiktoken's encoding of this name, "gpt2" say, or "bytes", or the world's "words". Raises Refused."""
+    if name == "words":
+        return Words(WORDS)
+    if name == "bytes":
+        ids = {bytes([byte]): byte for byte in range(256)}
+        return tiktoken.Encoding(name, pat_str="(?s).", mergeable_ranks=ids, special_tokens={EOT: 256})
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as error:  # tiktoken passes on whatever its HTTP library or the file system raises
+        raise Refused(f"--tokenizer {name}: unknown, or neither on disk nor downloaded ({short(error)}); "
+                      "set TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer bytes") from None
+
+
+def read_jsonl(path, parse=None):
+    """The pairs of a JSONL file, a list; prints what was skipped. Raises Refused, naming the first bad line.
+
+    parse(item, notes) -> Pair reads the object of one line; by default parse_pair.
+    """
+    if not os.path.isfile(path):
+        found = "a folder" if os.path.isdir(path) else "no such file"
+        raise Refused(f"--data {path}: {found}; give a JSONL file or a world ({', '.join(WORLDS)}); if it is "
+                      f"a URL, a dataset on a hub or one saved in a folder, {CONVERT}")
+    pairs, notes, refusals = [], Counter(), []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                refuse_other_formats(path, line)
+            notes["blank lines skipped"] += not line.strip()
+            try:
+                if line.strip():
+                    pairs.append((parse or parse_pair)(parse_json(line), notes))
+            except Refused as error:
+                refusals.append(f"{path}:{number}: {error}")
+    if refusals:
+        raise Refused(f"{refusals[0]} (lines with faults: {len(refusals):,})")
+    if not pairs:
+        raise Refused(f"--data {path}: the file is empty; {NEEDED}, an object a line")
+    tell(path, notes)
+    return pairs
+
+
+def refuse_other_formats(path, line):
+    """Raises Refused if the first line (bytes) of a file shows that it is no JSONL."""
+    found = [name for start, name in FIRST_BYTES.items() if line.startswith(start)]
+    if line.strip() and b"{" not in line:
+        found.append("a first line without an object (of a CSV or TSV table, perhaps)")
+    if found:
+        raise Refused(f"--data {path}: {found[0]}, not JSONL; {CONVERT}")
 
 
 def tell(where, notes):
     """Prints a line for each thing that happened."""
-    for what, n in (+notes).items():  # +: without those that never happened
-        print(f"{where}: {n:,} {what}")
+    for what, count in (+notes).items():  # +: without those that never happened
+        print(f"{where}: {count:,} {what}")
 
 
-def get_tokenizer(name):
-    """A tiktoken encoding: "gpt2", "bytes", or "words W W ...", of a world whose responses are these words.
-
-    Its ids: the words, then <|endoftext|>, what prompts are made of, and 256 single bytes, so any text works.
-    """
-    kind, *words = name.split()
-    if kind not in ("words", "bytes"):
-        try:
-            return tiktoken.get_encoding(name)
-        except Exception as error:  # tiktoken passes on whatever its HTTP library or the file system raises
-            raise Refused(f"--tokenizer {name}: neither on disk nor downloaded ({type(error).__name__}); set "
-                          "TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer bytes") from None
-    texts = [f" {word}" for word in words] + [EOT]
-    if kind == "words":
-        texts += ["review of the"] + [f" {subject}:" for subject in SUBJECTS]
-    ids = {text.encode(): i for i, text in enumerate(texts) if text != EOT}
-    ids |= {bytes([byte]): len(texts) + byte for byte in range(256)}
-    pattern = r"review of the| ?\w+:?|[^\w\s]|\s"
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ids, special_tokens={EOT: len(words)})
-
-
-# ------------------------------------------------------------------------------------------------ JSONL files
-
-def read_jsonl(path):
-    """Yields a Pair per line; prints how many blank lines were skipped and which keys are not used."""
-    notes = Counter()
+def parse_json(line):
+    """The object that one line (bytes) holds, a dict. Raises Refused."""
     try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                notes["blank lines skipped"] += not line.strip()
-                if line.strip():
-                    yield parse_line(line, f"{path}:{number}", notes)
-    except OSError as error:
-        raise Refused(f"--data {path}: {error.strerror}; name a JSONL file or one of {[*WORLDS]}") from None
-    tell(path, notes)
-
-
-def parse_line(line, where, notes):
-    """The Pair on one line (bytes); counts keys that are not used. Raises Refused."""
-    try:
-        item = json.loads(line.decode("utf-8-sig"))
-        json.dumps(item, ensure_ascii=False).encode()  # "\ud83d", half a surrogate pair, is JSON, not text
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deep
-        raise Refused(f"{where}: no JSON in UTF-8 ({str(error)[:60]}); write an object per line") from None
+        item = json.loads(line, object_pairs_hook=no_key_twice)
+        json.dumps(item, ensure_ascii=False).encode()  # "\ud83d", half a letter, is JSON and no text
+    except (UnicodeError, json.JSONDecodeError, RecursionError) as error:
+        raise Refused(f"no JSON in UTF-8 ({short(error)}); {NEEDED}") from None
     if not isinstance(item, dict):
-        raise Refused(f'{where}: not an object; write {{"prompt": ..., "chosen": ..., "rejected": ...}}')
-    for key in ("chosen", "rejected", "prompt"):
-        if key not in item and key != "prompt":
-            raise Refused(f"{where}: key {key!r} is missing; add it (found: {', '.join(item) or 'none'})")
-        if not isinstance(item.get(key, ""), str):
-            raise Refused(f"{where}: {key!r} is not a text; write a string (messages: use lab/hf.py)")
+        raise Refused(f"{short(json.dumps(item))} is no object; {NEEDED}")
+    return item
+
+
+def no_key_twice(items):
+    """The object with these (key, value) pairs."""
+    keys = [key for key, _ in items]
+    if len(set(keys)) < len(keys):
+        raise Refused(f"a key stands there twice among {short(', '.join(keys))!r}; keep one of them")
+    return dict(items)
+
+
+def parse_pair(item, notes):
+    """The Pair of one line's object; counts keys that are not used. Raises Refused."""
+    texts = []
+    for key in ("prompt", "chosen", "rejected"):
+        if key not in item:
+            raise Refused(f"{key!r} is not among its keys ({short(', '.join(item))}); {NEEDED}; for other "
+                          f"keys, whole dialogues or KTO's labels {CONVERT}")
+        if not isinstance(item[key], str):
+            raise Refused(f"{key!r} is {short(json.dumps(item[key]))}, not a text; write a text, or, for "
+                          "lists of messages, use python -m lab.models.hf")
+        texts.append(item[key])
     p = item.get("p", 1.0)
     if type(p) not in (int, float) or not 0 <= p <= 1:
-        raise Refused(f"{where}: 'p' is {str(p)[:20]}; it is P(chosen is preferred), from 0 to 1")
-    notes.update(f"lines with key {key!r}, not used" for key in item.keys() - set(Pair._fields[:4]))
-    if "prompt" not in item:
-        item |= split_dialogues(item["chosen"], item["rejected"], where)
-    for key in ("chosen", "rejected"):
-        if not item[key]:
-            raise Refused(f"{where}: {key!r} is empty: no token to score; fill it or remove the line")
-    return Pair(item["prompt"], item["chosen"], item["rejected"], float(p), where)
-
-
-def split_dialogues(chosen, rejected, where):
-    """Anthropic-HH's form, two whole dialogues: what both share, up to the last turn in it, is the prompt."""
-    turn = "\n\nAssistant:"
-    shared = os.path.commonprefix([chosen, rejected])
-    if turn not in shared:
-        raise Refused(f"{where}: key 'prompt' is missing, and the dialogues share no {turn!r}; add a prompt")
-    cut = shared.rfind(turn) + len(turn)
-    return {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
-
-
-# ------------------------------------------------------------------------------- text -> token ids -> tensors
-
-class PairData:
-    """Rows packed as flat tensors, 4 bytes a token whatever the lengths, and the pairs that they form.
-
-    Row r is tokens[start[r]:start[r+1]], of which prompt_len[r] are its prompt. Of N pairs:
-    chosen and rejected (N,), their rows; p (N,); prompt (N,), equal for pairs with the same prompt.
-    """
-
-    def __init__(self, rows, chosen=None, rejected=None, p=None, prompt=None):  # rows: (prompt, response) ids
-        self.chosen, self.rejected, self.p, self.prompt = chosen, rejected, p, prompt
-        tokens, start, prompt_len = array("i"), array("q", [0]), array("i")
-        for prompt, response in rows:
-            tokens.extend(prompt)
-            tokens.extend(response)
-            start.append(len(tokens))
-            prompt_len.append(len(prompt))
-        self.tokens = torch.frombuffer(tokens, dtype=torch.int32)
-        self.start = torch.frombuffer(start, dtype=torch.int64)
-        self.prompt_len = torch.frombuffer(prompt_len, dtype=torch.int32)
-
-    def padded(self, rows, device="cpu"):  # (R,) -> (R,T), (R,T)
-        """Tokens of these rows, padded on the right with id 0, and their response mask."""
-        start, end = self.start[rows, None], self.start[rows + 1, None]
-        t = torch.arange(int((end - start).max()))
-        real = start + t < end  # (R,T) not padding
-        tokens = self.tokens[(start + t).clamp(max=len(self.tokens) - 1)].long() * real
-        return tokens.to(device), (real & (t >= self.prompt_len[rows, None])).to(device)
-
-    def pair_rows(self, pairs):  # (B,) -> (2B,)
-        """The rows of these pairs, chosen first."""
-        return torch.cat([self.chosen[pairs], self.rejected[pairs]])
-
-    def batch(self, pairs, device="cpu"):  # (B,) -> Batch
-        return Batch(*self.padded(self.pair_rows(pairs), device), self.p[pairs].to(device))
-
-    def prompt_ids(self, row):
-        """The prompt's tokens in this row, a list."""
-        return self.tokens[self.start[row]:self.start[row] + self.prompt_len[row]].tolist()
+        raise Refused(f"'p' is {short(p)}; write the probability that chosen is preferred, from 0 to 1")
+    unused = item.keys() - set(Pair._fields)
+    if unused:
+        notes[f"lines with keys that are not used: {short(', '.join(sorted(unused)))!r}"] += 1
+    return Pair(*texts, float(p))
 
 
 def encode(pairs, tokenizer, block_size):
-    """PairData of an iterable of Pair; prints what is dropped or cut, and how many. Raises Refused if none is
-    left. Prompt and response are encoded apart, so that no token spans the border, and <|endoftext|> ends the
-    response. Only prompts are cut, from the left: a response without its end would teach not to stop there.
+    """PairData of a list of Pair; prints what is dropped, cut or odd. Raises Refused if none is left.
+
+    Prompt and response are encoded apart, so that no token spans the border; end of text follows the response
+    and is scored. Only prompts are cut, from the left: a response without its end would teach not to stop.
     """
-    rows, p, prompts, numbers, notes, read = [], [], [], {}, Counter(), 0
-    eot = [tokenizer.eot_token]
-    for read, pair in enumerate(pairs, 1):
-        prompt, chosen, rejected = map(tokenizer.encode_ordinary, pair[:3])  # "<|endoftext|>": text
+    end = [tokenizer.eot_token]
+    prompts, responses, p, numbers, notes = [], [], [], [], Counter()
+    number_of = {}  # prompts are told apart as texts: two long ones may be cut to the same tokens
+    for pair in pairs:
+        prompt, chosen, rejected = (tokenizer.encode_ordinary(text) for text in pair[:3])
         room = block_size - 1 - max(len(chosen), len(rejected))
         if chosen == rejected:
             notes["pairs dropped: chosen and rejected are the same tokens"] += 1
@@ -181,160 +372,44 @@ def encode(pairs, tokenizer, block_size):
             notes[f"pairs dropped: a response leaves no room for a prompt in {block_size} tokens"] += 1
         else:
             notes[f"prompts cut from the left to fit {block_size} tokens"] += len(prompt) > room
-            notes[f"empty prompts: the response starts from {EOT}"] += not prompt
-            notes["pairs with a blank response, kept"] += not (pair.chosen.strip() and pair.rejected.strip())
-            notes["pairs with p < 1/2, kept: they ask for the rejected response"] += pair.p < 0.5
-            prompt = array("i", prompt[-room:] or eot)  # <|endoftext|> is what GPT-2 reads before a text
-            rows += [(prompt, array("i", chosen + eot)), (prompt, array("i", rejected + eot))]
+            prompt = prompt[-room:] or end  # GPT-2 was trained with end of text before each text
+            prompts += [prompt, prompt]
+            responses += [chosen + end, rejected + end]
             p.append(pair.p)
-            prompts.append(numbers.setdefault(prompt.tobytes(), len(numbers)))
-    tell(f"data, of {read:,} pairs", notes)
-    if not rows:
-        raise Refused(f"data: no usable pair among {read}; mend what is counted above or raise --block_size")
-    n = 2 * torch.arange(len(p))
-    return PairData(rows, n, n + 1, torch.tensor(p), torch.tensor(prompts))
+            numbers.append(number_of.setdefault(pair.prompt, len(number_of)))
+    count_oddities(pairs, notes)
+    tell(f"data, of {len(pairs):,} pairs", notes)
+    if not p:
+        raise Refused("data: every pair was dropped, as counted above; raise --block_size or mend them")
+    data = PairData(prompts, responses)
+    chosen = 2 * torch.arange(len(p))
+    data.set_pairs(chosen, chosen + 1, torch.tensor(p), torch.tensor(numbers))
+    return data
 
 
-def split(data, holdout, generator):
-    """(training, held-out) indices of pairs, no prompt in both; holdout: the share of prompts, never all."""
+def count_oddities(pairs, notes):
+    """Counts what is kept and scored as it stands, and perhaps should not be."""
+    seen = set()
+    for prompt, chosen, rejected, _ in pairs:
+        texts = chosen + rejected
+        notes[f"empty prompts: the response follows {EOT}"] += not prompt
+        notes["pairs with an empty or blank response"] += not (chosen.strip() and rejected.strip())
+        notes["pairs with another turn or a role in a response"] += any(turn in texts for turn in TURNS)
+        repeats = chosen.startswith(prompt) or rejected.startswith(prompt)
+        notes["pairs with a response that repeats its prompt"] += repeats and prompt != ""
+        notes["pairs that stand there twice"] += (prompt, chosen, rejected) in seen
+        notes["pairs that stand there with the opposite label"] += (prompt, rejected, chosen) in seen
+        seen.add((prompt, chosen, rejected))
+
+
+def hold_out(data, share, seed):
+    """(training, held-out) numbers of pairs, no prompt in both; share: of the prompts.
+
+    If that is less than one prompt, the pairs to train on are evaluated.
+    """
     n = int(data.prompt.max()) + 1
-    held = torch.zeros(n, dtype=torch.bool)
-    held[torch.randperm(n, generator=generator)[:min(round(holdout * n), n - 1)]] = True
-    held = held[data.prompt]
-    return torch.where(~held)[0], torch.where(held)[0]
-
-
-def batches(n, size, steps, generator):
-    """Yields `steps` index tensors (size,): all of 0..n-1 in random order, then in another, and so on."""
-    order = torch.empty(0, dtype=torch.int64)
-    for _ in range(steps):
-        while len(order) < size:
-            order = torch.cat([order, torch.randperm(n, generator=generator)])
-        yield order[:size]
-        order = order[size:]
-
-
-# ------------------------------------------------------------------------------------------- synthetic worlds
-# A response is any string of at most three of the seven words below, "" included: 1 + 7 + 49 + 343 = 400 per
-# prompt. The model has outputs for these words and <|endoftext|> only, and after the last word its context is
-# full: it can emit nothing outside the list, so the list's probabilities sum to one. In an open vocabulary
-# pairs fix only the ratios between responses that occur, and training may move probability to strings that
-# never occur ("leak"): on real data that is one reason why the log-prob of chosen responses may fall.
-
-SUBJECTS = ("pizza", "coffee", "beer", "gelato")
-VALENCE = {  # pizza coffee  beer  gelato: what the word adds to the reward of a review
-    "superb": (+0.9, +0.9, +0.9, +0.9),
-    "good":   (+0.5, +0.5, +0.5, +0.5),
-    "fine":   (+0.1, +0.1, +0.1, +0.1),
-    "dull":   (-0.5, -0.5, -0.5, -0.5),
-    "awful":  (-0.9, -0.9, -0.9, -0.9),
-    "hot":    (+0.5, +0.7, -0.6, -0.9),
-    "cold":   (-0.5, -0.7, +0.6, +0.4),
-}
-WORLDS = {name: (list(VALENCE), 3) for name in ("bt", "deterministic", "cyclic")}  # words, how many
-STOP = 0.25  # base distribution: one word or more, each as likely as any other; after each it may end
-
-
-class World:
-    """A world that can be enumerated: X prompts, Y responses to each, every probability known, float64.
-
-    reward (X,Y); pstar (X,Y,Y) p*(y>y'|x); base (Y,) what the reference is trained on; pairs: its row x * Y +
-    y is prompt x with response y. sizes: block_size, vocab_size, head_size.
-    """
-
-    def __init__(self, name):
-        words, longest = WORLDS[name]
-        strings = [s for k in range(longest + 1) for s in itertools.product(range(len(words)), repeat=k)]
-        self.tokenizer = get_tokenizer(" ".join(["words", *words]))
-        texts = [f"review of the {subject}:" for subject in SUBJECTS]
-        self.prompts = self.tokenizer.encode_ordinary_batch(texts)
-        self.responses = [self.tokenizer.decode(list(s)) for s in strings]
-        valence = torch.tensor([VALENCE[word] for word in words], dtype=torch.float64)  # (words,X)
-        self.reward = torch.stack([valence[list(s)].sum(0) for s in strings], dim=1)
-        self.pstar = preference(name, self.reward, torch.tensor([s[0] if s else -1 for s in strings]))
-        length = torch.tensor([len(s) for s in strings]).double()
-        self.base = (1 - STOP) ** (length - 1) / len(words) ** length * (length > 0)
-        self.base[length < longest] *= STOP
-        end = [self.tokenizer.eot_token]  # not after the last word: there the context is full
-        responses = [list(s) + end * (len(s) < longest) for s in strings]
-        self.pairs = PairData(itertools.product(self.prompts, responses))
-        self.sizes = len(self.prompts[0]) + longest, int(self.pairs.tokens.max()) + 1, len(words) + 1
-
-    def sft_rows(self, n, generator):  # -> (n,)
-        """Rows with responses from the base distribution; the prompts take turns."""
-        y = torch.multinomial(self.base, max(n, 1), replacement=True, generator=generator)[:n]
-        return torch.arange(n) % len(self.prompts) * len(self.responses) + y
-
-    def draw(self, n, mu, labels, noise, generator):
-        """Gives self.pairs n pairs: y, y' independent draws from mu (X,Y), drawn again while they are equal.
-
-        labels "hard": the winner is drawn from p*, flipped with probability noise, and stands first, p = 1;
-        "soft": as drawn, p = that probability. (Equals have margin and target 0, whatever pi is.)
-        """
-        X, Y = self.reward.shape
-        if mu.max() > 0.999:  # two draws that differ would take too long
-            raise Refused("--mu ref: this reference always says the same: no pairs; use --mu uniform")
-        each = -(-n // X)  # rounded up
-        y = torch.zeros(X, each, 2, dtype=torch.int64)
-        while (y[..., 0] == y[..., 1]).any():  # both responses of such pairs are drawn again
-            fresh = torch.multinomial(mu, 2 * each, replacement=True, generator=generator).view(X, each, 2)
-            y = torch.where(y[..., :1] == y[..., 1:], fresh, y)
-        x = torch.arange(X).repeat(each)[:n]  # the prompts take turns
-        first, second = y.transpose(0, 1).reshape(-1, 2)[:n].T
-        p = self.pstar[x, first, second]
-        if labels == "hard":
-            wins = torch.rand(n, generator=generator) < p
-            wins ^= torch.rand(n, generator=generator) < noise
-            first, second = torch.where(wins, first, second), torch.where(wins, second, first)
-        p = torch.ones(n) if labels == "hard" else p + noise * (1 - 2 * p)
-        self.pairs.chosen = x * Y + first
-        self.pairs.rejected = x * Y + second
-        self.pairs.p, self.pairs.prompt = p.float(), x
-
-
-def preference(name, reward, first):  # (X,Y), (Y,) number of the first word, or -1 -> (X,Y,Y)
-    """p*(y>y'): sigmoid(r - r'), Bradley-Terry; "deterministic": 1 if r > r', 1/2 on ties; "cyclic":
-    sigmoid(r - r' + 2 c), c = 1, 0, -1 by rock-paper-scissors on the first words: no reward explains it."""
-    gap = (reward[:, :, None] - reward[:, None, :]).round(decimals=4)  # or .9+.5+.1 and .1+.5+.9 would differ
-    if name == "deterministic":
-        return (gap.sign() + 1) / 2
-    if name == "cyclic":
-        beats = torch.tensor([0, 1, -1])[(first[:, None] - first) % 3]
-        gap = gap + 2 * beats * ((first[:, None] >= 0) & (first >= 0))
-    return gap.sigmoid()
-
-
-# ------------------------------------------------------------------------------------------- exact quantities
-
-def optimum(ref_logp, worth, mu, tau):  # (X,Y), (X,Y,Y), (X,Y) -> (X,Y)
-    """log pi*: ref(y|x) exp(g(y)/tau), normalised; g(y) = E_{y'~mu} worth(y,y'), worth = Psi(p*)  (eq. 7).
-
-    Where worth is infinite (logit on certain pairs) it is a limit that no margin attains: all probability is
-    on the responses with most sure wins minus sure losses; among these the finite part of worth decides.
-    """
-    sure = worth.isinf()
-    net_wins = (worth.sign() * sure * mu[:, None, :]).sum(-1)
-    g = (worth.masked_fill(sure, 0.0) * mu[:, None, :]).sum(-1)
-    beaten = net_wins < net_wins.amax(-1, keepdim=True) - 1e-9
-    return (ref_logp + g / tau).masked_fill(beaten, -torch.inf).log_softmax(-1)
-
-
-def kl(logp, other):  # (X,Y), (X,Y) -> ()
-    """KL(logp||other) in nats of policies given as log-probs, mean over prompts; probability 0 counts 0."""
-    return (logp.exp() * (logp - other)).masked_fill(logp == -torch.inf, 0.0).sum(-1).mean()
-
-
-def exact(logp, ref_logp, others, pstar, mu, psi, tau):
-    """What enumeration knows of a policy, mean over prompts. (X,Y), but pstar (X,Y,Y); others {name: (X,Y)}.
-
-    In nats: kl_ref KL(pi||ref), kl_NAME KL(pi||other), ratio the largest |log pi/ref|. win E_{y~pi,y'~mu} p*.
-    objective: J = E psi(p*) - tau KL(pi||ref) (eq. 6), so that J(pi*) - J(pi) = tau KL(pi||pi*).
-    """
-    joint = logp.exp()[:, :, None] * mu[:, None, :]  # (X,Y,Y) y from pi, y' from mu
-    numbers = {
-        "kl_ref": kl(logp, ref_logp),
-        "win": (joint * pstar).sum((1, 2)).mean(),
-        "objective": (joint * psi(pstar)).sum((1, 2)).mean() - tau * kl(logp, ref_logp),
-        "ratio": (logp - ref_logp).abs().max(),
-    }
-    return finite(numbers | {f"kl_{name}": kl(logp, other) for name, other in others.items()})
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    held = torch.isin(data.prompt, order[:int(share * n)])
+    print(f"data: {(~held).sum():,} pairs to train on, {held.sum():,} held out (if 0, all are evaluated)")
+    evaluated = held if held.any() else ~held
+    return torch.where(~held)[0], torch.where(evaluated)[0]

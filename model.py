@@ -1,9 +1,9 @@
-"""A GPT with GPT-2's names and shapes, sampling, GPT-2's weights in and out, checkpoint files.
+"""A GPT with GPT-2's names and shapes, sampling, files of weights, and GPT-2's own weights.
 
-Nothing here knows what a preference is.
-Sizes: R rows, T tokens in a row, C channels, V vocabulary, S scored tokens; a prefix is a position with
-all tokens before it, U counts the distinct ones of a batch.
+Nothing here knows what a preference is. Read up to "for speed"; the rest gives the same numbers faster.
+Sizes: R rows, T tokens in a row, C channels, V vocabulary (the ids that the model can emit).
 """
+import hashlib
 import os
 import zipfile
 from dataclasses import dataclass
@@ -11,50 +11,42 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.nn.attention.bias import causal_lower_right
 
-# for bfloat16 on CPUs (ipo.autocast): attention as plain products makes no detour by float32
-torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-
-
-class Refused(ValueError):
-    """Sizes, weights or prompts that cannot be used, in one line: which, why, and the remedy."""
+from data import Refused, short
 
 
 @dataclass
 class GPTConfig:
     """Sizes of a GPT; the defaults are GPT-2's smallest (124M parameters)."""
-    block_size: int = 1024   # tokens of context
-    vocab_size: int = 50257  # ids that can be read
-    head_size: int = 0       # ids that can be emitted: 0 .. head_size-1; 0 means all of vocab_size
+    block_size: int = 1024   # the context: the most tokens that the model can see at once
+    vocab_size: int = 50257  # ids that it can read
+    head_size: int = 50257   # ids that it can emit: 0 .. head_size-1
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768        # channels C, a multiple of n_head
 
 
-def attend(qkv, n_head, begin=0):  # (R,T,3C) -> (R,T-begin,C)
-    """Causal attention: what each position from `begin` on (0: all) takes from itself and those before it."""
-    q, k, v = qkv.unflatten(2, (3, n_head, -1)).permute(2, 0, 3, 1, 4)  # each (R, heads, T, C / heads)
-    T = qkv.shape[1]
-    # is_causal alone would set the first query beside the first key, not the last beside the last
-    mask = torch.ones(T, T, dtype=torch.bool, device=qkv.device).tril()[begin:] if begin else None
-    y = F.scaled_dot_product_attention(q[:, :, begin:], k, v, mask, is_causal=not begin)
-    return y.transpose(1, 2).flatten(2)
-
-
 class Attention(nn.Module):
-    """Causal multi-head self-attention."""
+    """Causal self-attention: each position takes from itself and from the positions before it."""
 
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, shared=None):  # (R,T,C) -> (R,T,C), or if shared (U,C) -> (U,C)
-        qkv = self.c_attn(x)
-        y = shared.attend(qkv, self.n_head) if shared else attend(qkv, self.n_head)
-        return self.c_proj(y)
+    def forward(self, x):  # (R,T,C) -> (R,T,C)
+        q, k, v = self.split(self.c_attn(x))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.c_proj(self.merge(y))
+
+    def split(self, qkv):  # (R,T,3C) -> 3 of (R, heads, T, C / heads)
+        qkv = qkv.unflatten(-1, (3, self.n_head, -1))  # (R, T, 3, heads, C / heads)
+        return qkv.permute(2, 0, 3, 1, 4)
+
+    def merge(self, x):  # (R, heads, T, C / heads) -> (R,T,C)
+        return x.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
@@ -70,7 +62,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm: each half reads a normalised stream and adds to the raw one."""
+    """Attention, then an MLP. Each reads a normalised copy of the stream x and adds its output to x."""
 
     def __init__(self, config):
         super().__init__()
@@ -79,13 +71,14 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, shared=None):  # (R,T,C) -> (R,T,C), or if shared (U,C) -> (U,C)
-        x = x + self.attn(self.ln_1(x), shared)
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, x):  # (R,T,C) -> (R,T,C)
+        x = x + self.attn(self.ln_1(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
 
 
 class GPT(nn.Module):
-    """The language model. `hidden` and `head` are separate: only scored positions pay for the vocabulary."""
+    """The language model. `hidden` and `head` are two methods, as a loss needs logits at few positions."""
 
     def __init__(self, config):
         super().__init__()
@@ -93,198 +86,210 @@ class GPT(nn.Module):
             raise Refused(f"--n_embd {config.n_embd} is no multiple of --n_head {config.n_head}; change one")
         self.config = config
         self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(config.vocab_size, config.n_embd),  # the head's weights, too
-            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),  # word vectors; the head's weights, too
+            "wpe": nn.Embedding(config.block_size, config.n_embd),  # position vectors
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             "ln_f": nn.LayerNorm(config.n_embd),
         })
         for name, p in self.named_parameters():
-            if p.dim() == 2:
-                added = name.endswith("c_proj.weight")  # to the stream, 2 n_layer times: GPT-2's scale
-                nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5 if added else 0.02)
+            if name.endswith("c_proj.weight"):
+                # each block adds two outputs to the stream; this keeps the sum's size that of one (as GPT-2)
+                nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5)
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def hidden(self, tokens, wanted=None):  # (R,T) -> (R,T,C)
-        """The normalised stream after the last block. wanted (R,T), for speed: where it is False,
-        the result is not read and may be anything."""
-        if tokens.shape[1] > self.config.block_size:
-            raise ValueError(f"{tokens.shape[1]} tokens exceed the context of {self.config.block_size}")
-        position = torch.arange(tokens.shape[1], device=tokens.device)
-        shared = None if wanted is None else Shared(tokens, wanted)
-        if shared:  # for speed; skip at first: see the end of this file
-            tokens, position = shared.tokens, shared.position
-        x = self.transformer.wte(tokens) + self.transformer.wpe(position)
+    def embed(self, tokens, position):  # (...), (...) -> (...,C)
+        return self.transformer.wte(tokens) + self.transformer.wpe(position)
+
+    def hidden(self, tokens):  # (R,T) -> (R,T,C)
+        """The stream after the last block, normalised. At t it depends on tokens 0..t alone."""
+        T = tokens.shape[1]
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens exceed the context of {self.config.block_size}")
+        x = self.embed(tokens, torch.arange(T, device=tokens.device))
         for block in self.transformer.h:
-            x = block(x, shared)
-        x = self.transformer.ln_f(x)
-        return spread(x, shared.back) if shared else x
+            x = block(x)
+        return self.transformer.ln_f(x)
 
     def head(self, x):  # (...,C) -> (...,V)
-        """Logits over the ids that can be emitted."""
-        weight = self.transformer.wte.weight
-        return F.linear(x, weight[:self.config.head_size] if self.config.head_size else weight)
+        """Logits: a dot product with the word vector of each id that can be emitted."""
+        return F.linear(x, self.transformer.wte.weight[:self.config.head_size])
 
     def forward(self, tokens):  # (R,T) -> (R,T,V)
         return self.head(self.hidden(tokens))
 
-    @classmethod
-    def from_pretrained(cls, name):
-        """GPT-2's weights from a folder that transformers saved, or a hub id such as gpt2. Raises Refused."""
-        transformers = quiet_transformers()
-        try:
-            c = transformers.AutoConfig.from_pretrained(name)
-            if c.model_type != "gpt2":
-                raise ValueError(f"a {c.model_type} model, not GPT-2; train it with python -m lab.hf")
-            hf, info = transformers.GPT2LMHeadModel.from_pretrained(
-                name, dtype=torch.float32, output_loading_info=True)
-            if info["missing_keys"] or info["mismatched_keys"]:
-                raise ValueError(f"weights are missing: {sorted(map(str, info['missing_keys']))[:2]}")
-            with torch.device("meta"):  # no storage: the weights come below
-                policy = cls(GPTConfig(c.n_positions, c.vocab_size, 0, c.n_layer, c.n_head, c.n_embd))
-            state = transposed(hf.state_dict())  # clone: these are pages of the file, which would stay
-            policy.load_state_dict({key: state[key].clone() for key in policy.state_dict()}, assign=True)
-            tokens = torch.arange(min(8, c.n_positions))[None] % c.vocab_size
-            with torch.no_grad():  # a variant (activation, scale, untied head) must not pass for GPT-2
-                if not torch.allclose(policy(tokens), hf.eval()(tokens).logits, rtol=1e-4, atol=1e-3):
-                    raise ValueError("a variant of GPT-2, whose logits differ; use python -m lab.hf")
-        except Exception as error:  # transformers passes on what its HTTP library and safetensors raise
-            why = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise Refused(f"--init_from {name}: {why}; name a run's .pt file, a folder that transformers "
-                                "saved, or a GPT-2 of its hub (which needs a network once)") from None
-        return policy
-
-    def save_pretrained(self, folder, eot_token=50256):
-        """Writes a folder that transformers loads as GPT2LMHeadModel. Raises Refused for a world's model."""
-        c = self.config
-        if c.head_size:
-            raise Refused(f"{folder}: GPT-2 has no head of {c.head_size} ids; only models of texts are saved")
-        transformers = quiet_transformers()
-        hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-            vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
-            n_head=c.n_head, bos_token_id=eot_token, eos_token_id=eot_token))
-        hf.load_state_dict(transposed(self.state_dict()), strict=False)  # the tied head is not in ours
-        hf.save_pretrained(folder)
-
-
-def transposed(state):
-    """A GPT's state in transformers' shapes, and back: it keeps the matrices of linear layers transposed."""
-    flip = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-    return {name: value.T.contiguous() if name.endswith(flip) else value for name, value in state.items()}
-
-
-def quiet_transformers():
-    """The package, imported when it is needed, without progress bars and warnings."""
-    import transformers
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return transformers
-
-
-# ------------------------------------------------------------------------------ sampling, checkpoint files
 
 @torch.no_grad()
-def generate(policy, tokenizer, prompt, temperature=1.0, seed=0, max_new_tokens=64):
-    """A text sampled after `prompt` (ids), up to <|endoftext|>, max_new_tokens or a full context. temperature
-    0 takes the likeliest token. Same seed and prompt, same draws: only policies differ. Raises Refused."""
-    prompt = list(prompt) or [tokenizer.eot_token]
-    ids, V, T = [*prompt], policy.config.vocab_size, policy.config.block_size
-    if len(ids) >= T or max(ids) >= V:
-        raise Refused(f"a prompt of {len(ids)} tokens fills the context of {T}, or holds words that the "
-                      'model never saw; in a world write, say, "review of the pizza:"')
-    device, generator = next(policy.parameters()).device, torch.Generator().manual_seed(seed + sum(ids))
-    for _ in range(min(max_new_tokens, T - len(ids))):
-        x = policy.hidden(torch.tensor([ids], device=device))[0, -1]
-        logits = policy.head(x).cpu().double()  # (V,)
-        new = int(logits.argmax())
-        if temperature:
-            probs = ((logits - logits.max()) / temperature).softmax(0)  # or a tiny temperature would overflow
-            new = int(torch.multinomial(probs, 1, generator=generator))
-        if new == tokenizer.eot_token:
+def generate(policy, tokenizer, text, temperature=1.0, seed=0, max_new_tokens=64):
+    """What the policy says after `text`, up to end of text, max_new_tokens or a full context.
+
+    Temperature 0 takes the likeliest token. Raises Refused if the prompt leaves no room for an answer.
+    """
+    # GPT-2 was trained with end of text before each text
+    prompt = tokenizer.encode_ordinary(text) or [tokenizer.eot_token]
+    room = policy.config.block_size - len(prompt)
+    if room < 1:
+        raise Refused(f"a prompt of {len(prompt)} tokens fills the context of {policy.config.block_size}; "
+                      "write a shorter one")
+    random = torch.Generator().manual_seed(seed)
+    device = next(policy.parameters()).device
+    ids = prompt[:]
+    for _ in range(min(max_new_tokens, room)):
+        x = policy.hidden(torch.tensor([ids], device=device))[0, -1]  # (C,)
+        logits = policy.head(x).cpu().double()[:tokenizer.n_vocab]    # (V,)
+        if not logits.isfinite().all():
+            raise Refused("the policy's weights are not finite: its run diverged; train again, --lr lower")
+        # less their maximum, or a small temperature would overflow
+        probs = ((logits - logits.max()) / max(temperature, 1e-9)).softmax(0)
+        token = int(torch.multinomial(probs, 1, generator=random))
+        if token == tokenizer.eot_token:
             break
-        ids.append(new)
+        ids.append(token)
     return tokenizer.decode(ids)[len(tokenizer.decode(prompt)):]
 
 
-def save(path, policy, **extra):
-    """Writes sizes, weights and extra (plain values, tensors) in one step: whenever it is killed, path is the
-    old file or the new one, whole. Raises Refused if the disk is full, say."""
+# ------------------------------------------------------------------------------------------ files of weights
+
+def seal(file):
+    """A digest of what an open zip file holds. torch.save writes a zip file with a checksum per entry."""
+    checksums = [(entry.filename, entry.CRC) for entry in file.infolist()]
+    return hashlib.sha256(repr(checksums).encode()).hexdigest().encode()
+
+
+def save(path, policy, flags, **more):
+    """Writes the policy, the flags of its run (a Namespace) and `more` as one file, which `read` reads.
+
+    Whenever this is killed, `path` is the old file or the new one, whole. Raises Refused if it cannot write.
+    """
+    more["sizes"], more["flags"] = vars(policy.config), vars(flags)
+    more["model"] = policy.state_dict()
     try:
-        torch.save({"config": vars(policy.config), "model": policy.state_dict(), **extra}, f"{path}.tmp")
+        torch.save(more, f"{path}.tmp")
+        with zipfile.ZipFile(f"{path}.tmp", "a") as file:
+            file.comment = seal(file)  # so that `read` sees whether anything was changed afterwards
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter
-        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise Refused(f"{path}: cannot be written ({why}); the old file stays; mend that, --resume") from None
+        raise Refused(f"{path}: cannot be written ({short(error)}); what was saved before is still there; "
+                      "make room, then --resume") from None
 
 
-def load(path, policy=None, optimizer=None):
-    """(policy, what save got as extra). path: save's file, of which nothing is executed, or what
-    from_pretrained takes. Weights go into a new GPT on the CPU, or the `policy` given; the optimizer's state
-    into `optimizer`, if given. Raises Refused."""
-    if not str(path).endswith(".pt"):
-        return GPT.from_pretrained(path), {}
+def read(path):
+    """What save wrote to this file, on the CPU: a dict. No code in the file is run. Raises Refused."""
     try:
-        if damaged := zipfile.ZipFile(path).testzip():  # torch does not look at the checksums
-            raise ValueError(f"{damaged} is damaged")
-        extra = torch.load(path, map_location="cpu", weights_only=True)
-        policy = policy or GPT(GPTConfig(**extra.pop("config")))
-        policy.load_state_dict(extra.pop("model"))
-        if optimizer:
-            optimizer.load_state_dict(extra.pop("optimizer"))
-            extra["step"] = int(extra["step"])
-    except Exception as error:  # a file that is cut, foreign or edited raises a dozen kinds
-        why = (str(error).strip() or type(error).__name__).splitlines()[0][:80]
-        raise Refused(f"{path}: no whole checkpoint ({why}); name the ckpt.pt that a run left") from None
-    return policy, extra
+        with zipfile.ZipFile(path) as file:
+            if file.testzip() or file.comment != seal(file):
+                raise ValueError("damaged, or not written by this program")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign file makes zipfile and torch raise a dozen kinds
+        raise Refused(f"{path}: not what a run saved ({short(error)}); name the ckpt.pt or ref.pt of a run, "
+                      "or run again without --resume") from None
+
+
+def load(path):
+    """(policy, tokenizer's name) of a run's .pt file, or of GPT-2's folder or hub id. Raises Refused."""
+    if not path.endswith(".pt"):
+        return from_gpt2(path), "gpt2"
+    saved = read(path)
+    policy = GPT(GPTConfig(**saved["sizes"]))
+    policy.load_state_dict(saved["model"])
+    return policy, saved["flags"]["tokenizer"]
+
+
+# ---------------------------------------------------------------------------------------- GPT-2's own weights
+
+def from_gpt2(name):
+    """GPT-2's weights from a folder that transformers saved, or a hub id such as gpt2. Raises Refused."""
+    import transformers  # here, since it takes seconds
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        theirs, info = transformers.GPT2LMHeadModel.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True)
+        c, weights = theirs.config, theirs.eval().state_dict()
+        sizes = c.n_positions, c.vocab_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd
+        policy = GPT(GPTConfig(*sizes))
+        for key, p in policy.state_dict().items():
+            # GPT-2 keeps the matrices of its linear layers transposed
+            flip = key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+            p.copy_(weights[key].T if flip else weights[key])
+        # a variant of GPT-2 (another activation, scale or head) has the same names; its logits differ
+        tokens = torch.arange(8)[None]
+        logits = theirs(tokens).logits
+        same = torch.allclose(policy(tokens), logits, rtol=1e-4, atol=1e-3)
+        if info["missing_keys"] or c.vocab_size != 50257 or not same:
+            raise ValueError(f"not GPT-2 but a {c.model_type} of {c.vocab_size} ids")
+    except Exception as error:  # transformers passes on what its HTTP library and safetensors raise
+        raise Refused(f"--init_from {name}: {short(error)}; name a run's .pt file, a folder that "
+                      "transformers saved, or a GPT-2 of its hub, which needs a network once (other models: "
+                      "python -m lab.models.hf)") from None
+    return policy
 
 
 # --------------------------------------------------------------------------------- for speed; skip at first
+# The two responses of a pair share a prompt, and under causal attention they share all that is computed on
+# it. So compute each distinct prefix (a position with all tokens before it) once. The rows [a b c], [a b d],
+# [e f] have U = 6 of them: a, ab, abc, abd, e, ef, numbered as they come. The rows then are [0 1 2], [0 1 3],
+# [4 5].
 
-def in_chunks(f, x, ids, size=512):  # f: (S,C), (S,) -> (S,)
-    """f(x, ids). Above 512 tokens, 512 at a time, whose logits are computed again in the backward pass: never
-    (S,V)."""
-    if len(ids) <= size:
-        return f(x, ids)
-    parts = zip(x.split(size), ids.split(size))
-    return torch.cat([checkpoint(f, *part, use_reentrant=False) for part in parts])
-
-
-def spread(x, where):  # (U,C), (...) -> (...,C)
-    """x[where]. Gradients of a row that is taken often are summed: fast here, and not in bfloat16, where long
-    sums stall."""
-    return F.embedding(where, x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+def sharing_pays(policy, tokens):
+    """Short rows lose more by the search for prefixes than they gain; other models than GPT take no part."""
+    return type(policy) is GPT and tokens.shape[1] > 16
 
 
-class Shared:
-    """Rows of tokens as U distinct prefixes. Under causal attention a position depends on the tokens up to it
-    alone, so what rows share at the start, above all a pair's prompt, is computed once, and what follows a
-    row's last wanted position never. Sorted rows show which prefixes are equal: nothing is approximated.
-    Rows [a b c], [a b d], [e f -]: U = 6 (a, ab, abc, abd, e, ef), own [0 1 2], [-1 -1 3], [4 5 -1],
-    where [0 1 2], [0 1 3], [4 5 3]. Attention alone sees rows, each asking for little more than its own."""
+def shared_hidden(policy, tokens, wanted):  # (R,T), (R,T) -> (S,C)
+    """policy.hidden(tokens)[wanted], where wanted is True at S positions: the same, but for rounding."""
+    prefixes = Prefixes(tokens, wanted)
+    x = policy.embed(prefixes.tokens, prefixes.position)  # (U,C)
+    for block in policy.transformer.h:
+        x = x + prefixes.attend(block.attn, block.ln_1(x))
+        x = x + block.mlp(block.ln_2(x))
+    return take(policy.transformer.ln_f(x), prefixes.where[wanted])
+
+
+class Prefixes:
+    """The distinct prefixes of these rows. What stands after a row's last wanted position is left out.
+
+    tokens, position (U,): each prefix's last token, and where it stands. where (R,T): the numbers of a row's
+    prefixes. rows: of each row that has prefixes of its own, all numbers, and how many are its own.
+    """
 
     def __init__(self, tokens, wanted):  # (R,T), (R,T)
-        needed = wanted.flip(1).cumsum(1).flip(1) > 0     # what is wanted, and all that stands before it
-        # N <= R distinct rows, sorted, -1 after their end; which of them each row is
-        rows, row = tokens.masked_fill(~needed, -1).unique(dim=0, return_inverse=True)  # (N,T), (R,)
-        above = torch.cat([rows[:1] - 1, rows[:-1]])      # the row before; before the first, nothing like it
-        new = ((rows != above).cumsum(1) > 0) & (rows >= 0)  # from the first difference to the row above on
-        self.tokens, self.position = rows[new], new.nonzero()[:, 1]             # (U,), (U,)
-        own = (new.flatten().cumsum(0).view_as(new) - 1).masked_fill(~new, -1)  # place in U, -1: not new
-        where = own.cummax(0).values.clamp(min=0)         # not new: as above, the largest so far there
-        self.back = where[row]                            # (R,T)
-        # rows whose own positions begin and end alike, rounded outwards to steps, attend together
-        step = max(16, tokens.shape[1] // 16)
-        length = (rows >= 0).sum(1).clamp(min=1)          # a row of which nothing is wanted counts as 1
-        bounds = torch.stack([length - new.sum(1), length + step - 1], 1) // step * step
-        bounds, group = bounds.unique(dim=0, return_inverse=True)
-        self.groups = [(where[group == g, :end], own[group == g, begin:end])  # seen; asked for, or -1
-                       for g, (begin, end) in enumerate(bounds.tolist())]
-        asked = torch.cat([own.flatten() for _, own in self.groups])
-        self.answer = asked.argsort()[-len(self.tokens):]  # (U,) places in asked of 0 .. U-1, behind all -1
+        number = {}  # (number of the prefix without its last token, last token) -> number of the prefix
+        position, self.rows = [], []
+        self.where = torch.zeros_like(tokens)
+        length = tokens.shape[1] - wanted.flip(1).int().argmax(1)  # (R,) up to the last wanted position
+        for row, n in enumerate(length.tolist()):
+            before, last, numbers = len(number), -1, []
+            for t, token in enumerate(tokens[row, :n].tolist()):
+                last = number.setdefault((last, token), len(number))
+                if last == len(position):  # it is new
+                    position.append(t)
+                numbers.append(last)
+            self.where[row, :n] = torch.tensor(numbers)
+            if len(number) > before:
+                self.rows.append((self.where[row, :n], len(number) - before))
+        last_tokens = [token for _, token in number]
+        self.tokens = torch.tensor(last_tokens, device=tokens.device)
+        self.position = torch.tensor(position, device=tokens.device)
 
-    def attend(self, qkv, n_head):  # (U,3C) -> (U,C)
-        flat = spread(qkv, torch.cat([where.flatten() for where, _ in self.groups]))
-        parts = flat.split([where.numel() for where, _ in self.groups])
-        y = [attend(part.view(*where.shape, -1), n_head, where.shape[1] - own.shape[1]).flatten(0, 1)
-             for part, (where, own) in zip(parts, self.groups)]
-        return F.embedding(self.answer, torch.cat(y))
+    def attend(self, attention, x):  # (U,C) -> (U,C)
+        """Attention, a row at a time: those prefixes that are the row's own look at all of the row's."""
+        numbers = [row for row, _ in self.rows]
+        qkv = take(attention.c_attn(x), torch.cat(numbers))
+        y = []
+        parts = qkv.split([len(row) for row in numbers])
+        for part, (row, own) in zip(parts, self.rows):
+            q, k, v = attention.split(part[None])     # (1, heads, t, C / heads)
+            mask = causal_lower_right(own, len(row))  # the last query stands beside the last key
+            z = F.scaled_dot_product_attention(q[:, :, -own:], k, v, mask)
+            y.append(attention.merge(z)[0])
+        return attention.c_proj(torch.cat(y))         # the rows' own, in order, are 0 .. U-1
+
+
+def take(x, where):  # (U,C), (S,) -> (S,C)
+    """x[where]. Its gradient sums over all that took a row, in float32: a sum in bfloat16 stalls when it is
+    256 times as large as what is added."""
+    wide = x.float() if x.dtype == torch.bfloat16 else x
+    return F.embedding(where, wide).to(x.dtype)
