@@ -31,7 +31,7 @@ def bt3(monkeypatch):
 def figures(monkeypatch):
     """What is drawn, by path, instead of the files."""
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
-    from lab.common import plot
+    from lab.common import pictures
     drawn = {}
-    monkeypatch.setattr(plot, "save", lambda figure, path: drawn.update({path: figure}))
+    monkeypatch.setattr(pictures, "save", lambda figure, path: drawn.update({path: figure}))
     return drawn

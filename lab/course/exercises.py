@@ -641,7 +641,7 @@ def check_18(answer):
     that the end of such a run solves; then solve it by iteration, for one prompt, p[y][y'] = p*(y>y'), ref
     (Y,).
 
-    See it: python -m lab.methods.online, python -m lab.common.tabular --data deterministic
+    See it: python -m lab.methods.online, python -m lab.common.exact --data deterministic
 
     Hints
       offline: that is the optimum for uniform mu; what is mu now?

@@ -3,7 +3,7 @@
 Verdicts: ipo is f(h) = (h - 1/(2 tau))^2 plus any constant, ipo scaled that times a factor; the others are a
 factor times f(beta h). Slopes at h = 0, -50 and 50 give the numbers; a verdict needs that all values on h =
 -50 .. 50 are then right to 1e-5. A negative tau or beta is a wrong sign. The minimiser in a world is exact
-(lab/common/tabular.py), and compared with pi* of eq. 7 for 61 taus from .01 to 10.
+(lab/common/exact.py), and compared with pi* of eq. 7 for 61 taus from .01 to 10.
 
 Trap: a loss of means over tokens has another minimiser than the same loss of sums: the lengths are those of
 the world's responses.
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from lab.common import tabular
+from lab.common import exact
 from lab.identify import askable
 
 GRID = torch.arange(-2000, 2001, dtype=torch.float64) / 40  # 0 is in it, exactly
@@ -68,10 +68,10 @@ def nearest(loss, name, mean=False):
     length = (world.pairs.start.diff() - world.pairs.prompt_len).view_as(ref) if mean else 1
 
     def cost(logp):
-        h = tabular.margins(logp / length, ref / length)
-        return tabular.expected(loss(h), world.pstar, mu)
+        h = exact.margins(logp / length, ref / length)
+        return exact.expected(loss(h), world.pstar, mu)
 
-    best = tabular.minimise(cost, ref, steps=300)
+    best = exact.minimise(cost, ref, steps=300)
     found = {}
     for psi, worth in (("identity", world.pstar), ("logit", world.pstar.logit())):
         taus = torch.logspace(-2, 1, 61).tolist()

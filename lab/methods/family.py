@@ -24,7 +24,7 @@ import torch
 import data
 import ipo
 import model
-from lab.common import tabular
+from lab.common import exact
 
 
 def held(folders):  # -> paths
@@ -54,7 +54,7 @@ def read(folder, args):  # -> numbers by name, or None
 
 def frontier(world):  # -> KL(pi||ref), win rate, by rising KL
     """Eq. 7's optima for Psi = identity: no policy wins more at this KL."""
-    wins = tabular.against(world.pstar, world.mu)  # (X,Y)
+    wins = exact.against(world.pstar, world.mu)  # (X,Y)
     kls, rates = [], []
     for tau in torch.logspace(3, -4.5, 600).tolist():
         best = (world.ref + wins / tau).log_softmax(-1)

@@ -22,7 +22,7 @@ import torch
 import data
 import ipo
 from lab.common import start as begin
-from lab.common import tabular
+from lab.common import exact
 from lab.methods import thumbs
 
 
@@ -55,7 +55,7 @@ class Anchor:
     def __init__(self, policy, source, args):
         self.source, self.args = source, args
         if args.z0 == "policy":
-            self.table = tabular.Table(source)
+            self.table = exact.Table(source)
         if args.z0 == "mismatched":
             self.other = mismatched(source.pairs, policy.config.block_size)
             self.ref_logp = ipo.score(policy, self.other, torch.arange(len(self.other.prompt_len)), args)
@@ -89,7 +89,7 @@ def train(policy, source, ref_logp, args, evaluate, generator):
 
 def wins(world, args):  # -> (X,Y), (X,Y)
     """How often each response occurs, and how often it is then liked, g."""
-    weights = tabular.weights(world.mu)
+    weights = exact.weights(world.mu)
     p = world.pstar + args.noise * (1 - 2 * world.pstar)
     seen = weights.sum(-1)
     return seen, (weights * p).sum(-1) / seen
@@ -104,7 +104,7 @@ def answer(world, args, start):  # (X,Y) -> log pi (X,Y)
 
     logp, z0 = start, torch.zeros(())
     for _ in range(100):
-        logp, last = tabular.minimise(cost, logp, 500), z0
+        logp, last = exact.minimise(cost, logp, 500), z0
         if args.z0 == "policy":
             z0 = data.kl(logp, world.ref)
         if (z0 - last).abs() <= 1e-6:
@@ -119,7 +119,7 @@ def exactly(world, args):
     starts = [world.ref, torch.zeros_like(g), world.ref + 2 * noise]
     best, *others = (answer(world, args, start) for start in starts)
     print("KL of the answers from other starts:", [f"{data.kl(best, other):.3f}" for other in others])
-    against = tabular.against(world.pstar, world.mu)
+    against = exact.against(world.pstar, world.mu)
 
     def numbers(policy):
         logp = policy if isinstance(policy, torch.Tensor) else world.enumerate(policy)

@@ -26,7 +26,7 @@ import torch
 import data
 import ipo
 import model
-from lab.common import start, tabular
+from lab.common import exact, start
 
 LAYERS = ["c_attn", "c_proj", "c_fc"]
 VARIANTS = ["full", "wte", "lora", "best"]
@@ -79,7 +79,7 @@ def needed(logp, words, longest):  # (X,Y), a table's log-probs -> ()
 
 def approach(policy, source, args):
     """Descent on the exact KL(pi||pi*)."""
-    table, optimizer = tabular.Table(source), ipo.adamw(policy)
+    table, optimizer = exact.Table(source), ipo.adamw(policy)
     for step in range(1, args.steps + 1):
         data.kl(table(policy), source.exact["opt"].float()).backward()
         ipo.descend(policy, optimizer, step, args.steps, args.lr)

@@ -2,7 +2,7 @@
 
 Reads finished runs of ipo.py and of lab/methods/losses.py in a world. Their losses are functions of the margin h, so
 the mean over endless pairs and labels of the run's kind (--mu, --labels, --noise) is a sum over all pairs. A
-table of log-probs minimises it: LBFGS in float64 (lab/common/tabular.py), from the reference and from the trained
+table of log-probs minimises it: LBFGS in float64 (lab/common/exact.py), from the reference and from the trained
 policy; the lower counts. `apart`: by how much the two values differ; `gap`: the trained policy's mean loss
 less the lower; kl_ref, h_max: where the minimiser lies. --logp mean, and simpo: h of mean log-probs.
 Trap: a loss that falls without end has no minimiser. If log pi/ref passes 100 nats this is taken to be so,
@@ -24,7 +24,7 @@ import torch
 import data
 import ipo
 import model
-from lab.common import tabular
+from lab.common import exact
 from lab.methods import family, losses
 
 
@@ -50,13 +50,13 @@ def expectation(args, world):
     if args.logp == "mean":
         length = (world.pairs.start.diff() - world.pairs.prompt_len).view_as(ref)
     q = world.pstar + args.noise * (1 - 2 * world.pstar)
-    certain, weights = torch.ones_like(q), tabular.weights(world.mu)
+    certain, weights = torch.ones_like(q), exact.weights(world.mu)
 
     def mean(logp):
-        h = tabular.margins(logp / length, ref / length)
+        h = exact.margins(logp / length, ref / length)
         if args.labels == "soft":
             return (weights * loss(h, q, args.tau)).sum((1, 2)).mean()
-        return tabular.expected(loss(h, certain, args.tau), q, world.mu)
+        return exact.expected(loss(h, certain, args.tau), q, world.mu)
 
     return mean
 
@@ -65,7 +65,7 @@ def answer(folder, steps):  # -> numbers by name
     """Of one run: its distance from its own minimiser, and where that lies."""
     args, world, trained = read(folder)
     mean = expectation(args, world)
-    found = [tabular.minimise(mean, start, steps) for start in (world.ref, trained)]
+    found = [exact.minimise(mean, start, steps) for start in (world.ref, trained)]
     values = torch.stack([mean(logp) for logp in found])
     best = found[values.argmin()]
     bounded = (best - world.ref).abs().max() < 100
@@ -74,7 +74,7 @@ def answer(folder, steps):  # -> numbers by name
         "gap": mean(trained) - values.min(),
         "apart": values.max() - values.min(),
         "kl_ref": data.kl(best, world.ref),
-        "h_max": tabular.margins(best, world.ref).max(),
+        "h_max": exact.margins(best, world.ref).max(),
     }
     return data.finite(numbers)
 

@@ -26,7 +26,7 @@ import torch
 import data
 import ipo
 import model
-from lab.common import start, tabular
+from lab.common import exact, start
 from lab.methods import reward
 
 METHODS = {"mu": "IPO, endless pairs", "policy": "online IPO", "mixture": "IPO-MD", "rejection": "RSO"}
@@ -63,7 +63,7 @@ def opponents(logp, fixed, ref, args):  # (X,Y), (X,Y), (X,Y) -> (X,Y)
 
 def batches(policy, world, judge, fixed, args, generator):
     """Yields (Batch, its reference log-probs) without end: fresh pairs, labels by `judge` (X,Y,Y)."""
-    table, stream = tabular.Table(world), data.World(args.data)
+    table, stream = exact.Table(world), data.World(args.data)
     stream.pstar = judge
     pairs, ref_logp = torch.arange(args.batch_size), world.ref.flatten().float()
     while True:
@@ -107,9 +107,9 @@ def asked(judge, args):  # (X,Y,Y) -> (X,Y,Y)
 def answer(worth, fixed, ref, args):  # (X,Y,Y), (X,Y), (X,Y) -> (X,Y)
     """log pi where training with these opponents rests."""
     if args.pairs_from == "policy":
-        return tabular.nash(ref, worth, args.tau)[0]
+        return exact.nash(ref, worth, args.tau)[0]
     if args.pairs_from == "mixture":
-        return tabular.mirror(ref, worth, args.tau, args.b)[0]
+        return exact.mirror(ref, worth, args.tau, args.b)[0]
     return data.optimum(ref, worth, fixed.exp(), args.tau)
 
 
@@ -124,7 +124,7 @@ def run(args):
     if args.pairs_from == "rejection":
         fixed = pool(ref, r, args, generator)
     worth = asked(judge, args)
-    world.exact["nash"] = tabular.nash(ref, worth, args.tau)[0]
+    world.exact["nash"] = exact.nash(ref, worth, args.tau)[0]
     world.exact["answer"] = answer(worth, fixed, ref, args)
     report = {name: world.numbers(logp) for name, logp in world.exact.items()}
     report["before"] = world.evaluate(policy)

@@ -1,7 +1,7 @@
 """Where do losses end that are no function of IPO's margin, and DPO's with smoothed labels?
 
 w, l: log pi of winner and loser; |.|: tokens; s: sigmoid; beta is --tau. Each minimiser is exact: LBFGS on a
-table of logits, the expectation over pairs and labels enumerated (lab/common/tabular.py).
+table of logits, the expectation over pairs and labels enumerated (lab/common/exact.py).
   cpo   -log s(beta (w - l)) - lam w                           Xu et al. 2024: DPO without a reference
   orpo  -w/|w| - lam log s(odds(w/|w|) - odds(l/|l|))          Hong et al. 2024; odds(m): logit of e^m
   slic  max(0, delta - w + l) - lam log pi(an SFT response)    Zhao et al. 2023
@@ -22,7 +22,7 @@ from torch.nn.functional import logsigmoid, relu
 import data
 import ipo
 from lab.common import start as begin
-from lab.common import tabular
+from lab.common import exact
 
 
 # one response of each pair, as tensors of any one shape; length in tokens
@@ -116,7 +116,7 @@ def objective(world, args):
     def expectation(logp):
         known = Side(logp, world.ref, length)
         w, l = Side(*(x[:, :, None] for x in known)), Side(*(x[:, None, :] for x in known))
-        value = tabular.expected(cost(w, l, args), p, world.mu)
+        value = exact.expected(cost(w, l, args), p, world.mu)
         if args.method == "slic":
             value = value - args.lam * (world.base * logp).sum(-1).mean()
         return value
@@ -155,7 +155,7 @@ def minimum(world, args, generator):
     if not bent > -1e-6:
         noise = torch.randn(shape, dtype=torch.float64, generator=generator)
         starts += [torch.zeros_like(noise), world.ref + 2 * noise]
-    found = [tabular.minimise(f, start) for start in starts]
+    found = [exact.minimise(f, start) for start in starts]
     values = torch.stack([f(logp) for logp in found])
     numbers = {"curvature": torch.tensor(bent), "apart": values.max() - values.min()}
     return found[values.argmin()], data.finite(numbers) | {"starts": len(starts)}

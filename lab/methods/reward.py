@@ -22,7 +22,7 @@ import data
 import ipo
 import model
 from lab.common import start as begin
-from lab.common import tabular
+from lab.common import exact
 from lab.common.start import start
 
 
@@ -83,7 +83,7 @@ def rewards(reward, world, args):  # -> (X,Y)
 def truth(world):  # -> (X,Y)
     """The reward behind the preferences; in `cyclic`, which has none, the fit to endless pairs."""
     if world.args.data == "cyclic":
-        return tabular.rewards(world.pstar, world.mu)
+        return exact.rewards(world.pstar, world.mu)
     return world.reward
 
 
@@ -94,10 +94,10 @@ def taught(world, args):  # -> (X,Y), NaN where no finite reward is likeliest
     p = world.pstar + args.noise * (1 - 2 * world.pstar)
 
     def loss(logp):  # minimise hands log-probs over: rewards up to a constant
-        gap = tabular.margins(logp, torch.zeros_like(logp))
-        return tabular.expected(cost(gap, 1.0, args.ridge), p, world.mu)
+        gap = exact.margins(logp, torch.zeros_like(logp))
+        return exact.expected(cost(gap, 1.0, args.ridge), p, world.mu)
 
-    return tabular.minimise(loss, torch.zeros_like(world.mu))
+    return exact.minimise(loss, torch.zeros_like(world.mu))
 
 
 def best_policy(ref_logp, reward, tau):  # (X,Y), (X,Y) -> (X,Y)
@@ -111,10 +111,10 @@ def numbers(reward, source, args):
         learned = score(reward, source.pairs, source.rows, args)
         measured = ipo.measure(learned, torch.zeros(()), source.pairs.p[source.eval], args)
         return {"gap": measured["h"], "accuracy": measured["accuracy"]}
-    learned, exact = rewards(reward, source, args), taught(source, args)
-    policy, best = (best_policy(source.ref, r, args.tau) for r in (learned, exact))
-    error = learned - exact
-    wins = tabular.against(source.pstar, source.mu)
+    learned, known = rewards(reward, source, args), taught(source, args)
+    policy, best = (best_policy(source.ref, r, args.tau) for r in (learned, known))
+    error = learned - known
+    wins = exact.against(source.pstar, source.mu)
     return data.finite({
         "rmse": (error - error.mean(-1, keepdim=True)).square().mean().sqrt(),
         "gap": (learned.amax(-1) - learned.amin(-1)).mean(),  # the best's less the worst's

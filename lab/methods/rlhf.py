@@ -22,7 +22,7 @@ import torch
 
 import data
 import ipo
-from lab.common import tabular
+from lab.common import exact
 from lab.methods import reward, rollout
 from lab.common import start as begin
 
@@ -31,7 +31,7 @@ class Enumerated:
     """Responses of a world, drawn from the policy's table and judged by rewards r (X,Y)."""
 
     def __init__(self, world, r, args):
-        self.world, self.r, self.args, self.table = world, r, args, tabular.Table(world)
+        self.world, self.r, self.args, self.table = world, r, args, exact.Table(world)
         self.exact = {"": answer(world.ref, r, args), "_rlhf": reward.best_policy(world.ref, r, args.tau),
                       "_true": reward.best_policy(world.ref, reward.truth(world), args.tau)}
 
@@ -48,7 +48,7 @@ class Enumerated:
         """Exact: kl to where this way of counting KL ends, kl_rlhf to ref exp(r/tau) / Z, kl_true to that of
         the true reward; best: the mass on the response of the highest reward."""
         logp, world = self.table(policy).double(), self.world
-        wins = tabular.against(world.pstar, world.mu)
+        wins = exact.against(world.pstar, world.mu)
         best = self.r == self.r.amax(-1, keepdim=True)
         means = {"reward": self.r, "win": wins, "best": best}
         found = {name: (logp.exp() * value).sum(-1).mean() for name, value in means.items()}

@@ -9,7 +9,7 @@ import torch
 import data
 import ipo
 import model
-from lab.common import tabular
+from lab.common import exact
 from lab.methods import lora
 
 pytest.importorskip("peft")
@@ -32,7 +32,7 @@ def some_policy(seed=0):
 
 def test_adapters_start_at_the_reference_and_add_a_product_of_low_rank():
     """Same log-probs to the bit at the start; later those of a plain GPT whose matrices are W + B A, rank 2."""
-    start, table = some_policy(), tabular.Table(data.World("bt"))
+    start, table = some_policy(), exact.Table(data.World("bt"))
     policy = lora.adapted(copy.deepcopy(start), rank=2, words=False)
     assert torch.equal(table(policy), table(start))
     for name, weight in policy.named_parameters():
@@ -62,7 +62,7 @@ def test_only_adapters_and_if_asked_the_word_vectors_move(words):
     size = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     assert size == 2 * 3 * (C + 3 * C + C + C + 2 * (C + 4 * C)) + words * wte.numel()
     before = {name: p.clone() for name, p in policy.named_parameters()}
-    optimizer, table = ipo.adamw(policy), tabular.Table(data.World("bt"))
+    optimizer, table = ipo.adamw(policy), exact.Table(data.World("bt"))
     for step in (1, 2, 3):
         table(policy)[:, 1].sum().backward()
         ipo.descend(policy, optimizer, step, 3, 1e-2)

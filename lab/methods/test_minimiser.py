@@ -7,7 +7,7 @@ import torch
 
 import data
 import ipo
-from lab.common import tabular
+from lab.common import exact
 from lab.methods import minimiser
 
 pytestmark = pytest.mark.usefixtures("bt3")
@@ -37,7 +37,7 @@ def test_losses_with_a_link_have_eq_7s_optimum(own, worth):
     """The minimiser of the exact mean is pi* of Psi = link, of the labels as they are flipped."""
     world, _ = small()
     args = flags(**own)
-    best = tabular.minimise(minimiser.expectation(args, world), world.ref)
+    best = exact.minimise(minimiser.expectation(args, world), world.ref)
     assert torch.allclose(best, data.optimum(world.ref, worth(world.pstar), world.mu, args.tau), atol=1e-5)
 
 

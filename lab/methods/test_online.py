@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import data
 import ipo
 import model
-from lab.common import tabular
+from lab.common import exact
 from lab.methods import family, online, selfplay
 
 WORDS = (["superb", "dull", "hot"], 2)  # 13 responses
@@ -41,7 +41,7 @@ def setting(*flags):
     """Flags, a world whose ref is far from the policy, the policy, a generator."""
     args = online.flags(["--out", "nowhere", *flags])
     world = data.World(args.data)
-    world.ref = tabular.Table(world)(far_from(world, 1)).detach().double()
+    world.ref = exact.Table(world)(far_from(world, 1)).detach().double()
     return args, world, far_from(world, 2), torch.Generator().manual_seed(0)
 
 
@@ -71,17 +71,17 @@ def test_a_pair_is_two_independent_draws_from_its_mu(pairs_from):
     """Pearson's statistic of 40,000 pairs against mu(y) mu(y') / P(y != y'); a token-wise mixture is far off."""
     args, world, policy, generator = setting("--pairs_from", pairs_from, "--b", "0.4", "--labels", "soft",
                                              "--batch_size", "40000")
-    pi, ref = tabular.Table(world)(policy).detach().double(), world.ref
-    fixed = far_logp = tabular.Table(world)(far_from(world, 3)).detach().double()
+    pi, ref = exact.Table(world)(policy).detach().double(), world.ref
+    fixed = far_logp = exact.Table(world)(far_from(world, 3)).detach().double()
     geometric = pi.exp() ** 0.6 * ref.exp() ** 0.4
     laws = {"mu": far_logp.exp(), "policy": pi.exp(), "mixture": geometric / geometric.sum(-1, keepdim=True)}
     batch, ref_logp = next(online.batches(policy, world, world.pstar, fixed, args, generator))
     counts, rows = counted(batch, pi.shape)
-    assert abs(unlikely(counts, tabular.weights(laws[pairs_from]))) < 4
+    assert abs(unlikely(counts, exact.weights(laws[pairs_from]))) < 4
     for name, law in laws.items():
-        assert name == pairs_from or unlikely(counts, tabular.weights(law)) > 20
-    token_wise = tabular.Table(world)(TokenMixture(policy, far_from(world, 1))).detach().double()
-    assert unlikely(counts, tabular.weights(token_wise.exp())) > 10
+        assert name == pairs_from or unlikely(counts, exact.weights(law)) > 20
+    token_wise = exact.Table(world)(TokenMixture(policy, far_from(world, 1))).detach().double()
+    assert unlikely(counts, exact.weights(token_wise.exp())) > 10
     assert torch.allclose(ref_logp.double(), ref.flatten()[rows], atol=1e-5), "the reference's, row by row"
     assert torch.allclose(batch.p.double(), world.pstar.flatten()[(rows[:40000] * 13 + rows[40000:] % 13)])
 
@@ -116,8 +116,8 @@ def test_the_sampler_follows_the_policy_and_the_judge_and_carries_no_gradient():
         policy.load_state_dict(far_from(world, seed).state_dict())
         batch, ref_logp = next(pairs)
         counts, _ = counted(batch, world.reward.shape)
-        mu = tabular.Table(world)(policy).detach().double().exp()
-        law = 2 * tabular.weights(mu) * judge  # a coin flip puts the winner first
+        mu = exact.Table(world)(policy).detach().double().exp()
+        law = 2 * exact.weights(mu) * judge  # a coin flip puts the winner first
         assert abs(unlikely(counts, law)) < 4
         assert (batch.p == 1).all() and not ref_logp.requires_grad
     assert recorded == [False, True, False, True], "the sampler's reading, this test's, and again"
@@ -132,15 +132,15 @@ def test_nash_is_where_the_gradient_without_the_sampler_vanishes():
         theta = logp.clone().requires_grad_()
         pi = theta.log_softmax(-1)
         mu = pi.exp().detach() if frozen else pi.exp()
-        h = tabular.margins(pi, ref)
+        h = exact.margins(pi, ref)
         cost = world.pstar * (h - 0.5 / tau) ** 2
         (2 * mu[:, :, None] * mu[:, None, :] * cost).sum((1, 2)).mean().backward()
         return theta.grad
 
-    equal, _ = tabular.nash(ref, world.pstar, tau)
+    equal, _ = exact.nash(ref, world.pstar, tau)
     assert slope(equal, True).abs().max() < 1e-12 < 1e-3 < slope(equal, False).abs().max()
     pi = torch.randn(ref.shape, dtype=torch.float64).log_softmax(-1)
-    f, g = pi - ref, tabular.against(world.pstar, pi.exp())
+    f, g = pi - ref, exact.against(world.pstar, pi.exp())
     centred = f - g / tau - (pi.exp() * (f - g / tau)).sum(-1, keepdim=True)
     assert torch.allclose(slope(pi, True), 4 / len(pi) * pi.exp() * centred, atol=1e-12), "methods: mu(y) [...]"
 
@@ -244,10 +244,10 @@ def test_a_rounds_answer_minimises_the_exact_logistic_loss(lam):
     p_data, opponent = two_policies(0)
 
     def loss(logp):
-        h = tabular.margins(logp, opponent)
+        h = exact.margins(logp, opponent)
         return (p_data.exp()[:, :, None] * opponent.exp()[:, None, :] * F.softplus(-lam * h)).sum((1, 2)).mean()
 
-    found = tabular.minimise(loss, opponent)
+    found = exact.minimise(loss, opponent)
     assert data.kl(found, selfplay.answer(opponent, p_data, lam)) < 1e-10
 
 
@@ -268,7 +268,7 @@ def test_rounds_converge_only_beyond_one_half():
 def test_chosen_come_from_the_data_and_rejected_from_the_opponent():
     """Pearson's statistic against p_data(y) pi_t(y')."""
     world = data.World("bt")
-    p_data, opponent = (tabular.Table(world)(far_from(world, s)).detach().double() for s in (1, 2))
+    p_data, opponent = (exact.Table(world)(far_from(world, s)).detach().double() for s in (1, 2))
     args = Namespace(batch_size=40_003)
     batch, ref_logp = next(selfplay.batches(world, p_data, opponent, args, torch.Generator().manual_seed(0)))
     counts, rows = counted(batch, p_data.shape)

@@ -10,7 +10,7 @@ import torch
 import data
 import ipo
 import model
-from lab.common import start, tabular
+from lab.common import exact, start
 from lab.methods import kto, others, thumbs
 
 pytestmark = pytest.mark.usefixtures("bt3")
@@ -170,7 +170,7 @@ def test_orpo_is_not_convex_and_the_others_are():
 
 def test_the_best_of_several_starts_is_taken(monkeypatch):
     """With a minimiser that stays where it starts, the answer is the start of least objective."""
-    monkeypatch.setattr(tabular, "minimise", lambda f, start: start.log_softmax(-1))
+    monkeypatch.setattr(exact, "minimise", lambda f, start: start.log_softmax(-1))
     for seed in range(5):
         world, args = small(seed), flags_of("orpo")
         best, known = others.minimum(world, args, torch.Generator().manual_seed(0))
@@ -242,7 +242,7 @@ def test_a_step_of_kto_descends_its_rows(begun):
     args.log_every, args.lr = 1, 0.0
     source.train = source.train[:10]  # all of them are in the batch
     rows, label = torch.cat([source.pairs.chosen[:10], source.pairs.rejected[:10]]), [1] * 10 + [0] * 10
-    logp = tabular.Table(source)(policy).flatten()
+    logp = exact.Table(source)(policy).flatten()
     due = 0.0
     for row, liked in zip(rows.tolist(), label):
         z = 0.5 * (logp[row] - ref_logp[row])

@@ -9,7 +9,7 @@ import torch
 import data
 import ipo
 import model
-from lab.common import start, tabular
+from lab.common import exact, start
 from lab.methods import equal, reward, rlhf, rollout
 
 pytestmark = pytest.mark.usefixtures("bt3")
@@ -103,7 +103,7 @@ def test_answers_maximise_their_objectives(kl):
         kls = {"reward": data.kl(logp, ref), "k3": data.kl(ref, logp)}
         return args.tau * kls[kl] - (logp.exp() * r).sum(-1).mean()
 
-    found = tabular.minimise(lost, theta.detach())
+    found = exact.minimise(lost, theta.detach())
     assert torch.allclose(rlhf.answer(ref, r, args), found, atol=1e-5)
 
 

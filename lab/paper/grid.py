@@ -10,8 +10,8 @@ A grid over the flags that are given several values (--loss, --tau, --steps, --p
 ipo.py's and hold for all. A run is ipo.run with its flags in OUT/LOSS-TAU: runs of one seed share reference,
 pairs and order bit for bit. A row is a median over seeds. "of pi*" is the optimum of the loss's Psi (for dpo
 logit); "below" how far the win rate lies below the highest at the run's own KL(pi||ref), which is
-lab/common/plot.py's frontier. Trap: at one tau the losses stand at different places. Compare them at equal KL;
-"below" does. Pictures: python -m lab.common.plot OUT. With --resume runs that were started go on, the others start.
+lab/common/pictures.py's frontier. Trap: at one tau the losses stand at different places. Compare them at equal KL;
+"below" does. Pictures: python -m lab.common.pictures OUT. With --resume runs that were started go on, the others start.
 Answer: bt, 500,000 pairs: all eight end within .0021 of the frontier, so neither loss wins more at its KL. At
 tau .1 IPO moves 1.16 nats, DPO 5.18, and if preferences are certain DPO's largest log-ratio grows from 14 to
 671 with the steps, IPO's not.
@@ -29,7 +29,7 @@ import numpy as np
 import data
 import ipo
 import model
-from lab.common import plot
+from lab.common import pictures
 
 WORLD = {"kl_ref": "KL to ref", "opt kl_ref": "of pi*", "kl_opt": "KL to pi*", "win": "win rate",
          "opt win": "of pi*", "ratio": "max ratio", "opt ratio": "of pi*", "below": "below"}
@@ -60,11 +60,11 @@ def plan(grid, rest, out):  # -> {name of a row: [flags of its run with each see
 
 def measured(out):
     """Numbers by name of the finished run in this folder; in a world also how far below the frontier."""
-    run = plot.read(out)
+    run = pictures.read(out)
     optimum = run.report.get("opt", {})
     numbers = {f"opt {name}": value for name, value in optimum.items()} | run.report["after"]
     if run.config["data"] in data.WORLDS:
-        best = np.interp(numbers["kl_ref"], *plot.frontier(plot.source_of(out)))
+        best = np.interp(numbers["kl_ref"], *pictures.frontier(pictures.source_of(out)))
         numbers["below"] = best - numbers["win"]
     return numbers
 

@@ -26,7 +26,7 @@ import torch
 
 import data
 import ipo
-from lab.common import plot
+from lab.common import pictures
 
 BANDITS = {"bandit2": "ab", "d1": "ab bc ac", "d2": "ab bc ca", "d3": "ab ba", "d3prime": "ac bc"}
 
@@ -87,7 +87,7 @@ def pose(loss, tau, winner, loser, pstar):  # -> Run
         raise ipo.Refused("psi asks for an infinite margin at p = 1, and these pairs are certain; edit it")
     print(f"{loss}, tau {tau:g}: loss {start.item():.6g} at step 0, where h = 0")
     report = {"before": data.finite({"target": target}), "opt": evaluate(best.expand(2, -1), winner, loser)}
-    return plot.Run(f"{loss}, tau {tau:g}", {"loss": loss, "tau": tau}, [], [], report)
+    return pictures.Run(f"{loss}, tau {tau:g}", {"loss": loss, "tau": tau}, [], [], report)
 
 
 def print_table(runs):
@@ -101,21 +101,21 @@ def print_table(runs):
 
 def draw_actions(runs, path, rows):
     """Figures 1 and 2: probabilities against the step, a row per tau, a column per loss; dashed: pi*."""
-    figure, axes = plot.panels(rows, len(runs) // rows)
+    figure, axes = pictures.panels(rows, len(runs) // rows)
     for axis, run in zip(axes.T.flatten(), runs):
         pi = torch.tensor([numbers["pi"] for numbers in run.evals]).T  # (Y, points)
         error = torch.tensor([numbers["interval"] for numbers in run.evals]).T
         for action, best in enumerate(run.report["opt"]["pi"]):
-            colour, style = plot.COLOURS[action], plot.STYLES[action]
+            colour, style = pictures.COLOURS[action], pictures.STYLES[action]
             low, high = pi[action] - error[action], pi[action] + error[action]
             axis.plot(run.steps, pi[action], style, color=colour, label="abc"[action])
             axis.fill_between(run.steps, low, high, color=colour, alpha=0.3, linewidth=0)
-            axis.axhline(best, color=colour, **plot.DASHED)
+            axis.axhline(best, color=colour, **pictures.DASHED)
         axis.set(title=run.out, ylim=(-0.03, 1.03))
     figure.supxlabel("step")
     figure.supylabel("probability")
     axes[0, 0].legend(title="action")
-    plot.save(figure, path)
+    pictures.save(figure, path)
 
 
 def experiment(args):
@@ -133,7 +133,7 @@ def experiment(args):
     Path(f"{args.out}/report.json").write_text(json.dumps(report, indent=1))
     print_table(runs)
     draw_actions(runs, f"{args.out}/actions.png", len(args.tau))
-    plot.draw_runs(runs, f"{args.out}/margins.png")
+    pictures.draw_runs(runs, f"{args.out}/margins.png")
 
 
 def main(argv=None):

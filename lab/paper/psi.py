@@ -26,7 +26,7 @@ import torch
 import data
 import ipo
 import model
-from lab.common import plot
+from lab.common import pictures
 
 PSIS = {
     "identity": lambda q: q,
@@ -87,18 +87,18 @@ def reasons(args):
 
 def draw(psis, name, p, h, args):
     """Target against p, a curve for every Psi, and the mean margin that pairs with each p have reached."""
-    figure, axes = plot.panels(1, 1, width=9)
+    figure, axes = pictures.panels(1, 1, width=9)
     axis, q = axes[0, 0], torch.linspace(0.005, 0.995, 199)
     for i, (other, psi) in enumerate(psis.items()):
         target = (psi(q) - psi(1 - q)) / (2 * args.tau)
-        axis.plot(q, target, plot.STYLES[i % 4], color=plot.COLOURS[i], label=other)
+        axis.plot(q, target, pictures.STYLES[i % 4], color=pictures.COLOURS[i], label=other)
     values, where = p.unique(return_inverse=True)
     reached = torch.bincount(where, h) / torch.bincount(where)
     axis.plot(values, reached, ".", color="black", label=f"reached: {name}")
     axis.set(xlabel="p = P(chosen preferred)", ylabel=f"margin, nats (tau {args.tau:g})")
     axis.set_ylim(-2.2 / args.tau, 2.2 / args.tau)
     figure.legend(loc="outside right center")
-    plot.save(figure, f"{args.out}/psi.png")
+    pictures.save(figure, f"{args.out}/psi.png")
 
 
 def experiment(args, psis, name):
@@ -106,7 +106,7 @@ def experiment(args, psis, name):
     numbers = card(args.tau)
     print_card(numbers)
     ipo.run(args)
-    source = plot.source_of(args.out)
+    source = pictures.source_of(args.out)
     policy, _ = model.load(f"{args.out}/ckpt.pt")
     p, reached = source.pairs.p, margins(source, source.enumerate(policy.to(args.device)))
     numbers["labels"] = at_card(p, margins(source, source.exact["labels"]))

@@ -1,4 +1,4 @@
-"""Claims of lab/paper/grid.py and lab/common/plot.py, each with its oracle."""
+"""Claims of lab/paper/grid.py and lab/common/pictures.py, each with its oracle."""
 import json
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 import data
 import ipo
 import model
-from lab.common import plot
+from lab.common import pictures
 from lab.paper import grid
 
 SHORT = ["--steps", "20", "--sft_steps", "5", "--pairs", "2000", "--batch_size", "16", "--log_every", "10"]
@@ -62,7 +62,7 @@ def test_infinite_is_above_every_number():
 def test_below_is_the_distance_to_the_best_policy_of_equal_kl(cells):
     """Bisection for the tau whose pi* has the run's KL(pi||ref) finds the win rate that was interpolated."""
     for name in ("ipo-0.1", "dpo-0.1"):
-        after, source = report(cells / name)["after"], plot.source_of(cells / name)
+        after, source = report(cells / name)["after"], pictures.source_of(cells / name)
         low, high = 1e-3, 1e4
         for _ in range(80):
             tau = (low * high) ** 0.5
@@ -77,9 +77,9 @@ def test_below_is_the_distance_to_the_best_policy_of_equal_kl(cells):
 def test_no_policy_beats_the_frontier(tmp_path, world, mu):
     """Random policies and optima of another Psi lie below, pi* of any tau on it; it goes on to the greedy policy."""
     assert ipo.main([*SHORT, "--data", world, "--mu", mu, "--steps", "1", "--out", str(tmp_path)]) == 0
-    source = plot.source_of(tmp_path)
+    source = pictures.source_of(tmp_path)
     ref, pstar, mu = source.ref, source.pstar, source.mu
-    kls, wins = plot.frontier(source)
+    kls, wins = pictures.frontier(source)
     assert list(kls) == sorted(kls) and kls[0] < 1e-6
     greedy = data.exact(data.optimum(ref, pstar / 1e-6, mu, 1.0), ref, {}, pstar, mu, ipo.psi, 1.0)
     assert wins[-1] == pytest.approx(greedy["win"], abs=1e-4) and kls[-1] == pytest.approx(greedy["kl_ref"], abs=1e-3)
@@ -96,16 +96,16 @@ def test_no_policy_beats_the_frontier(tmp_path, world, mu):
 def test_the_source_of_a_run_is_what_it_trained_on(cells):
     """The exact numbers of pi* and the reference, and those over all pairs, are the report's again."""
     for name in ("ipo-1", "dpo-0.1"):
-        source = plot.source_of(cells / name)
+        source = pictures.source_of(cells / name)
         assert source.numbers(source.ref) == report(cells / name)["before"]
         assert source.numbers(source.exact["opt"]) == report(cells / name)["opt"]
 
 
 def test_pictures_show_the_measured_numbers(cells, figures):
     """Curves are the reference, then metrics.jsonl; dashed the target; diamonds pi*; one frontier."""
-    assert plot.main([str(cells)]) == 0
+    assert pictures.main([str(cells)]) == 0
     margin, kl, win = figures[f"{cells}/runs.png"].axes
-    run = plot.read(str(cells / "ipo-0.1"))
+    run = pictures.read(str(cells / "ipo-0.1"))
     lines = [json.loads(line) for line in (cells / "ipo-0.1/metrics.jsonl").read_text().splitlines()]
     assert run.steps == (0, 10, 20) and run.evals == (run.report["before"], *(line["eval"] for line in lines))
     for axis, x, y in ((margin, run.steps, "h"), (kl, run.steps, "kl_ref"), (win, None, "win")):
@@ -132,7 +132,7 @@ def test_runs_on_files_and_unfinished_runs_are_drawn(tmp_path, figures, monkeypa
     flags += ["--n_layer", "1", "--n_embd", "8", "--sft_steps", "2", "--steps", "4", "--log_every", "2"]
     assert grid.main([*flags, "--tau", "0.1", "--out", str(tmp_path / "grid")]) == 0
     (tmp_path / "grid/dpo-0.1/report.json").unlink()
-    assert plot.main([str(tmp_path / "grid"), "--out", str(tmp_path / "pictures")]) == 0
+    assert pictures.main([str(tmp_path / "grid"), "--out", str(tmp_path / "pictures")]) == 0
     _, accuracy = figures[f"{tmp_path}/pictures/runs.png"].axes
     assert sorted(len(line.get_xdata()) for line in accuracy.lines) == [2, 3]
     assert accuracy.get_ylabel() == "accuracy, held out" and accuracy.lines[0].get_ydata()[0] == 0.5
@@ -143,7 +143,7 @@ def test_runs_on_files_and_unfinished_runs_are_drawn(tmp_path, figures, monkeypa
 def test_a_picture_without_margins(tmp_path, figures):
     """Under --logp mean a world reports no h: KL and frontier remain."""
     assert ipo.main([*SHORT, "--logp", "mean", "--out", str(tmp_path)]) == 0
-    assert plot.main([str(tmp_path)]) == 0
+    assert pictures.main([str(tmp_path)]) == 0
     kl, win = figures[f"{tmp_path}/runs.png"].axes
     assert [axis.get_ylabel() for axis in (kl, win)] == ["KL(pi||ref), nats", "win rate against mu"]
     assert 600 in [len(line.get_xdata()) for line in win.lines]
@@ -152,7 +152,7 @@ def test_a_picture_without_margins(tmp_path, figures):
 def test_files_become_a_png(cells, tmp_path):
     """What lies in the folder is a picture."""
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
-    assert plot.main([str(cells / "ipo-1"), "--out", str(tmp_path / "new")]) == 0
+    assert pictures.main([str(cells / "ipo-1"), "--out", str(tmp_path / "new")]) == 0
     assert (tmp_path / "new/runs.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -185,6 +185,6 @@ def test_bad_input_ends_in_a_line_before_anything_runs(tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.startswith("grid.py: ") and error.count("\n") == 1 and not (tmp_path / "out").exists()
     for name, text in (("config.json", "{}"), ("metrics.jsonl", "{")):
-        assert plot.main([str(tmp_path)]) == 2 and capsys.readouterr().err.startswith("plot.py: ")
+        assert pictures.main([str(tmp_path)]) == 2 and capsys.readouterr().err.startswith("plot.py: ")
         (tmp_path / name).write_text(text)
-    assert plot.main([str(tmp_path)]) == 2 and "not the files of a run" in capsys.readouterr().err
+    assert pictures.main([str(tmp_path)]) == 2 and "not the files of a run" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import torch
 
 import data
 import ipo
-from lab.common import plot
+from lab.common import pictures
 from lab.paper import paper
 
 PAPER = {  # section 5's exact IPO probabilities, computed by hand from eq. 7

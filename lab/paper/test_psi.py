@@ -7,7 +7,7 @@ import torch
 
 import ipo
 import model
-from lab.common import plot
+from lab.common import pictures
 from lab.paper import psi
 
 SHORT = ["--steps", "20", "--sft_steps", "5", "--pairs", "3000", "--batch_size", "16", "--log_every", "10"]
@@ -46,7 +46,7 @@ def test_margins_and_their_means_are_those_of_the_pairs(tmp_path, figures, capsy
     """A loop over the pairs gives the card's rows, which are printed; where no pair is, nothing is claimed."""
     report = run(tmp_path, "--psi", "logit", "--tau", "0.5")
     monkeypatch.setattr(ipo, "psi", torch.logit)  # pi* of the source is that of the Psi that stands here
-    source, policy = plot.source_of(tmp_path), model.load(f"{tmp_path}/ckpt.pt")[0]
+    source, policy = pictures.source_of(tmp_path), model.load(f"{tmp_path}/ckpt.pt")[0]
     logp, pairs = source.enumerate(policy), source.pairs
     ratio, best = (logp - source.ref).flatten(), (source.exact["opt"] - source.ref).flatten()
     card = report["card"]
@@ -116,7 +116,7 @@ def test_the_picture_shows_targets_and_what_was_reached(tmp_path, figures):
     assert lines.keys() == {*psi.PSIS, "reached: tanh"}
     assert lines["tanh"][1] == pytest.approx(np.tanh(8 * (lines["tanh"][0] - 0.5)) / 0.2, abs=1e-4)
     assert lines["cubic"][1] == pytest.approx((2 * lines["cubic"][0] - 1) ** 3 / 0.2, abs=1e-4)
-    source, policy = plot.source_of(tmp_path), model.load(f"{tmp_path}/ckpt.pt")[0]
+    source, policy = pictures.source_of(tmp_path), model.load(f"{tmp_path}/ckpt.pt")[0]
     h = psi.margins(source, source.enumerate(policy))
     at = lines["reached: tanh"][0][7]
     assert lines["reached: tanh"][1][7] == pytest.approx(h[source.pairs.p == at].mean().item())

@@ -1,7 +1,7 @@
 """What did these runs do? Pictures from the files that they left, and what other programs of lab/ draw with.
 
-  python -m lab.common.plot OUT [OUT ...]     a run's --out each, or a grid's, which stands for its runs
-  python -m lab.common.plot out/a out/b --out pictures
+  python -m lab.common.pictures OUT [OUT ...]     a run's --out each, or a grid's, which stands for its runs
+  python -m lab.common.pictures out/a out/b --out pictures
 
 runs.png: the margin h against the step, in a world KL(pi||ref) against the step and win rate against KL, for
 a file the accuracy on its held-out pairs. Colours are losses, line styles the runs of a loss in their order.

@@ -1,4 +1,4 @@
-"""The claims of lab/common/tabular.py, against brute force: worlds of 3 to 5 responses, other solvers, sums by hand."""
+"""The claims of lab/common/exact.py, against brute force: worlds of 3 to 5 responses, other solvers, sums by hand."""
 import itertools
 import json
 import math
@@ -10,7 +10,7 @@ from torch.nn.functional import logsigmoid
 import data
 import ipo
 import model
-from lab.common import tabular
+from lab.common import exact
 
 WORLDS = [(0, 3, 0.1), (1, 4, 0.2), (2, 5, 0.5), (3, 4, 1.0)]  # seed, responses, tau
 
@@ -39,7 +39,7 @@ def test_the_table_is_the_enumerated_policy():
     with torch.no_grad():
         for p in policy.parameters():
             p += 0.3 * torch.randn_like(p)
-    table = tabular.Table(world)(policy)
+    table = exact.Table(world)(policy)
     tokens, mask = world.pairs.padded(torch.arange(world.reward.numel()))
     alone = ipo.sequence_logp(policy, tokens, mask).view_as(world.reward)
     assert torch.allclose(table, alone, atol=1e-4)
@@ -52,7 +52,7 @@ def test_the_table_is_the_enumerated_policy():
 
 def test_the_table_takes_each_prefix_once():
     """A prompt's responses have 1 + 7 + 49 distinct prefixes, from which every token is predicted."""
-    table = tabular.Table(data.World("bt"))
+    table = exact.Table(data.World("bt"))
     assert len(table.first) == 4 * (1 + 7 + 49)
 
 
@@ -67,7 +67,7 @@ def test_expected_is_the_mean_over_drawn_pairs(seed, Y, tau):
         chance = [mu[x, y] * mu[x, z] for y, z in pairs]
         means = [pstar[x, y, z] * cost[x, y, z] + pstar[x, z, y] * cost[x, z, y] for y, z in pairs]
         total += sum(c * m for c, m in zip(chance, means)) / sum(chance) / 2
-    assert tabular.expected(cost, pstar, mu).item() == pytest.approx(float(total), abs=1e-12)
+    assert exact.expected(cost, pstar, mu).item() == pytest.approx(float(total), abs=1e-12)
 
 
 @pytest.mark.parametrize("seed, Y, tau", WORLDS)
@@ -77,9 +77,9 @@ def test_the_minimiser_of_ipo_is_pi_star(seed, Y, tau, monkeypatch):
     pstar, ref, mu = small(seed, Y)
 
     def loss(logp):
-        return tabular.expected(ipo.ipo_loss(tabular.margins(logp, ref), torch.ones(()).double(), tau), pstar, mu)
+        return exact.expected(ipo.ipo_loss(exact.margins(logp, ref), torch.ones(()).double(), tau), pstar, mu)
 
-    found = tabular.minimise(loss, torch.zeros_like(ref))
+    found = exact.minimise(loss, torch.zeros_like(ref))
     assert torch.allclose(found, data.optimum(ref, pstar, mu, tau), atol=1e-6)
 
 
@@ -89,9 +89,9 @@ def test_the_minimiser_of_dpo_is_pi_star_under_bradley_terry(seed, Y, tau):
     r, pstar, ref, mu = bradley_terry(seed, Y)
 
     def loss(logp):
-        return -tabular.expected(logsigmoid(tau * tabular.margins(logp, ref)), pstar, mu)
+        return -exact.expected(logsigmoid(tau * exact.margins(logp, ref)), pstar, mu)
 
-    found = tabular.minimise(loss, ref)
+    found = exact.minimise(loss, ref)
     assert torch.allclose(found, (ref + r / tau).log_softmax(-1), atol=1e-5)
     assert torch.allclose(found, data.optimum(ref, pstar.logit(), mu, tau), atol=1e-5)
 
@@ -100,7 +100,7 @@ def test_the_minimiser_of_dpo_is_pi_star_under_bradley_terry(seed, Y, tau):
 def test_nash_is_a_fixed_point(seed, Y, tau):
     """pi = ref exp(E_{y'~pi} p* / tau) / Z, computed response by response."""
     pstar, ref, _ = small(seed, Y)
-    logp, residual = tabular.nash(ref, pstar, tau)
+    logp, residual = exact.nash(ref, pstar, tau)
     assert residual <= 1e-12
     for x in range(2):
         weight = [math.exp(ref[x, y]) * math.exp((pstar[x, y] * logp[x].exp()).sum() / tau) for y in range(Y)]
@@ -111,7 +111,7 @@ def test_nash_converges_where_the_worlds_are_hard():
     """The three worlds at tau .1 and the base distribution as reference: residual at most 1e-12."""
     for name in data.WORLDS:
         world, ref = of_base(name)
-        assert tabular.nash(ref, world.pstar, 0.1)[1] <= 1e-12, name
+        assert exact.nash(ref, world.pstar, 0.1)[1] <= 1e-12, name
 
 
 def of_base(name):
@@ -123,12 +123,12 @@ def of_base(name):
 def test_nash_is_unique(seed, Y, tau):
     """Another solver from eight other starts: a best response that moves a little at a time, in probability."""
     pstar, ref, _ = small(seed, Y)
-    logp, _ = tabular.nash(ref, pstar, tau)
+    logp, _ = exact.nash(ref, pstar, tau)
     starts = torch.randn(8, *ref.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     for start in 4 * starts:
         pi, step = start.softmax(-1), 0.5 * tau
         for _ in range(3000):
-            answer = (ref + tabular.against(pstar, pi) / tau).softmax(-1)
+            answer = (ref + exact.against(pstar, pi) / tau).softmax(-1)
             pi = (1 - step) * pi + step * answer
         assert torch.allclose(pi, logp.exp(), atol=1e-9)
 
@@ -137,16 +137,16 @@ def test_nash_is_unique(seed, Y, tau):
 def test_exploitability_is_what_a_best_response_gains(seed, Y, tau):
     """LBFGS finds the best response's value; nobody gains against Nash, somebody against any other policy."""
     pstar, ref, _ = small(seed, Y)
-    equal, _ = tabular.nash(ref, pstar, tau)
-    assert abs(tabular.exploitability(equal, ref, pstar, tau).item()) < 1e-12
+    equal, _ = exact.nash(ref, pstar, tau)
+    assert abs(exact.exploitability(equal, ref, pstar, tau).item()) < 1e-12
     for other in torch.randn(4, *ref.shape, dtype=torch.float64).log_softmax(-1):
-        wins = tabular.against(pstar, other.exp())
+        wins = exact.against(pstar, other.exp())
 
         def lost(logp):
             return (logp.exp() * (tau * (logp - ref) - wins)).sum(-1).mean()
 
-        gain = lost(other) - lost(tabular.minimise(lost, ref))
-        found = tabular.exploitability(other, ref, pstar, tau)
+        gain = lost(other) - lost(exact.minimise(lost, ref))
+        found = exact.exploitability(other, ref, pstar, tau)
         assert found > 1e-3 and torch.allclose(found, gain, atol=1e-8)
 
 
@@ -154,14 +154,14 @@ def test_exploitability_is_what_a_best_response_gains(seed, Y, tau):
 def test_spectral_radius_is_that_of_the_iteration(seed, Y, tau):
     """tau times the largest eigenvalue of the derivative, by autograd, of logits -> (ref + P pi / tau)."""
     pstar, ref, _ = small(seed, Y)
-    logp, _ = tabular.nash(ref, pstar, tau)
+    logp, _ = exact.nash(ref, pstar, tau)
     radii = []
     for x in range(2):
         def step(theta):
             return (ref[x] + pstar[x] @ theta.softmax(-1) / tau).log_softmax(-1)
         jacobian = torch.autograd.functional.jacobian(step, logp[x])
         radii.append(tau * torch.linalg.eigvals(jacobian).abs().max().item())
-    assert tabular.spectral_radius(logp, pstar).item() == pytest.approx(max(radii), abs=1e-9)
+    assert exact.spectral_radius(logp, pstar).item() == pytest.approx(max(radii), abs=1e-9)
 
 
 @pytest.mark.parametrize("name, tau, converges", [
@@ -170,13 +170,13 @@ def test_spectral_radius_is_that_of_the_iteration(seed, Y, tau):
 def test_the_undamped_iteration_converges_iff_lambda_is_below_tau(name, tau, converges):
     """It starts 1e-6 from the Nash policy: its distance shrinks, or grows, as lambda / tau says."""
     world, ref = of_base(name)
-    logp, _ = tabular.nash(ref, world.pstar, tau)
-    assert (tabular.spectral_radius(logp, world.pstar) < tau) == converges
+    logp, _ = exact.nash(ref, world.pstar, tau)
+    assert (exact.spectral_radius(logp, world.pstar) < tau) == converges
     noise = torch.randn(ref.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     start = (logp + 1e-6 * noise).log_softmax(-1)
     policy, distance = start, []
     for _ in range(200):
-        policy = (ref + tabular.against(world.pstar, policy.exp()) / tau).log_softmax(-1)
+        policy = (ref + exact.against(world.pstar, policy.exp()) / tau).log_softmax(-1)
         distance.append((policy - logp).abs().max().item())
     assert (distance[-1] < 1e-8) == converges
     assert converges or max(distance) > 1e-3
@@ -186,7 +186,7 @@ def test_undamped_nash_is_that_iteration():
     """damped=False: in cyclic at tau .1 its residual stays far above 1e-12; in bt it vanishes."""
     for name, ends in (("cyclic", False), ("bt", True)):
         world, ref = of_base(name)
-        _, residual = tabular.nash(ref, world.pstar, 0.1, damped=False, steps=1000)
+        _, residual = exact.nash(ref, world.pstar, 0.1, damped=False, steps=1000)
         assert (residual < 1e-12) == ends and (ends or residual > 1e-2)
 
 
@@ -194,17 +194,17 @@ def test_undamped_nash_is_that_iteration():
 def test_mirror_is_where_ipo_md_rests(seed, Y, tau):
     """pi is IPO's optimum against mu = pi^(1-b) ref^b; b = 0 is Nash."""
     pstar, ref, _ = small(seed, Y)
-    logp, mu = tabular.mirror(ref, pstar, tau, 0.5)
+    logp, mu = exact.mirror(ref, pstar, tau, 0.5)
     assert torch.allclose((0.5 * logp + 0.5 * ref).log_softmax(-1), mu, atol=1e-10)
     assert torch.allclose(data.optimum(ref, pstar, mu.exp(), tau), logp, atol=1e-10)
-    assert torch.allclose(tabular.mirror(ref, pstar, tau, 0.0)[0], tabular.nash(ref, pstar, tau)[0], atol=1e-10)
+    assert torch.allclose(exact.mirror(ref, pstar, tau, 0.0)[0], exact.nash(ref, pstar, tau)[0], atol=1e-10)
 
 
 @pytest.mark.parametrize("seed, Y, tau", WORLDS)
 def test_rewards_recover_bradley_terry(seed, Y, tau):
     """With its own p* the fit is the reward, up to each prompt's mean."""
     r, pstar, _, mu = bradley_terry(seed, Y)
-    assert torch.allclose(tabular.rewards(pstar, mu), r - r.mean(-1, keepdim=True), atol=1e-5)
+    assert torch.allclose(exact.rewards(pstar, mu), r - r.mean(-1, keepdim=True), atol=1e-5)
 
 
 def test_rewards_recover_those_of_bt():
@@ -212,28 +212,28 @@ def test_rewards_recover_those_of_bt():
     world = data.World("bt")
     uniform = torch.full_like(world.reward, 1 / 400)
     centred = world.reward - world.reward.mean(-1, keepdim=True)
-    assert (tabular.rewards(world.pstar, uniform) - centred).abs().max() < 1e-3
+    assert (exact.rewards(world.pstar, uniform) - centred).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("seed, Y, tau", WORLDS)
 def test_rewards_of_intransitive_preferences_match_win_rates(seed, Y, tau):
     """The likelihood's own condition: each response wins as often as the fit says."""
     pstar, _, mu = small(seed, Y)
-    r = tabular.rewards(pstar, mu)
+    r = exact.rewards(pstar, mu)
     fit = (r[:, :, None] - r[:, None, :]).sigmoid()
-    w = tabular.weights(mu)
+    w = exact.weights(mu)
     assert torch.allclose((w * pstar).sum(-1), (w * fit).sum(-1), atol=1e-7)
 
 
 def test_the_program_leaves_its_figures(tmp_path, capsys):
     """`kl_ref` and `win` are recomputed from scratch."""
-    assert tabular.main(["--data", "cyclic", "--tau", "0.5", "--out", str(tmp_path)]) == 0
+    assert exact.main(["--data", "cyclic", "--tau", "0.5", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     world, ref = of_base("cyclic")
-    logp, _ = tabular.nash(ref, world.pstar, 0.5)
+    logp, _ = exact.nash(ref, world.pstar, 0.5)
     assert report["kl_ref"] == pytest.approx(((logp - ref) * logp.exp()).sum(-1).mean().item())
     joint = logp.exp()[:, :, None] / 400 * world.pstar
     assert report["win"] == pytest.approx(joint.sum((1, 2)).mean().item())
     assert report["residual"] <= 1e-12
-    assert tabular.main(["--tau", "0", "--out", str(tmp_path)]) == 2
+    assert exact.main(["--tau", "0", "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1

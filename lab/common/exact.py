@@ -12,7 +12,7 @@ model, differentiably, each distinct prefix once (1.5 ms; token by token a respo
 
 Trap: the undamped iteration pi <- ref exp(P pi / tau) / Z converges only where the spectral radius of
 (diag pi - pi pi^T)(P - 1/2) is below tau: always in bt, not in cyclic at tau .1, not in deterministic at .1.
-`python -m lab.common.tabular --data deterministic --tau 0.2` prints the answers of one world.
+`python -m lab.common.exact --data deterministic --tau 0.2` prints the answers of one world.
 Answer: with the base distribution as reference and mu uniform, at tau .2 offline IPO's optimum is .0082 (bt),
 .012 (cyclic) and .16 nats (deterministic) from the Nash policy; IPO-MD's answer (b .5) .0018, .0029 and .063.
 """
@@ -140,10 +140,10 @@ def main(argv=None):
     parser.add_argument("--tau", type=float, default=0.2, help="pull to the reference [0.2]")
     parser.add_argument("--b", type=float, default=0.5, help="share of ref in IPO-MD's mixture [0.5]")
     parser.add_argument("--seed", type=int, default=0, help="nothing here is drawn: for the form's sake [0]")
-    parser.add_argument("--out", default="out/tabular", help="folder of report.json [out/tabular]")
+    parser.add_argument("--out", default="out/exact", help="folder of report.json [out/exact]")
     args = parser.parse_args(argv)
     if not 0 < args.tau < 1e9 or not 0 <= args.b < 1:
-        print("tabular: --tau must be > 0, --b from 0 to below 1", file=sys.stderr)
+        print("exact: --tau must be > 0, --b from 0 to below 1", file=sys.stderr)
         return 2
     world = data.World(args.data)
     ref = (world.base + 1e-4).log().expand_as(world.reward).log_softmax(-1)  # or "" would have probability 0
