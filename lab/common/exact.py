@@ -1,8 +1,12 @@
 """Where do preference methods end, exactly? A policy as a table, and each fixed point by enumeration.
 
-A world has X prompts and Y responses, so a policy is log pi(y|x), (X,Y). `Table` reads it off any language
-model, differentiably, each distinct prefix once (1.5 ms; token by token a response costs 1.2 ms). On tables:
+  python -m lab.common.exact --data deterministic --tau 0.2       offline IPO, IPO-MD and online IPO in one world
 
+A world has X prompts and Y responses, so a policy is log pi(y|x), (X,Y). `Table` reads it off any language
+model, differentiably. On tables:
+
+  frontier   the highest win rate at each KL(pi||ref)
+  limit      where IPO ends with endless labels of one kind
   minimise   any differentiable objective of log pi, LBFGS in float64: the answer that training approximates
   expected   the exact mean of a pair's cost over y, y' ~ mu, y != y', and over the label, a coin flip with p*
   nash       pi = ref exp(E_{y'~pi} p*(y>y') / tau) / Z, the regularised Nash policy, where online IPO ends
@@ -12,52 +16,85 @@ model, differentiably, each distinct prefix once (1.5 ms; token by token a respo
 
 Trap: the undamped iteration pi <- ref exp(P pi / tau) / Z converges only where the spectral radius of
 (diag pi - pi pi^T)(P - 1/2) is below tau: always in bt, not in cyclic at tau .1, not in deterministic at .1.
-`python -m lab.common.exact --data deterministic --tau 0.2` prints the answers of one world.
-Answer: with the base distribution as reference and mu uniform, at tau .2 offline IPO's optimum is .0082 (bt),
-.012 (cyclic) and .16 nats (deterministic) from the Nash policy; IPO-MD's answer (b .5) .0018, .0029 and .063.
 """
-import argparse
-import json
 import os
 import sys
 
 import torch
+from torch.nn.functional import logsigmoid
 
 import data
 import ipo
+from data import mean_over_opponents as against
+from lab.common import start
 
 
 class Table:
     """table(policy) -> (X,Y) log pi(y|x) of every response, differentiable; world: a data.World."""
 
     def __init__(self, world):
-        tokens, mask = world.pairs.padded(torch.arange(world.reward.numel()))
         self.shape = world.reward.shape
-        self.row, at = mask[:, 1:].nonzero(as_tuple=True)  # (S,), (S,) scored tokens
-        self.ids = tokens[self.row, at + 1]
-        nodes, where = {}, []
-        for row, t in zip(self.row.tolist(), at.tolist()):
-            prefix = tuple(tokens[row, :t + 1].tolist())
-            where.append(nodes.setdefault(prefix, (len(nodes), row, t))[0])
-        self.where = torch.tensor(where)  # (S,) into the distinct prefixes
-        _, rows, self.at = torch.tensor(list(nodes.values())).T
-        rows, self.first = rows.unique(return_inverse=True)  # the rows that hold all prefixes
-        self.tokens = tokens[rows, :-1]
-        self.wanted = torch.zeros_like(self.tokens, dtype=torch.bool).index_put(
-            (self.first, self.at), torch.tensor(True))
+        tokens, mask = world.pairs.padded(torch.arange(world.reward.numel()))
+        self.said, self.scored = tokens[:, 1:], mask[:, 1:]
+        # A token is predicted from those before it, so the last token of a row is never read. Without it (and
+        # zeros for what is not read) many rows are equal; the policy reads each of these once.
+        t = torch.arange(tokens.shape[1] - 1)
+        read = tokens[:, :-1] * (t < world.pairs.length[:, None] - 1)
+        self.inputs, self.input_of = read.unique(dim=0, return_inverse=True)
 
     def __call__(self, policy):  # -> (X,Y)
-        x = policy.hidden(self.tokens, self.wanted)[self.first, self.at]  # (prefixes,C)
-        logp = policy.head(x).log_softmax(-1)[self.where, self.ids]       # (S,)
-        total = logp.new_zeros(self.shape.numel()).index_add(0, self.row, logp)
-        return total.view(self.shape)
+        device = next(policy.parameters()).device
+        x = policy.hidden(self.inputs.to(device))             # (distinct,T,C)
+        logp = policy.head(x).log_softmax(-1).cpu()           # (distinct,T,V)
+        logp = logp[self.input_of]                            # (R,T,V)
+        said = logp.gather(-1, self.said[..., None])[..., 0]  # (R,T)
+        return (said * self.scored).sum(1).view(self.shape)
+
+
+def win(logp, pstar, mu):  # (X,Y), (X,Y,Y), (X,Y) -> ()
+    """The win rate: E p*(y>y') with y from the policy and y' from mu, the mean over prompts."""
+    return (logp.exp() * against(pstar, mu)).sum(-1).mean()
+
+
+def frontier(ref, pstar, mu):  # (X,Y), (X,Y,Y), (X,Y) -> two lists
+    """(KL(pi||ref), win rate) by rising KL: no policy wins more often at that KL.
+
+    The optimum of Psi = identity maximises win rate less tau KL, so the optima of all taus are the frontier.
+    """
+    rate = against(pstar, mu)                          # (X,Y)
+    kls, wins = [], []
+    for tau in torch.logspace(3.5, -4.5, 600).tolist():
+        best = (ref + rate / tau).log_softmax(-1)      # data.optimum, as rate need not be computed again
+        kls.append(data.kl(best, ref).item())
+        wins.append((best.exp() * rate).sum(-1).mean().item())
+    return kls, wins
+
+
+def noisy(pstar, noise):
+    """How often y is labelled as preferred if each label is reversed with probability `noise`."""
+    return pstar * (1 - noise) + (1 - pstar) * noise
+
+
+def limit(ref, q, mu, tau, labels):  # (X,Y), (X,Y,Y), (X,Y) -> (X,Y)
+    """log of the policy where IPO with ipo.target ends, given endless labels. q: pstar, or noisy(pstar).
+
+    The least-squares answer to what the labels of a pair ask for on average, in nats. A soft label asks for
+    target(q); a hard one for target(1) with probability q, else for target(0).
+    """
+    if labels == "soft":
+        asked = ipo.target(q, tau)
+    else:
+        certain = ipo.target(torch.ones_like(q), tau)
+        asked = q * certain + (1 - q) * -certain
+    return data.optimum(ref, asked, mu, 1)
 
 
 def minimise(objective, start, steps=3000):  # start (X,Y) -> log pi (X,Y), float64
     """The table that minimises objective(log pi), from the log-probs `start`; a plateau may stop it."""
     theta = start.double().clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([theta], max_iter=steps, max_eval=2 * steps, history_size=30,
-                                  tolerance_grad=1e-11, tolerance_change=1e-15, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [theta], max_iter=steps, max_eval=2 * steps, history_size=30,
+        tolerance_grad=1e-11, tolerance_change=1e-15, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
@@ -71,13 +108,16 @@ def minimise(objective, start, steps=3000):  # start (X,Y) -> log pi (X,Y), floa
 
 def weights(mu):  # (X,Y) -> (X,Y,Y)
     """The probability of each ordered pair of independent draws from mu that are not equal."""
-    pairs = mu[:, :, None] * mu[:, None, :] * (1 - torch.eye(mu.shape[1], dtype=mu.dtype))
+    different = 1 - torch.eye(mu.shape[1], dtype=mu.dtype)
+    pairs = mu[:, :, None] * mu[:, None, :] * different
     return pairs / pairs.sum((1, 2), keepdim=True)
 
 
 def expected(cost, pstar, mu):  # (X,Y,Y), (X,Y,Y), (X,Y) -> ()
-    """Mean over prompts of E cost(winner, loser); cost[x,y,y'] is what a pair costs that y won. By symmetry
-    p*(y>y') stands for both orders, twice."""
+    """Mean over prompts of E cost(winner, loser); cost[x,y,y'] is what a pair costs that y won.
+
+    By symmetry p*(y>y') stands for both orders, twice.
+    """
     return 2 * (weights(mu) * pstar * cost).sum((1, 2)).mean()
 
 
@@ -87,14 +127,10 @@ def margins(logp, ref_logp):  # (X,Y), (X,Y) -> (X,Y,Y)
     return ratio[:, :, None] - ratio[:, None, :]
 
 
-def against(pstar, mu):  # (X,Y,Y), (X,Y) -> (X,Y)
-    """E_{y'~mu} p*(y>y') of each response."""
-    return (pstar * mu[:, None, :]).sum(-1)
-
-
 def nash(ref_logp, pstar, tau, damped=True, steps=20_000):  # -> log pi (X,Y), largest residual
     """The regularised Nash policy. Damped steps tau / (tau + 1/2) in log space converge for every tau."""
-    logp, step = ref_logp.clone(), tau / (tau + 0.5) if damped else 1.0
+    logp = ref_logp.clone()
+    step = tau / (tau + 0.5) if damped else 1.0
     for _ in range(steps):
         answer = (ref_logp + against(pstar, logp.exp()) / tau).log_softmax(-1)
         residual = (answer - logp).abs().max().item()
@@ -128,45 +164,44 @@ def spectral_radius(logp, pstar):  # -> () the largest over prompts
 def rewards(pstar, mu):  # -> (X,Y), mean 0
     """The Bradley-Terry fit to endless pairs: it exists also where preferences are intransitive."""
     def loss(logits):  # minimise hands log-probs over: rewards up to a constant
-        return -expected(torch.nn.functional.logsigmoid(margins(logits, 0 * logits)), pstar, mu)
+        gap = margins(logits, torch.zeros_like(logits))
+        return -expected(logsigmoid(gap), pstar, mu)
+
     r = minimise(loss, torch.zeros_like(mu))
     return r - r.mean(-1, keepdim=True)
 
 
-def main(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--data", choices=data.WORLDS, default="deterministic", help="world [deterministic]")
-    parser.add_argument("--tau", type=float, default=0.2, help="pull to the reference [0.2]")
-    parser.add_argument("--b", type=float, default=0.5, help="share of ref in IPO-MD's mixture [0.5]")
-    parser.add_argument("--seed", type=int, default=0, help="nothing here is drawn: for the form's sake [0]")
-    parser.add_argument("--out", default="out/exact", help="folder of report.json [out/exact]")
-    args = parser.parse_args(argv)
+def of_base(world):  # -> (X,Y)
+    """log of the base distribution as a reference; "" gets a little, or its log would be infinite."""
+    return (world.base + 1e-4).log().expand_as(world.reward).log_softmax(-1)
+
+
+def run(argv=None):
+    own = start.parser(__doc__)
+    own.add_argument("--data", choices=data.WORLDS, default="deterministic", help="world [deterministic]")
+    own.add_argument("--tau", type=float, default=0.2, help="pull to the reference [0.2]")
+    own.add_argument("--b", type=float, default=0.5, help="share of the reference in IPO-MD's mixture [0.5]")
+    own.add_argument("--out", default="out/exact", help="folder of report.json [out/exact]")
+    args = own.parse_args(argv)
     if not 0 < args.tau < 1e9 or not 0 <= args.b < 1:
-        print("exact: --tau must be > 0, --b from 0 to below 1", file=sys.stderr)
-        return 2
+        raise data.Refused("--tau must be above 0, --b from 0 to below 1")
     world = data.World(args.data)
-    ref = (world.base + 1e-4).log().expand_as(world.reward).log_softmax(-1)  # or "" would have probability 0
+    ref, pstar = of_base(world), world.pstar
     uniform = torch.full_like(ref, 1 / ref.shape[1])
-    best = data.optimum(ref, world.pstar, uniform, args.tau)
-    equal, residual = nash(ref, world.pstar, args.tau)
-    mixed = mirror(ref, world.pstar, args.tau, args.b)[0]
-    report = {
-        "kl_ref": data.kl(equal, ref).item(),
-        "win": (equal.exp() * against(world.pstar, uniform)).sum(-1).mean().item(),
-        "residual": residual,
-        "exploitability": exploitability(equal, ref, world.pstar, args.tau).item(),
-        "spectral_radius": spectral_radius(equal, world.pstar).item(),
-        "kl_offline_to_nash": data.kl(best, equal).item(),
-        "kl_mirror_to_nash": data.kl(mixed, equal).item(),
-    }
-    for name, value in report.items():
-        print(f"{name:20} {value:12.4g}")
+    offline = data.optimum(ref, pstar, uniform, args.tau)
+    online, residual = nash(ref, pstar, args.tau)
+    mixed = mirror(ref, pstar, args.tau, args.b)[0]
     os.makedirs(args.out, exist_ok=True)
-    with open(f"{args.out}/report.json", "w") as file:
-        json.dump(report, file, indent=1)
-    return 0
+    apart = data.kl(offline, online).item()
+    start.finish(args, f"In {args.data} at tau {args.tau:g} offline IPO ends {apart:.4f} nats from the Nash "
+                 f"policy, where online IPO ends, and IPO-MD {data.kl(mixed, online):.4f}.", {
+        "KL(Nash||ref)": data.kl(online, ref).item(),
+        "win rate of Nash": win(online, pstar, uniform).item(),
+        "largest residual": f"{residual:.1e}",
+        "a best response gains": f"{exploitability(online, ref, pstar, args.tau):.1e}",
+        "spectral radius": spectral_radius(online, pstar).item(),
+    })
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start.main("exact", run))
