@@ -35,7 +35,8 @@ class Table:
     def __init__(self, world):
         self.shape = world.reward.shape
         tokens, mask = world.pairs.padded(torch.arange(world.reward.numel()))
-        self.said, self.scored = tokens[:, 1:], mask[:, 1:]
+        self.scored = mask[:, 1:]
+        self.said = tokens[:, 1:] * self.scored  # 0 for the prompt, which the head may not know
         # A token is predicted from those before it, so the last token of a row is never read. Without it (and
         # zeros for what is not read) many rows are equal; the policy reads each of these once.
         t = torch.arange(tokens.shape[1] - 1)
