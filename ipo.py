@@ -147,6 +147,7 @@ def finetune(policy, source, args):
     """SFT, supervised fine-tuning: maximum likelihood on rows of the source. It makes the reference."""
     optimizer, random = adam(policy), generator(args, 0)
     for step in range(1, args.sft_steps + 1):
+        # rows in proportion to their weight; True: with replacement
         rows = torch.multinomial(source.sft_weight, 2 * args.batch_size, True, generator=random)
         tokens, mask = source.pairs.padded(rows)
         with precision(args):
@@ -160,7 +161,10 @@ def finetune(policy, source, args):
 
 @torch.no_grad()
 def score(policy, pairs, args, which=slice(None)):  # -> (R,)
-    """log pi(y|x) of the rows of a PairData, or of `which` of them, in nats, computed as the loop does."""
+    """log pi(y|x) of the rows of a PairData, or of `which` of them, in nats, computed as the loop does.
+
+    As many rows at a time as a training step has, so this never needs more memory than training.
+    """
     rows, size = torch.arange(len(pairs.length))[which], 2 * args.batch_size
     with precision(args):
         logp = [sequence_logp(policy, *pairs.padded(part)) for part in rows.split(size)]
@@ -183,7 +187,7 @@ def train(policy, batches, args, evaluate):
     optimizer = adam(policy)
     seen, log = last_checkpoint(policy, optimizer, args)
     for step, batch in enumerate(batches, 1):
-        if step <= seen:
+        if step <= seen:  # before the interruption
             continue
         with precision(args):
             logp = sequence_logp(policy, batch.tokens, batch.mask)  # (2B,)
@@ -222,7 +226,8 @@ def last_checkpoint(policy, optimizer, args):
 def check_start(policy, batch, logp, loss):
     """Before the first step the policy is the reference, so every margin is 0, but for rounding.
 
-    In bfloat16 rounding is large. How large it is, a float32 pass over the same batch shows.
+    In bfloat16 rounding is large. How large it is, a float32 pass over the same batch shows. A margin is made
+    of four log-probs, hence the 4.
     """
     exact = sequence_logp(policy, batch.tokens, batch.mask)
     rounding = ((logp - exact).abs().max()
@@ -391,13 +396,14 @@ def parse(argv=None):
         flags[name] = value_of(name, given.get(name, default), row["takes"])
     args = argparse.Namespace(**flags)
     if args.resume:
-        args = argparse.Namespace(**as_now(model.read(f"{args.out}/ref.pt")["flags"], args))
+        saved = as_now(model.read(f"{args.out}/ref.pt")["flags"], args)
+        args = argparse.Namespace(**saved | {"resume": "yes"})
     return args
 
 
 def as_now(flags, args):
     """The saved flags of a run, whose folder and device may be others by now."""
-    return flags | {"out": args.out, "device": args.device, "resume": args.resume}
+    return flags | {"out": args.out, "device": args.device}
 
 
 def value_of(name, text, takes):
@@ -475,12 +481,13 @@ def set_reference(policy, source, args):
     With --resume they come from there. Raises Refused if the data are not what they were.
     """
     path = f"{args.out}/ref.pt"
-    saved = model.read(path) if args.resume else {}
+    if not args.resume:
+        claim(args.out, args.overwrite)
+    args.resume = args.overwrite = None  # from here on a resumed run is the same run
+    saved = model.read(path) if os.path.exists(path) else {}
     if "ref_logp" in saved:
         policy.load_state_dict(saved["model"])
     else:
-        if not args.resume:
-            claim(args.out, args.overwrite)
         model.save(path, policy, args)  # its flags are what --resume needs if SFT is interrupted
         finetune(policy, source, args)
         saved["ref_logp"] = score(policy, source.pairs, args)
