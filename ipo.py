@@ -23,7 +23,6 @@ scored tokens. A comment such as (R,T) -> (R,) behind a signature gives the shap
 import argparse
 import json
 import os
-import re
 import sys
 
 import torch
@@ -67,8 +66,8 @@ def dpo_loss(h, p, tau):  # (B,), (B,) -> (B,)
 
     Its slope at p = 1 is -tau s(-tau h), which is never 0, so h never stops growing.
     """
-    preferred, opposite = logsigmoid(tau * h), logsigmoid(-tau * h)
-    return -(p * preferred + (1 - p) * opposite)
+    return -(p * logsigmoid(tau * h)
+             + (1 - p) * logsigmoid(-tau * h))
 
 
 LOSSES = {"ipo": ipo_loss, "dpo": dpo_loss}
@@ -339,37 +338,36 @@ class FileSource:
 
 DEVICE = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
 FLAGS = f"""
-flag         world    file     init_from  sample  resume  takes           what it is
-loss         ipo      ipo      =          -       -       ipo or dpo      the loss on the margin
-tau          0.2      0.1      =          -       -       1e-9 to 1e9     pull to the reference; DPO's beta
-data         bt       bt       =          -       -       a text          bt, deterministic, cyclic, or a file
-init_from    none     none     =          =       -       a text          a run's .pt file, or GPT-2's weights
-out          out      out      =          =       =       a text          folder of the run's files
-labels       hard     -        =          -       -       hard or soft    coin flips, winner first, or p
-mu           uniform  -        =          -       -       uniform or ref  where the responses come from
-pairs        500000   -        =          -       -       1 to 1e7        pairs to draw
-tokenizer    -        gpt2     -          -       -       a text          gpt2, or bytes (needs no network)
-holdout      -        0.1      =          -       -       0.0 to 0.9      share of the prompts to hold out
-block_size   -        256      -          -       -       1 to 1e6        context in tokens
-steps        2000     200      =          -       -       1 to 1e7        steps of preference training
-batch_size   256      16       =          -       -       1 to 1e6        pairs in a step
-lr           1.5e-3   1e-4     =          -       -       1e-9 to 1e9     peak learning rate
-sft_steps    200      400      0          -       -       0 to 1e7        steps of SFT before it
-sft_lr       3e-3     1e-3     =          -       -       1e-9 to 1e9     peak learning rate of SFT
-log_every    200      50       =          -       -       1 to 1e7        steps between log lines and saves
-n_layer      1        4        -          -       -       1 to 1e3        blocks of the GPT
-n_head       2        4        -          -       -       1 to 1e3        attention heads
-n_embd       32       128      -          -       -       1 to 1e5        channels, a multiple of n_head
-device       {DEVICE}  {DEVICE}  =          =       =       cpu or {DEVICE}  where the model is
-dtype        float32  float32  =          -       -       float32 or bfloat16  of matrix products
-seed         0        0        =          =       -       0 to 1e9        fixes all that is random
-sample       none     none     =          =       -       a text          a prompt: print the policy's answer
-temperature  -        -        -          1       -       0.0 to 1e9      of that answer; 0: the likeliest
-resume       none     none     =          -       =       yes             go on with the run in --out
-overwrite    none     none     =          -       -       yes             replace the run in --out
+flag         world    file     init_from  sample  resume  takes         meaning
+loss         ipo      ipo      =          -       -       ipo|dpo       the loss on the margin
+tau          0.2      0.1      =          -       -       1e-9..1e9     pull to the reference; DPO's beta
+data         bt       bt       =          -       -       text          bt, deterministic, cyclic, or a file
+init_from    none     none     =          =       -       text          a run's .pt file, or GPT-2's weights
+out          out      out      =          =       =       text          folder of the run's files
+labels       hard     -        =          -       -       hard|soft     coin flips, winner first; or p* itself
+mu           uniform  -        =          -       -       uniform|ref   where the responses come from
+pairs        500000   -        =          -       -       1..1e7        pairs to draw
+tokenizer    -        gpt2     -          -       -       text          gpt2, or bytes (needs no network)
+holdout      -        0.1      =          -       -       0.0..0.9      share of the prompts to hold out
+block_size   -        256      -          -       -       1..1e6        context in tokens
+steps        2000     200      =          -       -       1..1e7        steps of preference training
+batch_size   256      16       =          -       -       1..1e6        pairs in a step
+lr           1.5e-3   1e-4     =          -       -       1e-9..1e9     peak learning rate
+sft_steps    200      400      0          -       -       0..1e7        steps of SFT before it
+sft_lr       3e-3     1e-3     =          -       -       1e-9..1e9     peak learning rate of SFT
+log_every    200      50       =          -       -       1..1e7        steps between log lines and saves
+n_layer      1        4        -          -       -       1..1e3        blocks of the GPT
+n_head       2        4        -          -       -       1..1e3        attention heads
+n_embd       32       128      -          -       -       1..1e5        channels, a multiple of n_head
+device       {DEVICE}      {DEVICE}      =          =       =       cpu|{DEVICE}       where the model is
+dtype        float32  float32  =          -       -       float32|bfloat16  of matrix products
+seed         0        0        =          =       -       0..1e9        fixes all that is random
+sample       none     none     =          =       -       text          a prompt: print the policy's answer
+temperature  -        -        -          1       -       0.0..1e9      of that answer; 0: the likeliest
+resume       none     none     =          -       =       yes           go on with the run in --out
+overwrite    none     none     =          -       -       yes           replace the run in --out
 """  # defaults; with --init_from, --sample, --resume those of their columns (=: no change; -: does nothing)
-NAMES, *ROWS = [re.split("  +", line, maxsplit=7)
-                for line in FLAGS.strip().splitlines()]
+NAMES, *ROWS = [line.split(maxsplit=7) for line in FLAGS.strip().splitlines()]
 
 
 class Parser(argparse.ArgumentParser):
@@ -385,7 +383,7 @@ def parse(argv=None):
         parser.add_argument(f"--{name}", **alone)
     given = vars(parser.parse_args(argv))
     kinds = ["world" if given.get("data", "bt") in data.WORLDS else "file"]
-    kinds += [kind for kind in ("init_from", "sample", "resume") if kind in given]
+    kinds += [kind for kind in NAMES[3:6] if kind in given]  # init_from, sample, resume
     flags = {}
     for cells in ROWS:
         row = dict(zip(NAMES, cells))
@@ -396,23 +394,22 @@ def parse(argv=None):
         flags[name] = value_of(name, given.get(name, default), row["takes"])
     args = argparse.Namespace(**flags)
     if args.resume:
-        saved = as_now(model.read(f"{args.out}/ref.pt")["flags"], args)
-        args = argparse.Namespace(**saved | {"resume": "yes"})
+        args = argparse.Namespace(**as_now(model.read(f"{args.out}/ref.pt")["flags"], args))
     return args
 
 
 def as_now(flags, args):
     """The saved flags of a run, whose folder and device may be others by now."""
-    return flags | {"out": args.out, "device": args.device}
+    return flags | {"out": args.out, "device": args.device, "resume": args.resume}
 
 
 def value_of(name, text, takes):
     """The value of a flag. Raises Refused if it is not what the table says that the flag takes."""
     if text in ("-", "none"):
         return None
-    low, _, high = takes.partition(" to ")
+    low, _, high = takes.partition("..")
     kind = int if low.isdigit() else float
-    if text in takes.split(" or ") or takes == "a text" and text:
+    if text in takes.split("|") or takes == "text" and text:
         return text
     try:
         if kind(low) <= kind(text) <= float(high):
