@@ -367,7 +367,8 @@ temperature  -        -        -          1       -       0.0..1e9      of that 
 resume       none     none     =          -       =       yes           go on with the run in --out
 overwrite    none     none     =          -       -       yes           replace the run in --out
 """  # defaults; with --init_from, --sample, --resume those of their columns (=: no change; -: does nothing)
-NAMES, *ROWS = [line.split(maxsplit=7) for line in FLAGS.strip().splitlines()]
+NAMES, *ROWS = [line.split(maxsplit=7)
+                for line in FLAGS.strip().splitlines()]
 
 
 class Parser(argparse.ArgumentParser):
