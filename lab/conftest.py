@@ -23,8 +23,16 @@ def paper_psi(monkeypatch):
 
 @pytest.fixture
 def bt3(monkeypatch):
-    """One more world: 4 prompts x 4 responses."""
-    monkeypatch.setitem(data.WORLDS, "bt3", (["good", "dull", "hot"], 1))
+    """One more world, --data bt3: Bradley-Terry's, with 4 prompts x 4 responses."""
+    make = data.World.__init__
+
+    def init(self, name, words=data.WORDS, longest=3):
+        if name == "bt3":
+            words, longest = ["good", "dull", "hot"], 1
+        make(self, name, words, longest)
+
+    monkeypatch.setattr(data.World, "__init__", init)
+    monkeypatch.setattr(data, "WORLDS", (*data.WORLDS, "bt3"))
 
 
 @pytest.fixture

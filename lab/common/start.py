@@ -1,13 +1,15 @@
 """How does a program of the lab begin and end? This is no program itself; programs import it.
 
-`parser` and `parse` read a program's own flags beside those of ipo.py that mean something in it. `start` makes
-policy, pairs and reference as ipo.run does before it trains, so that a program with the same flags begins
-where `python ipo.py` begins. `finish` says the answer, then its figures, and writes OUT/report.json. `main`
+`parser` and `parse` read a program's own flags beside those of ipo.py that mean something in it. `start`
+makes policy, pairs and reference as ipo.run does before it trains, so that a program with the same flags
+begins where `python ipo.py` begins. `finish` says the answer, then its figures, and writes OUT/report.json. `main`
 turns what went wrong into one line and an exit status.
 """
 import argparse
 import json
+import re
 import sys
+import textwrap
 
 import torch
 
@@ -17,9 +19,11 @@ import model
 
 
 def parser(doc):
-    """A parser for a program's own flags; `parse` takes it."""
-    return ipo.Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                      epilog="Flags of python ipo.py --help count, too, where they mean something here.")
+    """A parser for a program's own flags; `parse` takes it. The first command in doc names the program."""
+    own = ipo.Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    command = re.search(r"python -m (lab[.\w]+)", doc)
+    own.set_defaults(program=command[1] if command else None)  # so the saved flags of a run say who made it
+    return own
 
 
 def parse(own, argv, defaults="", without=()):
@@ -27,10 +31,14 @@ def parse(own, argv, defaults="", without=()):
 
     without: the flags of ipo.py that do nothing in this program. Raises Refused if one of them is given.
     """
+    useless = {*without, "sample", "temperature", "resume"}
+    useful = [f"--{name}" for name, *_ in ipo.ROWS if name not in useless]
+    own.epilog = f"flags of python ipo.py that count here, too:\n{textwrap.fill(' '.join(useful), 100)}"
     mine, rest = own.parse_known_args(argv)
-    for name in (*without, "sample", "resume"):
-        if any(word.split("=")[0] == f"--{name}" for word in rest):
-            raise data.Refused(f"--{name} does nothing in this program; leave it out")
+    for word in rest:
+        name = word.partition("=")[0]
+        if name.removeprefix("--") in useless:
+            raise data.Refused(f"{name} does nothing in this program; leave it out")
     args = ipo.parse([*defaults.split(), *rest])
     for name, value in vars(mine).items():
         if type(value) in (int, float) and not 0 <= value < 1e9:
@@ -57,14 +65,18 @@ def start(args, source=None):
     return policy, source
 
 
-def finish(args, answer, figures):
-    """Prints the answer, a sentence, and then the figures, {name: number or text}; both go to OUT/report.json."""
+def finish(args, answer, figures, **more):
+    """Prints the answer, a sentence, and then the figures, {name: number or text}.
+
+    OUT/report.json gets both, the flags, and more, which is not printed.
+    """
     print(f"\n{answer}")
     for name, value in figures.items():
         shown = f"{value:z.4f}" if isinstance(value, float) else value
         print(f"  {name:24} {'-' if value is None else shown}")
+    report = {"flags": vars(args), "answer": answer, **figures, **more}
     with open(f"{args.out}/report.json", "w") as file:
-        json.dump({"flags": vars(args), "answer": answer, **figures}, file, indent=1, default=str)
+        json.dump(report, file, indent=1, default=str)
 
 
 def main(name, run, argv=None):
