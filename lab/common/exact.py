@@ -1,6 +1,6 @@
 """Where do preference methods end, exactly? A policy as a table, and each fixed point by enumeration.
 
-  python -m lab.common.exact --data deterministic --tau 0.2       offline IPO, IPO-MD and online IPO in one world
+  python -m lab.common.exact --data deterministic --tau 0.2       offline IPO, IPO-MD and online IPO
 
 A world has X prompts and Y responses, so a policy is log pi(y|x), (X,Y). `Table` reads it off any language
 model, differentiably. On tables:
@@ -34,13 +34,15 @@ class Table:
 
     def __init__(self, world):
         self.shape = world.reward.shape
-        tokens, mask = world.pairs.padded(torch.arange(world.reward.numel()))
+        rows = torch.arange(world.reward.numel())
+        tokens, mask = world.pairs.padded(rows)
         self.scored = mask[:, 1:]
         self.said = tokens[:, 1:] * self.scored  # 0 for the prompt, which the head may not know
         # A token is predicted from those before it, so the last token of a row is never read. Without it (and
         # zeros for what is not read) many rows are equal; the policy reads each of these once.
         t = torch.arange(tokens.shape[1] - 1)
-        read = tokens[:, :-1] * (t < world.pairs.length[:, None] - 1)
+        is_read = t < world.pairs.length[:, None] - 1
+        read = tokens[:, :-1] * is_read
         self.inputs, self.input_of = read.unique(dim=0, return_inverse=True)
 
     def __call__(self, policy):  # -> (X,Y)
@@ -66,8 +68,9 @@ def frontier(ref, pstar, mu):  # (X,Y), (X,Y,Y), (X,Y) -> two lists
     kls, wins = [], []
     for tau in torch.logspace(3.5, -4.5, 600).tolist():
         best = (ref + rate / tau).log_softmax(-1)      # data.optimum, as rate need not be computed again
+        won = (best.exp() * rate).sum(-1).mean()
         kls.append(data.kl(best, ref).item())
-        wins.append((best.exp() * rate).sum(-1).mean().item())
+        wins.append(won.item())
     return kls, wins
 
 
@@ -119,7 +122,8 @@ def expected(cost, pstar, mu):  # (X,Y,Y), (X,Y,Y), (X,Y) -> ()
 
     By symmetry p*(y>y') stands for both orders, twice.
     """
-    return 2 * (weights(mu) * pstar * cost).sum((1, 2)).mean()
+    each = weights(mu) * pstar * cost
+    return 2 * each.sum((1, 2)).mean()
 
 
 def margins(logp, ref_logp):  # (X,Y), (X,Y) -> (X,Y,Y)
@@ -133,7 +137,7 @@ def nash(ref_logp, pstar, tau, damped=True, steps=20_000):  # -> log pi (X,Y), l
     logp = ref_logp.clone()
     step = tau / (tau + 0.5) if damped else 1.0
     for _ in range(steps):
-        answer = (ref_logp + against(pstar, logp.exp()) / tau).log_softmax(-1)
+        answer = data.optimum(ref_logp, pstar, logp.exp(), tau)
         residual = (answer - logp).abs().max().item()
         if residual < 1e-13:
             break
@@ -144,14 +148,15 @@ def nash(ref_logp, pstar, tau, damped=True, steps=20_000):  # -> log pi (X,Y), l
 def mirror(ref_logp, pstar, tau, b):  # -> log pi (X,Y), log mu (X,Y)
     """IPO-MD's answer: its mixture mu is Nash at tau / (1 - b), and pi is IPO's optimum against that mu."""
     mu = nash(ref_logp, pstar, tau / (1 - b))[0]
-    return (ref_logp + against(pstar, mu.exp()) / tau).log_softmax(-1), mu
+    return data.optimum(ref_logp, pstar, mu.exp(), tau), mu
 
 
 def exploitability(logp, ref_logp, pstar, tau):  # -> (), at least 0, and 0 only for Nash
     """What the best response to pi gains over pi itself, in E[p*] - tau KL(.||ref)."""
     wins = against(pstar, logp.exp())
     best = tau * (ref_logp + wins / tau).logsumexp(-1)
-    own = (logp.exp() * (wins - tau * (logp - ref_logp))).sum(-1)
+    gain = wins - tau * (logp - ref_logp)
+    own = (logp.exp() * gain).sum(-1)
     return (best - own).mean()
 
 
@@ -159,7 +164,8 @@ def spectral_radius(logp, pstar):  # -> () the largest over prompts
     """Of (diag pi - pi pi^T)(P - 1/2): the undamped iteration converges near this pi if it is below tau."""
     pi = logp.exp()
     spread = torch.diag_embed(pi) - pi[:, :, None] * pi[:, None, :]
-    return torch.linalg.eigvals(spread @ (pstar - 0.5)).abs().max()
+    eigenvalues = torch.linalg.eigvals(spread @ (pstar - 0.5))
+    return eigenvalues.abs().max()
 
 
 def rewards(pstar, mu):  # -> (X,Y), mean 0
@@ -174,7 +180,8 @@ def rewards(pstar, mu):  # -> (X,Y), mean 0
 
 def of_base(world):  # -> (X,Y)
     """log of the base distribution as a reference; "" gets a little, or its log would be infinite."""
-    return (world.base + 1e-4).log().expand_as(world.reward).log_softmax(-1)
+    logp = (world.base + 1e-4).log().log_softmax(-1)
+    return logp.expand_as(world.reward)
 
 
 def run(argv=None):

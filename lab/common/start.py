@@ -61,7 +61,7 @@ def start(args, source=None):
     if policy is None:
         policy = model.GPT(model.GPTConfig(*source.sizes, args.n_layer, args.n_head, args.n_embd))
     policy.to(args.device)
-    ipo.set_reference(policy, source, args)
+    ipo.make_reference(policy, source, args)
     return policy, source
 
 
