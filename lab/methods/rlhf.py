@@ -1,163 +1,190 @@
-"""Where does reinforcement learning from a reward end, and where if its KL is put in wrongly?
+"""Where does reinforcement learning from a reward end? And where, if its KL is put in wrongly?
 
-The objective E_pi[r] - tau KL(pi||ref) has the exact answer ref exp(r/tau) / Z. RLOO (Ahmadian et al. 2024):
-draw k responses to each prompt; R = r - tau log(pi/ref) of each, a number without gradient, less the mean R
-of the others, times grad log pi. --clip and --epochs make it PPO's surrogate (Schulman et al. 2017).
-  --kl reward  as above
-  --kl grad    the mean of log(pi/ref) in the loss, differentiated: its gradient is 0 on average, so
-               nothing pulls back: all goes to the best response
-  --kl k3      ref/pi - 1 - log(ref/pi) in the loss: the gradient of KL(ref||pi), it ends at tau ref/(nu-r)
---reward true takes the world's own reward, model learns r-hat from its pairs (lab/methods/reward.py). With --data
-FILE responses are sampled token by token (lab/methods/rollout.py) and judged by a reward model of the file's pairs.
-  python -m lab.methods.rlhf [--reward model] [--tau 0.2] [--kl k3] [--clip 0.2 --epochs 4]
-  python -m lab.methods.rlhf --data FILE --init_from gpt2
-Trap: a mean that holds the sample itself makes the gradient (k-1)/k as large; Adam hides it.
-Answer: RLOO .0000 .0001 .0000, PPO .0010 .0011 .0009 nats from the exact answer (bt, tau .5, seeds 0 to 2);
-with a learned reward .011 .017 .031, of which RLOO makes at most .0008; grad ends 2.7, k3 1.8 nats off.
+The objective E[r] - tau KL(pi||ref) has the exact answer ref exp(r/tau) / Z. RLOO (Ahmadian et al. 2024) draws
+k responses to each prompt. Of each it takes R = r - tau log(pi/ref), a number without gradient, less the mean R
+of the other k - 1, times the gradient of log pi. --clip and --epochs make PPO's surrogate of it (Schulman et
+al. 2017).
+
+  --kl reward   as above
+  --kl grad     the mean of log(pi/ref) is differentiated in the loss; its gradient is 0 on average, so nothing
+                pulls back, and all goes to the best response
+  --kl k3       ref/pi - 1 - log(ref/pi) in the loss; its gradient is that of KL(ref||pi), which has another
+                answer, tau ref / (nu - r)
+
+  python -m lab.methods.rlhf                               the world's own reward
+  python -m lab.methods.rlhf --reward model --tau 0.5      a reward learned from pairs (reward_model.py)
+  python -m lab.methods.rlhf --kl k3
+  python -m lab.methods.rlhf --compare --tau 0.5           RLHF, DPO and IPO with Psi = logit, from one reference
+
+--compare checks proposition 1 of Azar et al.: under Bradley-Terry the three have one optimum. It uses soft
+labels, since with hard ones IPO with Psi = logit has no finite target.
+Trap: a baseline that holds the sample itself makes the gradient (k-1)/k as large, which Adam hides.
 """
 import copy
+import itertools
 import sys
+from pathlib import Path
 
 import torch
 
 import data
 import ipo
-from lab.common import exact
-from lab.methods import reward, rollout
-from lab.common import start as begin
+import model
+from lab.common import exact, start
+from lab.methods import reward_model
+from lab.methods.reward_model import best_policy, refuse_given
 
 
-class Enumerated:
-    """Responses of a world, drawn from the policy's table and judged by rewards r (X,Y)."""
-
-    def __init__(self, world, r, args):
-        self.world, self.r, self.args, self.table = world, r, args, exact.Table(world)
-        self.exact = {"": answer(world.ref, r, args), "_rlhf": reward.best_policy(world.ref, r, args.tau),
-                      "_true": reward.best_policy(world.ref, reward.truth(world), args.tau)}
-
-    @torch.no_grad()
-    def draw(self, policy, generator):  # -> rollout.Drawn
-        y = rollout.pick(self.table(policy).exp(), self.args.k, generator)
-        return rollout.Drawn(y, self.world.ref.gather(1, y).float(), self.r.gather(1, y).float())
-
-    def logp(self, policy, y):  # -> (X,k), differentiable
-        return self.table(policy).gather(1, y)
-
-    @torch.no_grad()
-    def numbers(self, policy):
-        """Exact: kl to where this way of counting KL ends, kl_rlhf to ref exp(r/tau) / Z, kl_true to that of
-        the true reward; best: the mass on the response of the highest reward."""
-        logp, world = self.table(policy).double(), self.world
-        wins = exact.against(world.pstar, world.mu)
-        best = self.r == self.r.amax(-1, keepdim=True)
-        means = {"reward": self.r, "win": wins, "best": best}
-        found = {name: (logp.exp() * value).sum(-1).mean() for name, value in means.items()}
-        found["kl_ref"] = data.kl(logp, world.ref)
-        return data.finite(found | {"kl" + name: data.kl(logp, to) for name, to in self.exact.items()})
-
-
-def baseline(value):  # (P,k) -> (P,k)
-    """The mean of the prompt's other samples: it must not hold the sample itself."""
+def baseline(value):  # (X,k) -> (X,k)
+    """The mean of the prompt's other samples."""
     return (value.sum(1, keepdim=True) - value) / (value.shape[1] - 1)
 
 
-def loss(logp, old_logp, drawn, args):  # (P,k), (P,k) -> ()
+def loss(logp, old_logp, ref_logp, reward, args):  # (X,k) each -> ()
     """At logp = old_logp its gradient is RLOO's, minus the mean of (R - baseline) grad log pi."""
-    log_ratio = logp - drawn.ref_logp
-    value, penalty = drawn.reward, 0.0
+    log_ratio = logp - ref_logp
+    penalty = 0.0
     if args.kl == "reward":
-        value = value - args.tau * (old_logp - drawn.ref_logp)  # a number: no gradient
+        reward = reward - args.tau * (old_logp - ref_logp)  # a number, without gradient
     if args.kl == "grad":
         penalty = log_ratio
     if args.kl == "k3":
         penalty = (-log_ratio).exp() - 1 + log_ratio
-    advantage = value - baseline(value)
+    advantage = reward - baseline(reward)
     ratio = (logp - old_logp).exp()
     gain = ratio * advantage
     if args.clip:
-        gain = gain.minimum(ratio.clamp(1 - args.clip, 1 + args.clip) * advantage)
+        clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
+        gain = gain.minimum(clipped * advantage)
     return (args.tau * penalty - gain).mean()
 
 
 def answer(ref_logp, r, args):  # (X,Y), (X,Y) -> (X,Y)
     """log pi where this way of counting KL ends."""
+    if args.kl == "reward":
+        return best_policy(ref_logp, r, args.tau)
     top = r.amax(-1, keepdim=True)
-    if args.kl == "grad":  # E grad log pi = 0: nothing pulls back
+    if args.kl == "grad":  # nothing pulls back
         return torch.zeros_like(r).masked_fill(r < top, -torch.inf).log_softmax(-1)
-    if args.kl == "k3":  # tau ref / (nu - r): nu by bisection, as its sum falls from infinity to below 1
-        low, high = top, top + args.tau
-        for _ in range(200):
-            nu = (low + high) / 2
-            much = (args.tau * ref_logp.exp() / (nu - r)).sum(-1, keepdim=True) > 1
-            low, high = torch.where(much, nu, low), torch.where(much, high, nu)
-        return (ref_logp - (nu - r).log()).log_softmax(-1)
-    return reward.best_policy(ref_logp, r, args.tau)
+    low, high = top, top + args.tau  # nu by bisection: the sum falls from infinity to below 1
+    for _ in range(200):
+        nu = (low + high) / 2
+        total = (args.tau * ref_logp.exp() / (nu - r)).sum(-1, keepdim=True)
+        low = torch.where(total > 1, nu, low)
+        high = torch.where(total > 1, high, nu)
+    return (ref_logp - (nu - r).log()).log_softmax(-1)
 
 
-def train(policy, task, args):
-    """RLOO; with --epochs above 1 PPO's way, several steps on the same samples."""
-    generator = torch.Generator(args.device).manual_seed(args.seed)
-    optimizer, lines = ipo.adamw(policy), []
+def train(policy, world, r, args):
+    """RLOO on rewards r (X,Y). With --epochs above 1 several steps on the same samples, as PPO takes them."""
+    table, optimizer, random = exact.Table(world), ipo.adam(policy), ipo.generator(args, 4)
+    ref, end = world.exact["ref"], answer(world.exact["ref"], r, args)
     for step in range(1, args.steps + 1):
-        fresh = (step - 1) % args.epochs == 0
-        if fresh:
-            drawn = task.draw(policy, generator)
-        logp = task.logp(policy, drawn.where)
-        if fresh:
-            old_logp = logp.detach()
-        loss(logp, old_logp, drawn, args).backward()
-        ipo.descend(policy, optimizer, step, args.steps, args.lr)
-        if step % args.log_every == 0 or step == args.steps:
-            batch = {"drawn": drawn.reward.mean().item()}
-            begin.keep(policy, lines, step, batch, task.numbers(policy), args)
+        logp = table(policy)  # (X,Y)
+        if not logp.isfinite().all():
+            raise ipo.Stopped(f"step {step}: the policy is not finite; lower --lr or raise --tau")
+        if (step - 1) % args.epochs == 0:
+            old = logp.detach()
+            y = torch.multinomial(old.exp(), args.k, replacement=True, generator=random)  # (X,k)
+        value = loss(*(each.gather(1, y) for each in (logp, old, ref, r)), args)
+        value.backward()
+        ipo.optimizer_step(policy, optimizer, step, args.steps, args.lr)
+        if step % args.log_every == 0:
+            reward = (logp.exp() * r).sum(-1)
+            ipo.told(f"RLHF {step}/{args.steps}", ipo.means({"reward": reward, "kl_answer": data.kl(logp, end)}))
+    model.save(f"{args.out}/ckpt.pt", policy, args, step=args.steps)
 
 
-def rlhf(args):
-    """SFT, the reward, reinforcement learning. Returns (policy, task)."""
-    policy, source, _, generator = begin.start(args)
-    world = args.data in data.WORLDS
-    judge = None
-    if args.reward == "model":
-        judge = reward.fit(policy, source, args, generator)
-        reward.save(f"{args.out}/reward.pt", judge)
-        print("reward model:", begin.told(reward.numbers(judge, source, args)))
-    if world:
-        r = reward.rewards(judge, source, args) if judge else reward.truth(source)
-        task = Enumerated(source, r, args)
-    else:
-        task = rollout.Sampled(source, copy.deepcopy(policy), judge, args)
-        rows = source.pairs.chosen[source.eval][:2]  # whose samples are shown
-        task.show(policy, rows)
-    print("before:", begin.told(task.numbers(policy)))
-    train(policy, task, args)
-    if not world:
-        task.show(policy, rows)
-    return policy, task
+def others(reference, world, args):
+    """{name: log pi (X,Y)} of DPO and of IPO's loop with Psi = logit, from this reference, on the world's pairs."""
+    tables, psi = {}, ipo.psi
+    mine = copy.copy(args)
+    mine.steps, mine.lr = args.reward_steps, ipo.parse([]).lr
+    try:
+        ipo.psi = torch.logit
+        for name, mine.loss in (("DPO", "dpo"), ("IPO, Psi = logit", "ipo")):
+            Path(args.out, "ckpt.pt").unlink(missing_ok=True)  # or ipo.train would go on from there
+            print(f"{name}:")
+            policy = copy.deepcopy(reference)
+            ipo.train(policy, ipo.shuffled_batches(world, mine), mine, lambda policy: {})
+            tables[name] = world.table(policy)
+    finally:
+        ipo.psi = psi
+    return tables
 
 
-def parse(argv, doc=__doc__):
-    parser = rollout.flags(doc)
-    parser.add_argument("--reward", choices=["true", "model"], default="true", help="file: model [true]")
-    parser.add_argument("--kl", choices=["reward", "grad", "k3"], default="reward", help="see above [reward]")
-    parser.add_argument("--clip", type=float, default=0.0, help="PPO's; 0: none [0]")
-    parser.add_argument("--epochs", type=int, default=1, help="steps on the same samples [1]")
-    args = begin.parse(
-        parser, argv, "--steps 1000 --lr 3e-3 --tau 0.5 --reward_lr 3e-3 --out out/rlhf",
-        "--reward model --k 8 --lr 3e-5 --reward_lr 1e-4 --reward_steps 200 --log_every 20 --out out/rlhf")
-    if args.k < 2 or args.epochs < 1 or args.prompts < 1 or args.longest < 1:
-        raise data.Refused("--k must be at least 2, --epochs, --prompts and --longest at least 1")
-    if args.data in data.WORLDS:
-        args.device = "cpu"  # tables of a world are small
-    elif args.reward == "true":
-        raise data.Refused("--reward true: a file has no true reward; leave it out")
+def compare(tables, args):
+    """The answer of --compare and its figures, from {name: log pi (X,Y)}."""
+    figures = {}
+    for (name, logp), (other, theirs) in itertools.combinations(tables.items(), 2):
+        figures[f"{name} and {other}"] = max(data.kl(logp, theirs).item(), data.kl(theirs, logp).item())
+    far = max(figures.values())
+    verdict = "Yes" if far <= 0.001 else "Not yet"
+    text = (f"{verdict}: after training, RLHF, DPO, IPO with Psi = logit and the exact optimum are at most "
+            f"{far:.5f} nats from one another, at tau {args.tau}.")
+    return text, figures
+
+
+def parse(argv):
+    own = start.parser(__doc__)
+    own.add_argument("--reward", choices=["true", "model"], default="true", help="whose reward [true]")
+    own.add_argument("--kl", choices=["reward", "grad", "k3"], default="reward", help="see above [reward]")
+    own.add_argument("--k", type=int, default=64, help="samples of each prompt in a step [64]")
+    own.add_argument("--clip", type=float, default=0.0, help="PPO's; 0 is none [0]")
+    own.add_argument("--epochs", type=int, default=1, help="steps on the same samples [1]")
+    own.add_argument("--reward_steps", type=int, default=2000, help="of the reward model [2000]")
+    own.add_argument("--reward_lr", type=float, default=3e-3, help="its peak learning rate [0.003]")
+    own.add_argument("--compare", action="store_true", help="RLHF, DPO and IPO's loop at one policy?")
+    args = reward_model.parse(own, argv, "--steps 1000 --lr 3e-3 --out out/rlhf")
+    if args.k < 2 or args.epochs < 1 or args.reward_steps < 1:
+        raise data.Refused("--k takes 2 or more, --epochs and --reward_steps 1 or more")
+    if args.compare:
+        refuse_given(argv, ("data", "labels", "reward", "kl"), "is chosen by --compare, or the three optima differ")
+        args.reward, args.labels = "model", "soft"
+    if args.reward == "true":
+        idle = ("reward_steps", "reward_lr", "pairs", "labels", "mu", "batch_size")
+        refuse_given(argv, idle, "does nothing without --reward model")
     return args
 
 
 def run(argv):
     args = parse(argv)
-    policy, task = rlhf(args)
-    return args, task.numbers(policy)
+    policy, world = start.start(args)
+    tables = others(policy, world, args) if args.compare else {}
+    ref, r = world.exact["ref"], world.reward
+    right = best_policy(ref, r, args.tau)
+    if args.reward == "model":
+        judge = reward_model.fit(policy, world, args, args.reward_steps, args.reward_lr, ridge=0.0)
+        r = reward_model.table(judge, world)
+    train(policy, world, r, args)
+    logp, wanted = world.table(policy), best_policy(ref, r, args.tau)
+    if args.compare:
+        start.finish(args, *compare({"RLHF": logp, **tables, "exact": right}, args))
+        return
+    figures = ipo.means({
+        "KL to its own answer": data.kl(logp, answer(ref, r, args)),
+        "KL to ref exp(r/tau)/Z": data.kl(logp, wanted),
+        "... of the true reward": data.kl(logp, right),
+        "kl_ref": data.kl(logp, ref),
+        "win": exact.win(logp, world.pstar, world.mu),
+        "mean true reward": (logp.exp() * world.reward).sum(-1),
+        "mass on the best": (logp.exp() * (r == r.amax(-1, keepdim=True))).sum(-1),
+    })
+    start.finish(args, said(figures, data.kl(wanted, right), args), figures)
+
+
+def said(figures, apart, args):
+    """The answer of a run. apart: from the best policy for this reward to that for the true one."""
+    method = "PPO" if args.clip or args.epochs > 1 else "RLOO"
+    text = f"{method} ends {figures['KL to ref exp(r/tau)/Z']:.4f} nats from ref exp(r/tau)/Z, at tau {args.tau}."
+    if args.kl == "k3":
+        text += f" With k3 its answer is another, tau ref/(nu - r), {figures['KL to its own answer']:.4f} nats away."
+    if args.kl == "grad":
+        text += f" Nothing pulls it back: {figures['mass on the best']:.1%} are on the response of highest reward."
+    if args.reward == "model":
+        text += f" The learned reward itself puts that answer {apart:.4f} nats from the true reward's."
+    return text
 
 
 if __name__ == "__main__":
-    sys.exit(begin.report("rlhf", run, sys.argv[1:]))
+    sys.exit(start.main("rlhf", run))
