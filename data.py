@@ -22,7 +22,8 @@ class Refused(ValueError):
     """Bad input, in one line: what was found, where, and the remedy."""
 
     def __init__(self, message):
-        # a line break or a terminal's escape code in somebody's file name must not reach the screen
+        # a line break or a terminal's escape code in somebody's file name must not reach the screen: ascii
+        # makes '\\n' of it
         safe = [c if c.isprintable() else ascii(c) for c in message]
         super().__init__("".join(safe))
 
@@ -60,14 +61,15 @@ class PairData:
         self.chosen, self.rejected = chosen, rejected
         self.p, self.prompt = p.float(), prompt
 
-    def padded(self, rows):  # (R,) -> (R,T), (R,T)
-        """The tokens of these rows and their mask, True on response tokens.
+    def padded(self, rows):  # (K,) -> (K,T), (K,T)
+        """The tokens of these K rows and their mask, True on response tokens.
 
         Padding stands on the right. A token never looks to its right, so padding changes no log-prob.
         """
-        length, prompt_len = self.length[rows, None], self.prompt_len[rows, None]  # (R,1)
+        # [rows, None] is [rows][:, None]
+        length, prompt_len = self.length[rows, None], self.prompt_len[rows, None]  # (K,1)
         t = torch.arange(int(length.max()))                                        # (T,)
-        mask = (t >= prompt_len) & (t < length)                                    # (R,T)
+        mask = (t >= prompt_len) & (t < length)                                    # (K,T)
         return self.tokens[rows, :len(t)].long(), mask
 
     def pair_rows(self, pairs):  # (B,) -> (2B,)
@@ -81,6 +83,7 @@ class PairData:
     def digest(self):
         """A fingerprint of rows and labels: other data have another."""
         parts = self.tokens, self.prompt_len, self.chosen, self.rejected, self.p
+        # join takes the bytes of arrays
         return hashlib.sha256(b"".join(part.numpy() for part in parts)).hexdigest()
 
 
@@ -93,8 +96,9 @@ def shuffled(n, size, steps, generator):  # -> (steps,size)
 
 # -------------------------------------------------------------------------------------------- the toy world
 # Four prompts, "pizza review:" and so on. A response is any string of at most three of seven words, "" too:
-# 1 + 7 + 49 + 343 = 400 responses to each prompt. The model can emit these words and end of text, nothing
-# else, and after the third word its context is full. So it can say nothing outside the list, and its
+# 1 + 7 + 49 + 343 = 400 responses to each prompt. The model reads 13 ids (the words, end of text, and the
+# prompts' words), and emits the first 8: the words and end of text. After the third word its context of 5
+# tokens is full: 2 of the prompt, 3 of the response. So it can say nothing outside the list, and its
 # probabilities of the 400 sum to one. That is why every average below is an exact sum.
 
 REWARDS = """
@@ -107,12 +111,12 @@ awful      -0.9    -0.9  -0.9    -0.9
 hot         0.5     0.7  -0.6    -0.9
 cold       -0.5    -0.7   0.6     0.4
 <|endoftext|> 0       0     0       0
-"""  # what a word adds to the reward of a review of each subject
+"""  # what a word, or the end of a text, adds to the reward of a review of each subject
 SUBJECTS, *LINES = [line.split() for line in REWARDS.strip().splitlines()]
 WORTH = {word: [float(value) for value in values] for word, *values in LINES}
-WORDS = list(WORTH)[:-1]
+WORDS = list(WORTH)[:-1]  # without end of text
 WORLDS = ("bt", "deterministic", "cyclic")  # kinds of preferences, see `preference`
-END = 0.25  # the probability that a text which the reference learns from ends after its first or second word
+END = 0.25  # SFT makes the reference from random texts, which end so likely after their first or second word
 
 
 class Words:
@@ -138,7 +142,7 @@ class World:
 
     reward (X,Y). pstar (X,Y,Y): pstar[x,y,z] is the probability that y is preferred to z, written p*(y>z).
     base (Y,): the distribution of the texts that the reference is trained on. pairs: a PairData whose row
-    x * Y + y is prompt x with response y; `draw` gives it pairs.
+    x * Y + y is prompt x with response y; `draw` gives it pairs. Other words make a smaller world, for tests.
     """
 
     def __init__(self, name, words=WORDS, longest=3):
@@ -146,6 +150,8 @@ class World:
         self.prompts = [self.tokenizer.encode_ordinary(f"{subject} review:") for subject in SUBJECTS]
         eot = len(words)  # end of text
         self.responses, base, padded, rows = [], [], [], []
+        # base: a text of SFT has 1, 2, 3 words with probability 1/4, 3/16, 9/16, each word as likely as any
+        # other. It is never empty, though the model can say so.
         left = 1.0  # the probability that a text has `length` words or more
         for length in range(longest + 1):
             ends = 1.0 if length == longest else END * (length > 0)  # the probability that it has no more
@@ -158,12 +164,12 @@ class World:
         self.base = torch.tensor(base, dtype=torch.float64)
         worth = [WORTH[word] for word in (*words, EOT)]
         worth = torch.tensor(worth, dtype=torch.float64)  # (words + 1, X)
-        padded = torch.tensor(padded)         # (Y, longest)
-        self.reward = worth[padded].sum(1).T  # (X,Y)
+        padded = torch.tensor(padded)         # (Y, longest), end of text behind a short response
+        self.reward = worth[padded].sum(1).T  # (Y, longest, X) summed over words, (Y,X), turned: (X,Y)
         self.pstar = preference(name, self.reward, padded[:, 0])
         X, Y = self.reward.shape
         prompts = [prompt for prompt in self.prompts for _ in range(Y)]
-        self.pairs = PairData(prompts, rows * X)
+        self.pairs = PairData(prompts, rows * X)  # each prompt Y times, with the list of all responses
         # of its model: the context, the ids that it reads, the ids that it says (words and end of text)
         self.sizes = len(prompts[0]) + longest, self.tokenizer.n_vocab, eot + 1
 
@@ -176,8 +182,9 @@ class World:
         """
         X, Y = self.reward.shape
         each = n // X + 1  # pairs for each prompt
+        # the first `each` columns are first responses, the others second ones
         draws = torch.multinomial(mu, 2 * each, replacement=True, generator=generator)  # (X, 2 each)
-        x = torch.arange(n) % X                 # the prompts take turns
+        x = torch.arange(n) % X  # the prompts take turns, so responses are read column by column
         first = draws[:, :each].T.flatten()[:n]
         second = draws[:, each:].T.flatten()[:n]
         p = self.pstar[x, first, second]
@@ -193,8 +200,8 @@ def preference(name, reward, first):  # (X,Y), (Y,) -> (X,Y,Y)
 
     bt: s(r(y) - r(z)), s the sigmoid: Bradley-Terry's model. deterministic: 1 if r(y) > r(z), 1/2 on a tie.
     cyclic: s(r(y) - r(z) + 2 c), where c is 1 if y's first word beats z's, -1 if it loses, else 0. Word i
-    beats word j if i - j is 1, 4 or -2, and so on. Any three neighbours are rock, paper and scissors, so no
-    reward explains these preferences.
+    beats word j if (i - j) % 3 is 1, and loses if it is 2. Any three neighbours are rock, paper and scissors,
+    so no reward explains these preferences. A response with itself: 1/2.
     """
     gap = reward[:, :, None] - reward[:, None, :]
     gap = gap.round(decimals=4)  # the same words in another order add up to another last digit
@@ -203,7 +210,7 @@ def preference(name, reward, first):  # (X,Y), (Y,) -> (X,Y,Y)
     if name == "cyclic":
         step = (first[:, None] - first) % 3
         beats = (step == 1).double() - (step == 2).double()
-        beats[0] = beats[:, 0] = 0  # response 0 is the empty one
+        beats[0] = beats[:, 0] = 0  # response 0 is the empty one, which has no first word
         gap = gap + 2 * beats
     return gap.sigmoid()
 
@@ -218,8 +225,8 @@ def mean_over_opponents(worth, mu):  # (X,Y,Y), (X,Y) -> (X,Y)
 def optimum(ref_logp, worth, mu, tau):  # (X,Y), (X,Y,Y), (X,Y) -> (X,Y)
     """log pi*: ref(y) exp(g(y) / tau), normalised, with g(y) the mean of worth = Psi(p*) over mu  (eq. 7).
 
-    Infinite worth (logit of a certain preference) counts as a million. Then pi* is the limit that DPO tends
-    to and never reaches: everything on the responses with most sure wins less sure losses.
+    Infinite worth (logit of a certain preference) counts as a million: then g counts sure wins less sure
+    losses, and pi* is the limit that DPO tends to and never reaches. The deterministic world has such pairs.
     """
     g = mean_over_opponents(worth.clamp(-1e6, 1e6), mu)
     return (ref_logp + g / tau).log_softmax(-1)
@@ -263,6 +270,7 @@ def get_tokenizer(name):
         return Words(WORDS)
     if name == "bytes":
         ids = {bytes([byte]): byte for byte in range(256)}
+        # every character apart (?s: line breaks, too), then its bytes, and no merges
         return tiktoken.Encoding(name, pat_str="(?s).", mergeable_ranks=ids, special_tokens={EOT: 256})
     try:
         return tiktoken.get_encoding(name)
@@ -274,7 +282,7 @@ def get_tokenizer(name):
 def read_jsonl(path, parse=None):
     """The pairs of a JSONL file, a list; prints what was skipped. Raises Refused, naming the first bad line.
 
-    parse(item, notes) -> Pair reads the object of one line; by default parse_pair.
+    parse(item, notes) -> Pair reads the object of one line; by default parse_pair. lab/ reads conversations.
     """
     if not os.path.isfile(path):
         found = "a folder" if os.path.isdir(path) else "no such file"
@@ -285,7 +293,7 @@ def read_jsonl(path, parse=None):
         for number, line in enumerate(file, 1):
             if number == 1:
                 refuse_other_formats(path, line)
-            notes["blank lines skipped"] += not line.strip()
+            notes["blank lines skipped"] += not line.strip()  # True counts as 1; tell leaves zeros out
             try:
                 if line.strip():
                     pairs.append((parse or parse_pair)(parse_json(line), notes))
@@ -318,7 +326,8 @@ def parse_json(line):
     """The object that one line (bytes) holds, a dict. Raises Refused."""
     try:
         item = json.loads(line, object_pairs_hook=no_key_twice)
-        json.dumps(item, ensure_ascii=False).encode()  # "\ud83d", half a letter, is JSON and no text
+        # "\ud83d", half a letter, is JSON and no text: encode raises UnicodeError
+        json.dumps(item, ensure_ascii=False).encode()
     except (UnicodeError, json.JSONDecodeError, RecursionError) as error:
         raise Refused(f"no JSON in UTF-8 ({short(error)}); {NEEDED}") from None
     if not isinstance(item, dict):
@@ -346,6 +355,7 @@ def parse_pair(item, notes):
                           "lists of messages, use python -m lab.models.hf")
         texts.append(item[key])
     p = item.get("p", 1.0)
+    # type, since isinstance takes True for an int
     if type(p) not in (int, float) or not 0 <= p <= 1:
         raise Refused(f"'p' is {short(p)}; write the probability that chosen is preferred, from 0 to 1")
     unused = item.keys() - set(Pair._fields)
@@ -365,6 +375,7 @@ def encode(pairs, tokenizer, block_size):
     number_of = {}  # prompts are told apart as texts: two long ones may be cut to the same tokens
     for pair in pairs:
         prompt, chosen, rejected = (tokenizer.encode_ordinary(text) for text in pair[:3])
+        # for the prompt, the same for both responses; 1 is end of text
         room = block_size - 1 - max(len(chosen), len(rejected))
         if chosen == rejected:
             notes["pairs dropped: chosen and rejected are the same tokens"] += 1
@@ -376,13 +387,13 @@ def encode(pairs, tokenizer, block_size):
             prompts += [prompt, prompt]
             responses += [chosen + end, rejected + end]
             p.append(pair.p)
-            numbers.append(number_of.setdefault(pair.prompt, len(number_of)))
+            numbers.append(number_of.setdefault(pair.prompt, len(number_of)))  # a new number if it is new
     count_oddities(pairs, notes)
     tell(f"data, of {len(pairs):,} pairs", notes)
     if not p:
         raise Refused("data: every pair was dropped, as counted above; raise --block_size or mend them")
     data = PairData(prompts, responses)
-    chosen = 2 * torch.arange(len(p))
+    chosen = 2 * torch.arange(len(p))  # rows 0, 2, 4, ...; pair_rows makes halves of them
     data.set_pairs(chosen, chosen + 1, torch.tensor(p), torch.tensor(numbers))
     return data
 
@@ -403,9 +414,9 @@ def count_oddities(pairs, notes):
 
 
 def hold_out(data, share, seed):
-    """(training, held-out) numbers of pairs, no prompt in both; share: of the prompts.
+    """-> the numbers of the pairs to train on, and of those to evaluate: held out, no prompt in both.
 
-    If that is less than one prompt, the pairs to train on are evaluated.
+    share: of the prompts. If that is less than one prompt, the pairs to train on are evaluated.
     """
     n = int(data.prompt.max()) + 1
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))

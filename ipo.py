@@ -7,10 +7,10 @@
              with Psi(q) = q and p = 1 that is ( h - 1/(2 tau) )^2                                (eq. 17)
   DPO        -log s(tau h) for p = 1; its beta is our tau                       (Rafailov et al. 2023, eq. 7)
 
-pi is the policy, the model that is trained; ref the reference, a frozen copy of it; mu the distribution that
-the responses of the pairs come from; yw and yl the chosen and the rejected response; p the probability that
-yw is preferred; s the sigmoid; Z makes probabilities sum to one. log pi(y) is a sum over the tokens of y, in
-nats. README.md derives the target.
+pi is the policy, the model that is trained; ref the reference, the policy as it was when this training
+began; mu the distribution that the responses of the pairs come from; yw and yl the chosen ("winner") and the
+rejected response ("loser"); p the probability that yw is preferred; s the sigmoid; Z makes probabilities sum
+to one. log pi(y) is a sum over the tokens of y, in nats. README.md derives the target.
 
   python ipo.py --loss ipo                          the toy world: train, then measure the distance to pi*
   python ipo.py --sample "pizza review:"            what the trained policy says
@@ -64,15 +64,17 @@ def ipo_loss(h, p, tau):  # (B,), (B,) -> (B,)
 def dpo_loss(h, p, tau):  # (B,), (B,) -> (B,)
     """-log s(tau h), weighted by p, and the same for the exchanged pair, weighted by 1 - p.
 
-    Its slope at p = 1 is -tau s(-tau h), which is never 0, so h never stops growing.
+    It is least at tau h = logit(p). Its slope at p = 1 is -tau s(-tau h), since -log s(z) has the slope
+    -s(-z). That is never 0, so h never stops growing. It is linear in p, so coin flips and p itself give the
+    same mean.
     """
     return -(p * logsigmoid(tau * h)
              + (1 - p) * logsigmoid(-tau * h))
 
 
 LOSSES = {"ipo": ipo_loss, "dpo": dpo_loss}
-# The Psi whose optimum pi* each loss aims at; lab/THEORY.md says why DPO's is logit. (The lambda looks psi up
-# when it is called, so that a psi which is set later counts, too.)
+# The Psi whose optimum pi* each loss aims at (README.md says why DPO's is logit). Only the exact optimum that
+# a run is compared with uses it. The lambda looks psi up when it is called: a psi that is set later counts.
 PSI_OF = {"ipo": lambda q: psi(q), "dpo": torch.logit}
 
 
@@ -81,14 +83,19 @@ def sequence_logp(policy, tokens, mask):  # (R,T), (R,T) -> (R,)
 
     The probability of a response is the product of its tokens' probabilities, so its log is a sum. The work
     is done where the policy's weights are; what comes back is on the CPU.
+
+    The token at position t + 1 is predicted at position t. A row [x0 x1 y2 y3] with the mask [0 0 1 1] has
+    its y2 predicted at position 1 and its y3 at position 2. So scored = [0 1 1], over positions 0, 1, 2. S
+    counts the ones of all rows.
     """
     device = next(policy.parameters()).device
     tokens, mask = tokens.to(device), mask.to(device)
-    scored = mask[:, 1:]                                           # (R,T-1) the token at t + 1 ...
-    if model.sharing_pays(policy, tokens):                         # for long rows the same, faster:
+    scored = mask[:, 1:]                                           # (R,T-1)
+    # rows of more than 16 tokens: the same numbers, faster; the toy world's have 5 at most and take the else
+    if model.sharing_pays(policy, tokens):
         x = model.shared_hidden(policy, tokens[:, :-1], scored)    # (S,C)
     else:
-        x = policy.hidden(tokens[:, :-1])[scored]                  # (S,C) ... is predicted at t
+        x = policy.hidden(tokens[:, :-1])[scored]                  # (S,C)
     logp = policy.head(x).float().log_softmax(-1)                  # (S,V)
     said = tokens[:, 1:][scored]                                   # (S,) the tokens of the responses
     token_logp = torch.zeros(scored.shape, device=device)          # (R,T-1) 0 where nothing is scored
@@ -103,8 +110,9 @@ def margin(logp, ref_logp):  # (2B,), (2B,) -> (B,)
 
 
 # ------------------------------------------------------------------------------------------------- training
-# A source is where the trainer gets its pairs: WorldSource or FileSource below, or your own with the same
-# methods. source.pairs is a PairData (see data.py), source.train the numbers of the pairs to train on.
+# A source is where the trainer gets its pairs: WorldSource or FileSource below, or one of your own. It has
+# pairs (a PairData, see data.py), train (the numbers of the pairs to train on), sft_weight (how often SFT
+# takes each row), tokenizer, sizes (of a model for it), exact, and the methods set_reference and evaluate.
 
 class Stopped(Refused):
     """A run that must not go on, in one line."""
@@ -116,14 +124,18 @@ def precision(args):
 
 
 def adam(policy):
-    """Adam without weight decay, which would pull the weights to 0 and not to the reference."""
+    """Adam without weight decay, which would pull the weights to 0 and not to the reference.
+
+    optimizer_step sets the learning rate. fused: one operation for all weights, which is faster.
+    """
     return torch.optim.Adam(policy.parameters(), fused=True)
 
 
 def optimizer_step(policy, optimizer, step, steps, peak):
     """A step along the gradients that are there. If their norm is above 1, they are scaled to norm 1 before.
 
-    The learning rate rises for 50 steps, or half of all if they are few, and falls in a straight line to 0.
+    The learning rate is peak times a rise to 1 over the first 50 steps (half of all, if they are few), times
+    a straight fall from 1 towards 0 over all steps.
     """
     rising = step / min(50, steps / 2)
     falling = 1 - (step - 1) / steps
@@ -137,7 +149,7 @@ def optimizer_step(policy, optimizer, step, steps, peak):
 def generator(args, number):
     """Random numbers that depend on --seed alone, so that a resumed run draws what it drew before.
 
-    Each use has its own number: 0 SFT, 1 the order of the pairs, 2 the world's pairs.
+    Each use has its own number: 0 SFT, 1 the order of the pairs, 2 the world's pairs. 10 leaves room.
     """
     return torch.Generator().manual_seed(10 * args.seed + number)
 
@@ -146,7 +158,7 @@ def finetune(policy, source, args):
     """SFT, supervised fine-tuning: maximum likelihood on rows of the source. It makes the reference."""
     optimizer, random = adam(policy), generator(args, 0)
     for step in range(1, args.sft_steps + 1):
-        # rows in proportion to their weight; True: with replacement
+        # rows in proportion to their weight, whose sum does not matter; True: with replacement
         rows = torch.multinomial(source.sft_weight, 2 * args.batch_size, True, generator=random)
         tokens, mask = source.pairs.padded(rows)
         with precision(args):
@@ -162,7 +174,7 @@ def finetune(policy, source, args):
 def score(policy, pairs, args, which=slice(None)):  # -> (R,)
     """log pi(y|x) of the rows of a PairData, or of `which` of them, in nats, computed as the loop does.
 
-    As many rows at a time as a training step has, so this never needs more memory than training.
+    2B rows at a time, as in a training step, so this never needs more memory than training.
     """
     rows, size = torch.arange(len(pairs.length))[which], 2 * args.batch_size
     with precision(args):
@@ -198,7 +210,7 @@ def train(policy, batches, args, evaluate):
         optimizer_step(policy, optimizer, step, args.steps, args.lr)
         if step % args.log_every == 0 or step == args.steps:
             numbers = {"batch loss": loss.item(), **evaluate(policy)}
-            if numbers.get("h", 0) is None:
+            if numbers.get("h", 0) is None:  # what is not finite is None, see means
                 raise Stopped(f"step {step}: the policy is not finite; lower --lr")
             told(f"step {step}/{args.steps}", numbers)
             log.append({"step": step, **numbers})
@@ -208,12 +220,15 @@ def train(policy, batches, args, evaluate):
 
 
 def last_checkpoint(policy, optimizer, args):
-    """(step, log) of the run's ckpt.pt, whose weights and optimiser it restores; (0, []) if there is none."""
+    """(step, log) of the run's ckpt.pt, whose weights and optimiser it restores; (0, []) if there is none.
+
+    A new run has none, since `claim` has removed that of an older one.
+    """
     path = f"{args.out}/ckpt.pt"
     if not os.path.exists(path):
         return 0, []
     saved = model.read(path)
-    if as_now(saved["flags"], args) != vars(args):
+    if at_present(saved["flags"], args) != vars(args):
         raise Refused(f"{path} is of another run than ref.pt beside it; remove it, then --resume")
     policy.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
@@ -225,10 +240,10 @@ def last_checkpoint(policy, optimizer, args):
 def check_start(policy, batch, logp, loss):
     """Before the first step the policy is the reference, so every margin is 0, but for rounding.
 
-    In bfloat16 rounding is large. How large it is, a float32 pass over the same batch shows. A margin is made
-    of four log-probs, hence the 4.
+    In bfloat16 rounding is large. How large it is, a pass in float32 over the same batch shows; float32's own
+    rounding is about 1e-5 of a log-prob. A margin is made of four log-probs, hence the 4.
     """
-    exact = sequence_logp(policy, batch.tokens, batch.mask)
+    exact = sequence_logp(policy, batch.tokens, batch.mask)  # outside of `precision`, so in float32
     rounding = ((logp - exact).abs().max()
                 + 1e-5 * exact.abs().max())
     largest = margin(logp, batch.ref_logp).abs().max()
@@ -256,13 +271,16 @@ def pair_numbers(logp, ref_logp, p, args):  # (2B,), (2B,), (B,) -> numbers by n
 
 
 def means(values):
-    """{name: tensor} -> {name: its mean}. None stands for what is infinite, since JSON has no infinity."""
+    """{name: tensor} -> {name: its mean}. None stands for what is infinite or unknown, as JSON has neither.
+
+    No number here reaches 10,000, but DPO's optimum on certain preferences: see data.optimum.
+    """
     values = {name: value.mean().item() for name, value in values.items()}
     return {name: value if abs(value) < 1e4 else None for name, value in values.items()}
 
 
 def told(name, numbers):
-    """One line: a name, then every number with its own; - for None."""
+    """Prints one line: a name, then every number with its own; - for None. (The format's z: no -0.0000.)"""
     cells = [f"{key} {'-' if value is None else f'{value:z.4f}'}" for key, value in numbers.items()]
     print(f"{name:14}", *cells, sep="  ", flush=True)
 
@@ -277,7 +295,7 @@ class WorldSource(data.World):
         self.args = args
         self.train = torch.arange(args.pairs)
         self.sft_weight = self.base.repeat(len(self.prompts))  # (R,) how often SFT takes a row
-        # until the pairs are drawn: every value that their p can have
+        # every value that p can have in a pair: refuse_what_cannot_run asks before the pairs are drawn
         self.pairs.p = torch.ones(1) if args.labels == "hard" else self.pstar
 
     def set_reference(self, ref_logp):  # (R,)
@@ -288,7 +306,7 @@ class WorldSource(data.World):
         uniform = torch.full_like(ref, 1 / len(self.responses))  # EXERCISE: another mu; rows sum to 1
         self.mu = uniform if args.mu == "uniform" else ref.exp()
         self.draw(args.pairs, self.mu, args.labels, generator(args, 2))
-        self.exact = {"ref": ref}
+        self.exact = {"ref": ref}  # each is a line of the report, and a number kl_NAME of every policy
         if args.loss in PSI_OF:
             worth = PSI_OF[args.loss](self.pstar)  # (X,Y,Y)
             self.exact["opt"] = data.optimum(ref, worth, self.mu, args.tau)
@@ -299,7 +317,7 @@ class WorldSource(data.World):
 
     def numbers(self, logp):  # (X,Y) -> numbers by name
         """Means over all pairs; then KL(pi||ref) and KL(pi||pi*), which are exact sums."""
-        rows = self.pairs.pair_rows(self.train)
+        rows = self.pairs.pair_rows(self.train)  # train is all pairs
         numbers = pair_numbers(logp.flatten()[rows], self.pairs.ref_logp[rows],
                                self.pairs.p, self.args)
         return numbers | means({f"kl_{name}": data.kl(logp, other)
@@ -318,6 +336,7 @@ class FileSource:
         self.tokenizer = tokenizer or data.get_tokenizer(args.tokenizer)
         self.pairs = data.encode(pairs or data.read_jsonl(args.data),
                                  self.tokenizer, args.block_size)
+        # of a model: the context, the ids that it reads, the ids that it emits
         self.sizes = args.block_size, self.tokenizer.n_vocab, self.tokenizer.n_vocab
         self.train, self.held_out = data.hold_out(self.pairs, args.holdout, args.seed)
         self.sft_weight = torch.zeros(len(self.pairs.length))  # (R,) the rows of training pairs, all alike
@@ -336,11 +355,13 @@ class FileSource:
 
 # ------------------------------------------------------------------------------------------------ the program
 
-DEVICE = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+DEVICE = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")  # cuda, mps, ... if any
+# The default of each flag, in a world and for a file; and what it is with --init_from, --sample or --resume:
+# the same (=) or another. Where - stands the flag does nothing, so it is refused. none: not set.
 FLAGS = f"""
 flag         world    file     init_from  sample  resume  takes         meaning
 loss         ipo      ipo      =          -       -       ipo|dpo       the loss on the margin
-tau          0.2      0.1      =          -       -       1e-9..1e9     pull to the reference; DPO's beta
+tau          0.2      0.1      =          -       -       1e-3..1e9     pull to the reference; DPO's beta
 data         bt       bt       =          -       -       text          bt, deterministic, cyclic, or a file
 init_from    none     none     =          =       -       text          a run's .pt file, or GPT-2's weights
 out          out      out      =          =       =       text          folder of the run's files
@@ -366,7 +387,7 @@ sample       none     none     =          =       -       text          a prompt
 temperature  -        -        -          1       -       0.0..1e9      of that answer; 0: the likeliest
 resume       none     none     =          -       =       yes           go on with the run in --out
 overwrite    none     none     =          -       -       yes           replace the run in --out
-"""  # defaults; with --init_from, --sample, --resume those of their columns (=: no change; -: does nothing)
+"""
 NAMES, *ROWS = [line.split(maxsplit=7)
                 for line in FLAGS.strip().splitlines()]
 
@@ -389,18 +410,19 @@ def parse(argv=None):
     for cells in ROWS:
         row = dict(zip(NAMES, cells))
         name = row["flag"]
+        # the last kind of run that has a say: world or file, then init_from, sample, resume
         default = [row[kind] for kind in kinds if row[kind] != "="][-1]
         if default == "-" and name in given:
             raise Refused(f"--{name} does nothing here ({', '.join(kinds)}); leave it out")
         flags[name] = value_of(name, given.get(name, default), row["takes"])
     args = argparse.Namespace(**flags)
     if args.resume:
-        args = argparse.Namespace(**as_now(model.read(f"{args.out}/ref.pt")["flags"], args))
+        args = argparse.Namespace(**at_present(model.read(f"{args.out}/ref.pt")["flags"], args))
     return args
 
 
-def as_now(flags, args):
-    """The saved flags of a run, whose folder and device may be others by now."""
+def at_present(flags, args):
+    """The saved flags of a run, with the folder and the device that it has now."""
     return flags | {"out": args.out, "device": args.device, "resume": args.resume}
 
 
@@ -408,11 +430,11 @@ def value_of(name, text, takes):
     """The value of a flag. Raises Refused if it is not what the table says that the flag takes."""
     if text in ("-", "none"):
         return None
-    low, _, high = takes.partition("..")
-    kind = int if low.isdigit() else float
     if text in takes.split("|") or takes == "text" and text:
         return text
-    try:
+    low, _, high = takes.partition("..")        # "1..1e7" takes whole numbers, "0.0..1e9" all
+    kind = int if low.isdigit() else float
+    try:                                        # what is no number is a ValueError, and refused
         if kind(low) <= kind(text) <= float(high):
             return kind(text)
     except ValueError:
@@ -421,7 +443,10 @@ def value_of(name, text, takes):
 
 
 def claim(out, overwrite):
-    """Makes the folder ready for a new run. Raises Refused if a run would be lost that takes long to make."""
+    """Makes the folder ready for a new run. What an older run left there is removed.
+
+    Raises Refused, unless --overwrite, if that run is not a finished one in a world, which takes a minute.
+    """
     os.makedirs(out, exist_ok=True)
     old = {"report.json", "ckpt.pt", "ref.pt"}.intersection(os.listdir(out))
     if old and not overwrite:
@@ -435,10 +460,12 @@ def claim(out, overwrite):
 
 def refuse_what_cannot_run(source, args):
     """Raises Refused, before anything is replaced, if data, weights and loss do not fit together."""
+    # GPT-2's weights for a world, say, whose words are other tokens
     if args.tokenizer not in (None, source.tokenizer.name):
         raise Refused(f"--init_from {args.init_from} knows the tokens of {args.tokenizer}, and --data "
                       f"{args.data} has those of {source.tokenizer.name}; use weights of the same kind")
     p = source.pairs.p
+    # the loss at h = 0: infinite if a target is
     loss = LOSSES[args.loss](0 * p, p, args.tau)
     if not loss.isfinite().all():
         raise Refused("a label asks for an infinite margin, since this psi is infinite at 0 or 1 (as DPO's, "
@@ -455,14 +482,14 @@ def run(args, policy=None, source=None):
     torch.manual_seed(args.seed)
     if args.init_from and policy is None:
         policy, args.tokenizer = model.load(args.init_from)
-        args.block_size = policy.config.block_size
+        args.block_size = policy.config.block_size  # a file's texts are cut to it
     source = source or (WorldSource(args) if args.data in data.WORLDS else FileSource(args))
     refuse_what_cannot_run(source, args)
     args.tokenizer = source.tokenizer.name
     policy = policy or model.GPT(model.GPTConfig(
         *source.sizes, args.n_layer, args.n_head, args.n_embd))
     policy.to(args.device)
-    set_reference(policy, source, args)
+    make_reference(policy, source, args)
     columns = {name: source.numbers(logp) for name, logp in source.exact.items()}
     log = train(policy, shuffled_batches(source, args), args, source.evaluate)
     columns["after"] = source.evaluate(policy)
@@ -473,15 +500,16 @@ def run(args, policy=None, source=None):
                   file, indent=1)
 
 
-def set_reference(policy, source, args):
-    """Makes the policy the reference: SFT, then the log-prob of every row, computed once. Both go to ref.pt.
+def make_reference(policy, source, args):
+    """SFT makes the policy the reference, whose log-prob of every row is computed once. Both go to ref.pt.
 
-    With --resume they come from there. Raises Refused if the data are not what they were.
+    A new run saves its flags there first. A run that was stopped during SFT finds these, and starts again.
+    One that was stopped later finds the reference. Raises Refused if the data are not what they were.
     """
     path = f"{args.out}/ref.pt"
     if not args.resume:
         claim(args.out, args.overwrite)
-    args.resume = args.overwrite = None  # from here on a resumed run is the same run
+    args.resume = args.overwrite = None  # from here on a resumed run is like any other
     saved = model.read(path) if os.path.exists(path) else {}
     if "ref_logp" in saved:
         policy.load_state_dict(saved["model"])
@@ -514,6 +542,7 @@ def main(argv=None):
         sample(args) if args.sample else run(args)
         return 0
     except (Refused, OSError, KeyboardInterrupt, RuntimeError) as error:
+        # torch says in a RuntimeError that it has no memory for such sizes; any other is a fault of ours
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         why = Refused(str(error) or "interrupted; --resume goes on where it was saved")

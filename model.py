@@ -21,7 +21,7 @@ class GPTConfig:
     """Sizes of a GPT; the defaults are GPT-2's smallest (124M parameters)."""
     block_size: int = 1024   # the context: the most tokens that the model can see at once
     vocab_size: int = 50257  # ids that it can read
-    head_size: int = 50257   # ids that it can emit: 0 .. head_size-1
+    head_size: int = 50257   # ids that it can emit: 0 .. head_size-1; the toy world never says its prompts
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768        # channels C, a multiple of n_head
@@ -42,6 +42,7 @@ class Attention(nn.Module):
         return self.c_proj(self.merge(y))
 
     def split(self, qkv):  # (R,T,3C) -> 3 of (R, heads, T, C / heads)
+        # queries, keys and values first, heads before T
         qkv = qkv.unflatten(-1, (3, self.n_head, -1))  # (R, T, 3, heads, C / heads)
         return qkv.permute(2, 0, 3, 1, 4)
 
@@ -95,7 +96,7 @@ class GPT(nn.Module):
             if name.endswith("c_proj.weight"):
                 # each block adds two outputs to the stream; this keeps the sum's size that of one (as GPT-2)
                 nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5)
-            elif p.dim() == 2:
+            elif p.dim() == 2:  # the other linear layers and both embeddings; LayerNorms stay as they are
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -114,7 +115,7 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def head(self, x):  # (...,C) -> (...,V)
-        """Logits: a dot product with the word vector of each id that can be emitted."""
+        """Logits: a dot product with the word vector of each id that can be emitted ("tied" to wte)."""
         return F.linear(x, self.transformer.wte.weight[:self.config.head_size])
 
     def forward(self, tokens):  # (R,T) -> (R,T,V)
@@ -138,22 +139,27 @@ def generate(policy, tokenizer, text, temperature=1.0, seed=0, max_new_tokens=64
     ids = prompt[:]
     for _ in range(min(max_new_tokens, room)):
         x = policy.hidden(torch.tensor([ids], device=device))[0, -1]  # (C,)
-        logits = policy.head(x).cpu().double()[:tokenizer.n_vocab]    # (V,)
+        # (V,), without ids that the tokenizer lacks: some models of others have more of them
+        logits = policy.head(x).cpu().double()[:tokenizer.n_vocab]
         if not logits.isfinite().all():
             raise Refused("the policy's weights are not finite: its run diverged; train again, --lr lower")
-        # less their maximum, or a small temperature would overflow
+        # less their maximum, or a small temperature would overflow; 1e-9 leaves the likeliest token alone
         probs = ((logits - logits.max()) / max(temperature, 1e-9)).softmax(0)
         token = int(torch.multinomial(probs, 1, generator=random))
         if token == tokenizer.eot_token:
             break
         ids.append(token)
+    # the text behind the prompt; decoded together, as a letter may be made of several tokens
     return tokenizer.decode(ids)[len(tokenizer.decode(prompt)):]
 
 
 # ------------------------------------------------------------------------------------------ files of weights
 
 def seal(file):
-    """A digest of what an open zip file holds. torch.save writes a zip file with a checksum per entry."""
+    """A digest of an open zip file's checksums. torch.save writes a zip file, with a checksum for each entry.
+
+    testzip finds an entry that was damaged; the seal finds one that was exchanged, added or removed.
+    """
     checksums = [(entry.filename, entry.CRC) for entry in file.infolist()]
     return hashlib.sha256(repr(checksums).encode()).hexdigest().encode()
 
@@ -168,7 +174,7 @@ def save(path, policy, flags, **more):
     try:
         torch.save(more, f"{path}.tmp")
         with zipfile.ZipFile(f"{path}.tmp", "a") as file:
-            file.comment = seal(file)  # so that `read` sees whether anything was changed afterwards
+            file.comment = seal(file)  # "a" writes the end of the file anew, which holds the comment
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter
         raise Refused(f"{path}: cannot be written ({short(error)}); what was saved before is still there; "
@@ -213,8 +219,9 @@ def from_gpt2(name):
         for key, p in policy.state_dict().items():
             # GPT-2 keeps the matrices of its linear layers transposed
             flip = key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-            p.copy_(weights[key].T if flip else weights[key])
-        # a variant of GPT-2 (another activation, scale or head) has the same names; its logits differ
+            p.copy_(weights[key].T if flip else weights[key])  # p shares its memory with the policy's weight
+        # transformers makes up weights that a file lacks; a variant of GPT-2 (another activation, scale or
+        # head) has the same names, and other logits; one with other ids has other tokens
         tokens = torch.arange(8)[None]
         logits = theirs(tokens).logits
         same = torch.allclose(policy(tokens), logits, rtol=1e-4, atol=1e-3)
@@ -234,12 +241,18 @@ def from_gpt2(name):
 # [4 5].
 
 def sharing_pays(policy, tokens):
-    """Short rows lose more by the search for prefixes than they gain; other models than GPT take no part."""
+    """Rows as short as the toy world's lose more by the search for prefixes than they gain.
+
+    Other models than our GPT take no part.
+    """
     return type(policy) is GPT and tokens.shape[1] > 16
 
 
 def shared_hidden(policy, tokens, wanted):  # (R,T), (R,T) -> (S,C)
-    """policy.hidden(tokens)[wanted], where wanted is True at S positions: the same, but for rounding."""
+    """policy.hidden(tokens)[wanted], where wanted is True at S positions: the same, but for rounding.
+
+    The loop is that of GPT.hidden with Block.forward written out.
+    """
     prefixes = Prefixes(tokens, wanted)
     x = policy.embed(prefixes.tokens, prefixes.position)  # (U,C)
     for block in policy.transformer.h:
@@ -252,19 +265,22 @@ class Prefixes:
     """The distinct prefixes of these rows. What stands after a row's last wanted position is left out.
 
     tokens, position (U,): each prefix's last token, and where it stands. where (R,T): the numbers of a row's
-    prefixes. rows: of each row that has prefixes of its own, all numbers, and how many are its own.
+    prefixes. rows: of each row that has new ones, all its numbers and how many are new. In the example:
+    [0 1 2] and 3, [0 1 3] and 1, [4 5] and 2. Once a prefix is new, all longer ones of the row are new, so
+    they are the row's last.
     """
 
     def __init__(self, tokens, wanted):  # (R,T), (R,T)
         number = {}  # (number of the prefix without its last token, last token) -> number of the prefix
         position, self.rows = [], []
         self.where = torch.zeros_like(tokens)
-        length = tokens.shape[1] - wanted.flip(1).int().argmax(1)  # (R,) up to the last wanted position
+        # (R,) up to the last wanted position; argmax finds the first True from the right
+        length = tokens.shape[1] - wanted.flip(1).int().argmax(1)
         for row, n in enumerate(length.tolist()):
             before, last, numbers = len(number), -1, []
             for t, token in enumerate(tokens[row, :n].tolist()):
-                last = number.setdefault((last, token), len(number))
-                if last == len(position):  # it is new
+                last = number.setdefault((last, token), len(number))  # its number, or the next free one
+                if last == len(position):  # the latter: it is new
                     position.append(t)
                 numbers.append(last)
             self.where[row, :n] = torch.tensor(numbers)
@@ -275,21 +291,22 @@ class Prefixes:
         self.position = torch.tensor(position, device=tokens.device)
 
     def attend(self, attention, x):  # (U,C) -> (U,C)
-        """Attention, a row at a time: those prefixes that are the row's own look at all of the row's."""
+        """Attention, a row at a time: its new prefixes ask, all of its prefixes answer."""
         numbers = [row for row, _ in self.rows]
-        qkv = take(attention.c_attn(x), torch.cat(numbers))
+        qkv = take(attention.c_attn(x), torch.cat(numbers))  # (U,3C) -> (all rows' lengths, 3C)
         y = []
         parts = qkv.split([len(row) for row in numbers])
-        for part, (row, own) in zip(parts, self.rows):
+        for part, (row, new) in zip(parts, self.rows):
             q, k, v = attention.split(part[None])     # (1, heads, t, C / heads)
-            mask = causal_lower_right(own, len(row))  # the last query stands beside the last key
-            z = F.scaled_dot_product_attention(q[:, :, -own:], k, v, mask)
+            mask = causal_lower_right(new, len(row))  # the last query sees all keys, the one before one less
+            z = F.scaled_dot_product_attention(q[:, :, -new:], k, v, mask)
             y.append(attention.merge(z)[0])
-        return attention.c_proj(torch.cat(y))         # the rows' own, in order, are 0 .. U-1
+        # numbers were given as prefixes came, so one row's new ones behind another's are 0 .. U-1
+        return attention.c_proj(torch.cat(y))
 
 
 def take(x, where):  # (U,C), (S,) -> (S,C)
-    """x[where]. Its gradient sums over all that took a row, in float32: a sum in bfloat16 stalls when it is
-    256 times as large as what is added."""
+    """x[where]. Its gradient sums over all that took a row. In bfloat16, which has 8 bits, 256 + 1 is 256, so
+    such a sum would stall; it is made in float32."""
     wide = x.float() if x.dtype == torch.bfloat16 else x
     return F.embedding(where, wide).to(x.dtype)
