@@ -17,7 +17,6 @@ model, differentiably. On tables:
 Trap: the undamped iteration pi <- ref exp(P pi / tau) / Z converges only where the spectral radius of
 (diag pi - pi pi^T)(P - 1/2) is below tau: always in bt, not in cyclic at tau .1, not in deterministic at .1.
 """
-import os
 import sys
 
 import torch
@@ -199,7 +198,7 @@ def run(argv=None):
     offline = data.optimum(ref, pstar, uniform, args.tau)
     online, residual = nash(ref, pstar, args.tau)
     mixed = mirror(ref, pstar, args.tau, args.b)[0]
-    os.makedirs(args.out, exist_ok=True)
+    start.make_folder(args.out)
     apart = data.kl(offline, online).item()
     start.finish(args, f"In {args.data} at tau {args.tau:g} offline IPO ends {apart:.4f} nats from the Nash "
                  f"policy, where online IPO ends, and IPO-MD {data.kl(mixed, online):.4f}.", {

@@ -2,11 +2,12 @@
 
 `parser` and `parse` read a program's own flags beside those of ipo.py that mean something in it. `start`
 makes policy, pairs and reference as ipo.run does before it trains, so that a program with the same flags
-begins where `python ipo.py` begins. `finish` says the answer, then its figures, and writes OUT/report.json. `main`
-turns what went wrong into one line and an exit status.
+begins where `python ipo.py` begins. `finish` says the answer, then its figures, and writes OUT/report.json.
+`main` turns what went wrong into one line and an exit status.
 """
 import argparse
 import json
+import os
 import re
 import sys
 import textwrap
@@ -63,6 +64,20 @@ def start(args, source=None):
     policy.to(args.device)
     ipo.make_reference(policy, source, args)
     return policy, source
+
+
+def make_folder(out):
+    """Makes a folder for report.json and pictures. Raises Refused if it holds a run, whose report that is."""
+    if os.path.exists(f"{out}/ref.pt"):
+        raise data.Refused(f"--out {out} holds a run of another program; name another folder")
+    os.makedirs(out, exist_ok=True)
+
+
+def refuse_twice(flag, values):
+    """Raises Refused if a flag that takes several values was given one of them twice."""
+    for value in values:
+        if values.count(value) > 1:
+            raise data.Refused(f"{flag}: {value} is given twice; give each value once")
 
 
 def finish(args, answer, figures, **more):
