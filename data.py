@@ -167,9 +167,8 @@ class World:
         padded = torch.tensor(padded)         # (Y, longest), end of text behind a short response
         self.reward = worth[padded].sum(1).T  # (Y, longest, X) summed over words, (Y,X), turned: (X,Y)
         self.pstar = preference(name, self.reward, padded[:, 0])
-        X, Y = self.reward.shape
-        prompts = [prompt for prompt in self.prompts for _ in range(Y)]
-        self.pairs = PairData(prompts, rows * X)  # each prompt Y times, with the list of all responses
+        prompts = [prompt for prompt in self.prompts for _ in rows]
+        self.pairs = PairData(prompts, rows * len(SUBJECTS))  # each prompt with the list of all responses
         # of its model: the context, the ids that it reads, the ids that it says (words and end of text)
         self.sizes = len(prompts[0]) + longest, self.tokenizer.n_vocab, eot + 1
 
@@ -319,7 +318,7 @@ def refuse_other_formats(path, line):
 def tell(where, notes):
     """Prints a line for each thing that happened."""
     for what, count in (+notes).items():  # +: without those that never happened
-        print(f"{where}: {count:,} {what}")
+        print(Refused(f"{where}: {count:,} {what}"))  # which prints a file's name as one line
 
 
 def parse_json(line):
@@ -328,7 +327,9 @@ def parse_json(line):
         item = json.loads(line, object_pairs_hook=no_key_twice)
         # "\ud83d", half a letter, is JSON and no text: encode raises UnicodeError
         json.dumps(item, ensure_ascii=False).encode()
-    except (UnicodeError, json.JSONDecodeError, RecursionError) as error:
+    except Refused:
+        raise
+    except (ValueError, RecursionError) as error:
         raise Refused(f"no JSON in UTF-8 ({short(error)}); {NEEDED}") from None
     if not isinstance(item, dict):
         raise Refused(f"{short(json.dumps(item))} is no object; {NEEDED}")

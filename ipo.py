@@ -455,7 +455,7 @@ def claim(out, overwrite):
             raise Refused(f"--out {out} holds a run; --resume it, --overwrite it, or name another --out")
     for name in old:
         os.remove(f"{out}/{name}")
-        print(f"{out}/{name}, of an earlier run, is removed")
+        print(f"{name} of an earlier run is removed")
 
 
 def refuse_what_cannot_run(source, args):
