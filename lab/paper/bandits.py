@@ -1,34 +1,29 @@
 """Do IPO and DPO do on the paper's bandits what figures 1 and 2 show?
 
-  python -m lab.paper.paper --data d1                          figure 1
-  python -m lab.paper.paper --data d3prime                     figure 2
-  python -m lab.paper.paper --data d1 --batch_size 0           all pairs in every step: the exact optimum
-  python -m lab.paper.paper --data bandit2 --tau 0.1 --steps 2000
+  python -m lab.paper.bandits --data d1                          figure 1
+  python -m lab.paper.bandits --data d3prime                     figure 2
+  python -m lab.paper.bandits --data bandit2 --tau 0.1 --steps 2000      a single pair, and its margin
 
 Azar et al. 2023, section 5: three actions, no prompt, one logit for each, certain pairs (winner first), a
 uniform reference; Adam at .01, 18,000 steps of 9 pairs drawn with replacement. A policy for each loss, tau
 and seed, all in one table. Printed: mean over seeds, 1.96 standard errors of it, eq. 7's optimum with p* as
-the pairs say (1/2 for actions that never meet), mean minus optimum. With all pairs the rate falls to 0, or
-Adam would circle the optimum. Trap: the D3 that is printed, {ab, ba}, cannot give figure 2. c is in no pair
-and a, b balance, so all three stay at 1/3 for either loss. The text around the figure (one action never wins,
-two stay balanced) fits d3prime = {ac, bc}. Trap: DPO is greedy on d1 at every tau, in the end: at tau 10
-these steps bring it to pi(a) = .82 only.
-Answer: yes. d1, tau .1, .5, 1: IPO's pi(a) ends at .964, .562, .450 (optimum .964, .563, .448), DPO's at
-1.000 each.
+the pairs say (1/2 for actions that never meet), mean minus optimum. Pictures: actions.png, which is the
+figure, and margins.png. Trap: the D3 that is printed, {ab, ba}, cannot give figure 2. c is in no pair and a, b
+balance, so all three stay at 1/3 for either loss. The text around the figure (one action never wins, two stay
+balanced) fits d3prime = {ac, bc}. Trap: DPO's optimum is a limit, and at a large tau it is far.
 """
-import argparse
-import json
-import os
 import sys
-from pathlib import Path
 
 import torch
 
 import data
 import ipo
-from lab.common import pictures
+from lab.common import pictures, start
 
 BANDITS = {"bandit2": "ab", "d1": "ab bc ac", "d2": "ab bc ca", "d3": "ab ba", "d3prime": "ac bc"}
+LOSSES = ["ipo", "dpo"]
+DRAWN = 9     # pairs in a step, drawn with replacement
+CLOSE = 0.02  # a probability that is nearer to its optimum than this has arrived
 
 
 def bandit(name):  # -> (N,), (N,), (1,Y,Y)
@@ -38,133 +33,133 @@ def bandit(name):  # -> (N,), (N,), (1,Y,Y)
     Y = 2 if name == "bandit2" else 3  # d3 has three actions, too: c is in no pair
     wins = torch.zeros(1, Y, Y, dtype=torch.float64)
     wins[0, winner, loser] = 1
-    return winner, loser, (wins / (wins + wins.mT)).nan_to_num(0.5)
+    pstar = wins / (wins + wins.mT)
+    return winner, loser, pstar.nan_to_num(0.5)
+
+
+def pose(loss, tau, winner, loser, pstar):  # -> Run, its log empty
+    """What a loss is to do: its loss at the reference, and pi* of eq. 7. Raises Refused."""
+    first = ipo.LOSSES[loss](torch.zeros(1), torch.ones(1), tau).item()
+    if first == float("inf"):
+        raise data.Refused("this psi asks for an infinite margin, as these pairs are certain; use another")
+    Y = pstar.shape[1]
+    mu = torch.full((1, Y), 1 / Y, dtype=torch.float64)  # the reference, too
+    worth = ipo.PSI_OF[loss](pstar)
+    best = data.optimum(mu.log(), worth, mu, tau)
+    opt = numbers(best.expand(2, Y), winner, loser)
+    flags = {"loss": loss, "tau": tau, "labels": "hard"}
+    return pictures.Run(f"{loss}, tau {tau:g}", flags, [], {"loss": first}, opt)
+
+
+def numbers(logp, winner, loser):  # (seeds,Y), (N,), (N,) -> numbers by name
+    """Over seeds: mean margin of the pairs (None if infinite), mean probabilities, 1.96 standard errors."""
+    pi = logp.exp()
+    h = logp[:, winner] - logp[:, loser]  # the uniform reference cancels
+    found = ipo.means({"h": h})
+    found["pi"] = pi.mean(0).tolist()
+    error = 1.96 * pi.std(0) / len(pi) ** 0.5
+    found["error"] = error.tolist()
+    return found
 
 
 def train(args, winner, loser, Y):
-    """Yields (step, log pi (L,K,S,Y)), first the reference: L losses, K taus, S seeds. Raises Stopped."""
-    L, K, S, N = len(args.loss), len(args.tau), args.seeds, len(winner)
+    """Yields (step, log pi (losses, taus, seeds, Y)), first the reference. Raises Stopped."""
+    taus = len(args.tau)
     generator = torch.Generator().manual_seed(args.seed)
     tau = torch.tensor(args.tau, dtype=torch.float64)[:, None, None]
-    theta = torch.zeros(L, K, S, Y, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.Adam([theta], args.lr)
-    pairs = torch.arange(N).expand(K, S, N)
+    theta = torch.zeros(len(LOSSES), taus, args.seeds, Y, dtype=torch.float64)
+    optimizer = torch.optim.Adam([theta.requires_grad_()], args.lr)
     for step in range(args.steps):
         logp = theta.log_softmax(-1)
-        if step % args.log_every == 0:
+        if step % 100 == 0:
             yield step, logp.detach()
-        if args.batch_size:
-            pairs = torch.randint(N, (K, S, args.batch_size), generator=generator)
-        else:
-            optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
-        drawn = pairs.expand(L, -1, -1, -1)
-        h = logp.gather(-1, winner[drawn]) - logp.gather(-1, loser[drawn])  # the uniform reference cancels
-        costs = [ipo.LOSSES[loss](h[i], torch.ones(()), tau) for i, loss in enumerate(args.loss)]
+        shape = taus, args.seeds, DRAWN
+        pairs = torch.randint(len(winner), shape, generator=generator)  # the same for both losses
+        total = 0.0  # a sum over policies, since they share nothing
+        for name, own in zip(LOSSES, logp):
+            h = own.gather(-1, winner[pairs]) - own.gather(-1, loser[pairs])
+            cost = ipo.LOSSES[name](h, torch.ones(()), tau)
+            total = total + cost.mean(-1).sum()
         optimizer.zero_grad()
-        torch.stack(costs).mean(-1).sum().backward()  # a sum: policies share nothing
+        total.backward()
         optimizer.step()
         if not theta.isfinite().all():
             raise ipo.Stopped(f"step {step + 1}: a logit is not finite; lower --lr or raise --tau")
     yield args.steps, theta.detach().log_softmax(-1)
 
 
-def evaluate(logp, winner, loser):  # (S,Y), (N,), (N,) -> numbers by name
-    """Over seeds: mean probabilities, 1.96 standard errors, mean margin of the pairs; None: infinite."""
-    pi, h = logp.exp(), logp[:, winner] - logp[:, loser]
-    error = 1.96 * pi.std(0) / len(pi) ** 0.5
-    numbers = data.finite({"h": h.mean()})
-    return numbers | {"pi": pi.mean(0).tolist(), "interval": error.tolist()}
-
-
-def pose(loss, tau, winner, loser, pstar):  # -> Run
-    """What a loss is to do at one tau: its pi* and target. Raises Refused if a squared target is infinite."""
-    uniform = torch.full_like(pstar[0, :1], 1 / pstar.shape[1])
-    worth, certain = ipo.WORTH[loss], torch.ones(1)
-    best = data.optimum(uniform.log(), worth(pstar), uniform, tau)
-    target = (worth(certain) - worth(1 - certain)) / (2 * tau)
-    start = ipo.LOSSES[loss](torch.zeros(1), certain, tau)
-    if not start.isfinite():
-        raise ipo.Refused("psi asks for an infinite margin at p = 1, and these pairs are certain; edit it")
-    print(f"{loss}, tau {tau:g}: loss {start.item():.6g} at step 0, where h = 0")
-    report = {"before": data.finite({"target": target}), "opt": evaluate(best.expand(2, -1), winner, loser)}
-    return pictures.Run(f"{loss}, tau {tau:g}", {"loss": loss, "tau": tau}, [], [], report)
-
-
-def print_table(runs):
-    """A line for each action."""
-    print(f"{'':18}{'mean':>10}{'1.96 s.e.':>11}{'optimum':>10}{'difference':>12}")
-    for run in runs:
-        after, best = run.evals[-1], run.report["opt"]["pi"]
-        for action, pi, error, exact in zip("abc", after["pi"], after["interval"], best):
-            print(f"{run.out + ': ' + action:18}{pi:10.6f}{error:11.6f}{exact:10.6f}{pi - exact:+12.1e}")
-
-
 def draw_actions(runs, path, rows):
     """Figures 1 and 2: probabilities against the step, a row per tau, a column per loss; dashed: pi*."""
-    figure, axes = pictures.panels(rows, len(runs) // rows)
-    for axis, run in zip(axes.T.flatten(), runs):
-        pi = torch.tensor([numbers["pi"] for numbers in run.evals]).T  # (Y, points)
-        error = torch.tensor([numbers["interval"] for numbers in run.evals]).T
-        for action, best in enumerate(run.report["opt"]["pi"]):
-            colour, style = pictures.COLOURS[action], pictures.STYLES[action]
-            low, high = pi[action] - error[action], pi[action] + error[action]
-            axis.plot(run.steps, pi[action], style, color=colour, label="abc"[action])
-            axis.fill_between(run.steps, low, high, color=colour, alpha=0.3, linewidth=0)
+    figure, axes = pictures.panels(rows, len(LOSSES))
+    for axis, one in zip(axes.T.flatten(), runs):
+        steps = [line["step"] for line in one.log]
+        pi = torch.tensor([line["pi"] for line in one.log]).T        # (Y,points)
+        error = torch.tensor([line["error"] for line in one.log]).T  # (Y,points)
+        low, high = pi - error, pi + error
+        for action, best in enumerate(one.opt["pi"]):
+            colour = pictures.COLOURS[action]
+            style = pictures.STYLES[action]
+            axis.plot(steps, pi[action], style, color=colour, label="abc"[action])
+            axis.fill_between(steps, low[action], high[action], color=colour, alpha=0.3)
             axis.axhline(best, color=colour, **pictures.DASHED)
-        axis.set(title=run.out, ylim=(-0.03, 1.03))
-    figure.supxlabel("step")
-    figure.supylabel("probability")
+        axis.set(title=one.name, xlabel="step", ylabel="probability")
     axes[0, 0].legend(title="action")
     pictures.save(figure, path)
 
 
-def experiment(args):
-    """Trains all policies at once; leaves report.json, actions.png and margins.png in --out."""
+def table(runs):
+    """Prints a line for each action -> {loss: the largest distance of a probability to its optimum}."""
+    gaps = dict.fromkeys(LOSSES, 0.0)
+    print(f"{'':18}{'mean':>10}{'1.96 s.e.':>11}{'optimum':>10}{'difference':>12}")
+    for one in runs:
+        loss, after = one.flags["loss"], one.log[-1]
+        for action, best in enumerate(one.opt["pi"]):
+            pi, error = after["pi"][action], after["error"][action]
+            name = f"{one.name}: {'abc'[action]}"
+            print(f"{name:18}{pi:10.6f}{error:11.6f}{best:10.6f}{pi - best:+12.1e}")
+            gaps[loss] = max(gaps[loss], abs(pi - best))
+    return gaps
+
+
+def parse(argv):
+    own = start.parser(__doc__)
+    add = own.add_argument
+    add("--data", default="d1", choices=BANDITS, help="the bandit [d1]")
+    add("--tau", nargs="+", type=float, default=[0.1, 0.5, 1.0], help="taus [0.1 0.5 1]")
+    add("--steps", type=int, default=18_000, help="steps of training [18000]")
+    add("--lr", type=float, default=0.01, help="Adam's learning rate [0.01]")
+    add("--seeds", type=int, default=10, help="policies for each loss and tau [10]")
+    add("--seed", type=int, default=0, help="fixes the draws of all [0]")
+    add("--out", default="out/bandits", help="folder of report.json and pictures [out/bandits]")
+    args = own.parse_args(argv)
+    least = min(*args.tau, args.lr, args.steps)
+    if not least > 0 or args.seeds < 2 or args.seed < 0:
+        raise data.Refused("--tau, --lr and --steps must be above 0, --seeds above 1, --seed 0 or more")
+    start.refuse_twice("--tau", args.tau)
+    return args
+
+
+def run(argv=None):
+    args = parse(argv)
     winner, loser, pstar = bandit(args.data)
-    runs = [pose(loss, tau, winner, loser, pstar) for loss in args.loss for tau in args.tau]
-    # a bandit's files are made again in seconds, so they are replaced
-    again = os.path.exists(f"{args.out}/report.json") and ipo.saved_flags(args.out).get("data") in BANDITS
-    ipo.claim(argparse.Namespace(**vars(args), resume=False, overwrite=again))
+    runs = [pose(loss, tau, winner, loser, pstar) for loss in LOSSES for tau in args.tau]
+    start.make_folder(args.out)
     for step, logp in train(args, winner, loser, pstar.shape[1]):
-        for run, policies in zip(runs, logp.flatten(0, 1)):
-            run.steps.append(step)
-            run.evals.append(evaluate(policies, winner, loser))
-    report = {run.out: run.report | {"after": run.evals[-1]} for run in runs}
-    Path(f"{args.out}/report.json").write_text(json.dumps(report, indent=1))
-    print_table(runs)
+        for one, policies in zip(runs, logp.flatten(0, 1)):
+            found = numbers(policies, winner, loser)
+            one.log.append({"step": step, **found})
+        if step % 5000 == 0:
+            print(f"step {step:,}/{args.steps:,}", flush=True)
+    gaps = table(runs)
     draw_actions(runs, f"{args.out}/actions.png", len(args.tau))
     pictures.draw_runs(runs, f"{args.out}/margins.png")
-
-
-def main(argv=None):
-    """The command line. Returns the exit status."""
-    parser = ipo.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def add_argument(flag, default, meaning, **more):
-        more.setdefault("type", type(default))
-        parser.add_argument(flag, default=default, help=f"{meaning} [{default}]", **more)
-
-    add_argument("--data", "d1", "the bandit", choices=BANDITS)
-    add_argument("--loss", ["ipo", "dpo"], "losses", nargs="+", type=str, choices=ipo.WORTH)
-    add_argument("--tau", [0.1, 0.5, 1.0], "taus", nargs="+", type=float)
-    add_argument("--steps", 18_000, "steps of training")
-    add_argument("--batch_size", 9, "pairs in a step, drawn with replacement; 0: all, and the rate falls")
-    add_argument("--lr", 0.01, "Adam's learning rate")
-    add_argument("--seeds", 10, "policies for each loss and tau")
-    add_argument("--seed", 0, "fixes the draws of all")
-    add_argument("--log_every", 100, "steps from one point of the curves to the next")
-    add_argument("--out", "out/paper", "folder of report.json and pictures")
-    try:
-        args = parser.parse_args(argv)
-        least = min(*args.tau, args.lr, args.steps, args.log_every)
-        if not least > 0 or args.seeds < 2 or args.batch_size < 0:
-            raise ipo.Refused("numbers must be above 0, --seeds above 1; --batch_size may be 0")
-        experiment(args)
-        return 0
-    except (ipo.Refused, ipo.Stopped, OSError, KeyboardInterrupt) as error:
-        print("paper.py:", str(error) or "interrupted", file=sys.stderr)
-        return 2 if isinstance(error, ipo.Refused) else 1
+    said = "Yes" if max(gaps.values()) < CLOSE else "Not yet, raise --steps"
+    limit = " ".join(f"{pi:.3f}" for pi in runs[-1].opt["pi"])
+    answer = (f"{said}: on {args.data} IPO ends at most {gaps['ipo']:.4f} from its optimum at each tau, DPO at "
+              f"most {gaps['dpo']:.4f} from its limit ({limit}), which is the same at every tau.")
+    columns = {one.name: {"opt": one.opt, "after": one.log[-1]} for one in runs}
+    start.finish(args, answer, {}, runs=columns)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start.main("bandits", run))
