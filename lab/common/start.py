@@ -27,12 +27,15 @@ def parser(doc):
     return own
 
 
-def parse(own, argv, defaults="", without=()):
+def parse(own, argv, defaults="", without=(), world=False):
     """All flags: the program's own, and ipo.py's with these other defaults ("--tau 0.5 --steps 100").
 
-    without: the flags of ipo.py that do nothing in this program. Raises Refused if one of them is given.
+    without: the flags of ipo.py that do nothing in this program. world: it needs the toy world, and no file.
+    Raises Refused if something is given that does not fit.
     """
     useless = {*without, "sample", "temperature", "resume"}
+    if world:
+        useless |= {"init_from", "tokenizer", "holdout", "block_size"}
     useful = [f"--{name}" for name, *_ in ipo.ROWS if name not in useless]
     own.epilog = f"flags of python ipo.py that count here, too:\n{textwrap.fill(' '.join(useful), 100)}"
     mine, rest = own.parse_known_args(argv)
@@ -40,6 +43,9 @@ def parse(own, argv, defaults="", without=()):
         name = word.partition("=")[0]
         if name.removeprefix("--") in useless:
             raise data.Refused(f"{name} does nothing in this program; leave it out")
+    given = ipo.parse(rest).data
+    if world and given not in data.WORLDS:
+        raise data.Refused(f"--data {given}: only a world has exact answers ({', '.join(data.WORLDS)})")
     args = ipo.parse([*defaults.split(), *rest])
     for name, value in vars(mine).items():
         if type(value) in (int, float) and not 0 <= value < 1e9:

@@ -22,7 +22,6 @@ from lab.common import exact, pictures, start
 
 COLUMNS = {"kl_ref": "KL to ref", "opt kl_ref": "of pi*", "kl_opt": "KL to pi*", "win": "win rate",
            "opt win": "of pi*", "ratio": "ratio", "opt ratio": "of pi*", "below": "below"}
-NEEDLESS = ("init_from", "holdout", "tokenizer", "block_size")  # a file has no exact answers
 
 
 def number(text):
@@ -40,9 +39,7 @@ def plan(argv):
     add("--pairs", nargs="+", help="pairs to draw, one number or several [500000]")
     add("--seed", nargs="+", help="one or several [0]")
     add("--out", default="out/tau", help="folder of the runs, report.json and picture [out/tau]")
-    args = start.parse(own, argv, without=NEEDLESS)
-    if args.data not in data.WORLDS:
-        raise data.Refused(f"--data is {args.data}; only a world has exact answers: {', '.join(data.WORLDS)}")
+    args = start.parse(own, argv, world=True)
     _, rest = own.parse_known_args(argv)
     several = {}
     for name in ("loss", "tau", "steps", "pairs", "seed"):
