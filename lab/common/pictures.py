@@ -70,7 +70,8 @@ def read(out):
     report, columns = Path(f"{out}/report.json"), {}
     if report.exists():
         columns = json.loads(report.read_text())
-    return Run(out, saved["flags"], [FIRST, *log], columns.get("ref", {}), columns.get("opt", {}))
+    ref, opt = columns.get("ref", {}), columns.get("opt", {})
+    return Run(out, saved["flags"], [FIRST, *log], ref, opt)
 
 
 def source_of(out):

@@ -8,9 +8,9 @@ Azar et al. 2023, section 5: three actions, no prompt, one logit for each, certa
 uniform reference; Adam at .01, 18,000 steps of 9 pairs drawn with replacement. A policy for each loss, tau
 and seed, all in one table. Printed: mean over seeds, 1.96 standard errors of it, eq. 7's optimum with p* as
 the pairs say (1/2 for actions that never meet), mean minus optimum. Pictures: actions.png, which is the
-figure, and margins.png. Trap: the D3 that is printed, {ab, ba}, cannot give figure 2. c is in no pair and a, b
-balance, so all three stay at 1/3 for either loss. The text around the figure (one action never wins, two stay
-balanced) fits d3prime = {ac, bc}. Trap: DPO's optimum is a limit, and at a large tau it is far.
+figure, and margins.png. Trap: the D3 that is printed, {ab, ba}, cannot give figure 2. c is in no pair and
+a, b balance, so all three stay at 1/3 for either loss. The text around the figure (one action never wins, two
+stay balanced) fits d3prime = {ac, bc}. Trap: DPO's optimum is a limit, and at a large tau it is far.
 """
 import sys
 
@@ -39,7 +39,8 @@ def bandit(name):  # -> (N,), (N,), (1,Y,Y)
 
 def pose(loss, tau, winner, loser, pstar):  # -> Run, its log empty
     """What a loss is to do: its loss at the reference, and pi* of eq. 7. Raises Refused."""
-    first = ipo.LOSSES[loss](torch.zeros(1), torch.ones(1), tau).item()
+    h, certain = torch.zeros(()), torch.ones(())
+    first = ipo.LOSSES[loss](h, certain, tau).item()
     if first == float("inf"):
         raise data.Refused("this psi asks for an infinite margin, as these pairs are certain; use another")
     Y = pstar.shape[1]
@@ -67,17 +68,19 @@ def train(args, winner, loser, Y):
     taus = len(args.tau)
     generator = torch.Generator().manual_seed(args.seed)
     tau = torch.tensor(args.tau, dtype=torch.float64)[:, None, None]
-    theta = torch.zeros(len(LOSSES), taus, args.seeds, Y, dtype=torch.float64)
-    optimizer = torch.optim.Adam([theta.requires_grad_()], args.lr)
+    shape = len(LOSSES), taus, args.seeds, Y
+    theta = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([theta], args.lr)
     for step in range(args.steps):
         logp = theta.log_softmax(-1)
         if step % 100 == 0:
             yield step, logp.detach()
-        shape = taus, args.seeds, DRAWN
-        pairs = torch.randint(len(winner), shape, generator=generator)  # the same for both losses
+        drawn = taus, args.seeds, DRAWN
+        pairs = torch.randint(len(winner), drawn, generator=generator)  # the same for both losses
         total = 0.0  # a sum over policies, since they share nothing
         for name, own in zip(LOSSES, logp):
-            h = own.gather(-1, winner[pairs]) - own.gather(-1, loser[pairs])
+            chosen, rejected = own.gather(-1, winner[pairs]), own.gather(-1, loser[pairs])
+            h = chosen - rejected
             cost = ipo.LOSSES[name](h, torch.ones(()), tau)
             total = total + cost.mean(-1).sum()
         optimizer.zero_grad()
@@ -115,9 +118,10 @@ def table(runs):
         loss, after = one.flags["loss"], one.log[-1]
         for action, best in enumerate(one.opt["pi"]):
             pi, error = after["pi"][action], after["error"][action]
+            gap = pi - best
             name = f"{one.name}: {'abc'[action]}"
-            print(f"{name:18}{pi:10.6f}{error:11.6f}{best:10.6f}{pi - best:+12.1e}")
-            gaps[loss] = max(gaps[loss], abs(pi - best))
+            print(f"{name:18}{pi:10.6f}{error:11.6f}{best:10.6f}{gap:+12.1e}")
+            gaps[loss] = max(gaps[loss], abs(gap))
     return gaps
 
 
@@ -153,10 +157,12 @@ def run(argv=None):
     gaps = table(runs)
     draw_actions(runs, f"{args.out}/actions.png", len(args.tau))
     pictures.draw_runs(runs, f"{args.out}/margins.png")
-    said = "Yes" if max(gaps.values()) < CLOSE else "Not yet, raise --steps"
+    arrived = max(gaps.values()) < CLOSE
+    said = "Yes" if arrived else "Not yet, raise --steps"
     limit = " ".join(f"{pi:.3f}" for pi in runs[-1].opt["pi"])
-    answer = (f"{said}: on {args.data} IPO ends at most {gaps['ipo']:.4f} from its optimum at each tau, DPO at "
-              f"most {gaps['dpo']:.4f} from its limit ({limit}), which is the same at every tau.")
+    ours, theirs = gaps["ipo"], gaps["dpo"]
+    answer = (f"{said}: on {args.data} IPO ends at most {ours:.4f} from its optimum at each tau, DPO at most "
+              f"{theirs:.4f} from its limit ({limit}), which is the same at every tau.")
     columns = {one.name: {"opt": one.opt, "after": one.log[-1]} for one in runs}
     start.finish(args, answer, {}, runs=columns)
 

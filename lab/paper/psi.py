@@ -1,6 +1,6 @@
 """What does another Psi ask for, and what does the policy give it?
 
-  python -m lab.paper.psi --psi tanh       or identity, logit, cubic, square, majority, yours (what ipo.py has)
+  python -m lab.paper.psi --psi tanh
   python -m lab.paper.psi --psi square --labels hard --tau 0.5     the other flags are ipo.py's
 
 A pair preferred with probability p asks for the margin target(p) = (Psi(p) - Psi(1-p)) / (2 tau). ipo.py runs
@@ -8,10 +8,10 @@ with this Psi, and with soft labels (a pair knows its p). A card says for some p
 what they have where endless labels of this kind lead (labels), and what they have reached; psi.png draws it.
 The dots are not on their curve and should not be: a policy is one score a response, so the best is a
 least-squares compromise between all pairs, unless target(p*) is a difference of two scores, as logit's is in
-bt: (r - r')/tau. pi* is eq. 7's of Psi. Labels lead elsewhere unless Psi(q) + Psi(1-q) is constant, since of
-any other Psi the target sees the odd part (Psi(q) - Psi(1-q))/2; with hard labels, which see p = 1 alone, also
-unless that part is affine. The answer says which, and how far. Trap: logit asks certain pairs for an infinite
-margin and refuses hard labels: DPO's over-fitting in a number.
+bt: (r - r')/tau. pi* is eq. 7's of Psi. Labels lead elsewhere unless Psi(q) + Psi(1-q) is constant, since
+of any other Psi the target sees the odd part (Psi(q) - Psi(1-q))/2; with hard labels, which see p = 1 alone,
+also unless that part is affine. The answer says which, and how far. Trap: logit asks certain pairs for an
+infinite margin and refuses hard labels: DPO's over-fitting in a number.
 """
 import json
 import sys
@@ -68,15 +68,18 @@ def reasons(labels):
 def draw(args, pstar, reached):
     """Target against p, a curve for every Psi, and the mean margin that pairs with each p have reached."""
     figure, axes = pictures.panels(1, 1, width=9)
-    axis, q = axes[0, 0], torch.linspace(0.005, 0.995, 199)
+    axis = axes[0, 0]
+    q = torch.linspace(0.005, 0.995, 199)
     for number, (name, psi) in enumerate(PSIS.items()):
         target = (psi(q) - psi(1 - q)) / (2 * args.tau)
         style = pictures.STYLES[number % 4]
         axis.plot(q, target, style, color=pictures.COLOURS[number], label=name)
     p, where = pstar.flatten().unique(return_inverse=True)
-    mean = torch.bincount(where, reached.flatten()) / torch.bincount(where)
+    total = torch.bincount(where, reached.flatten())
+    mean = total / torch.bincount(where)
     axis.plot(p, mean, ".", color="black", label=f"reached: {args.psi}")
-    axis.set(xlabel="p = P(chosen preferred)", ylabel=f"margin, nats (tau {args.tau:g})")
+    axis.set_xlabel("p = P(chosen preferred)")
+    axis.set_ylabel(f"margin, nats (tau {args.tau:g})")
     axis.set_ylim(-2.2 / args.tau, 2.2 / args.tau)
     figure.legend(loc="outside right center")
     pictures.save(figure, f"{args.out}/psi.png")
@@ -102,10 +105,11 @@ def run(argv=None):
     }
     with open(f"{args.out}/report.json") as file:
         report = json.load(file)
-    away, after = data.kl(led, best).item(), report["after"]
+    after, away = report["after"], data.kl(led, best).item()
     why = "; ".join(reasons(args.labels)) or "these labels lead to pi*"
-    answer = (f"With this Psi ({args.psi}, tau {args.tau:g}) the policy ends {after['kl_ref']:z.4f} nats from the "
-              f"reference and {after['kl_opt']:z.4f} from pi*.\nKL(labels||pi*) {away:z.4f} nats: {why}.")
+    far, near = after["kl_ref"], after["kl_opt"]
+    answer = (f"With this Psi ({args.psi}, tau {args.tau:g}) the policy ends {far:z.4f} nats from the reference "
+              f"and {near:z.4f} from pi*.\nKL(labels||pi*) {away:z.4f} nats: {why}.")
     figures = {name: row(values) for name, values in card.items()}
     start.finish(args, answer, figures, **report, card=card, kl_labels_opt=away)
 

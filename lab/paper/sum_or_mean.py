@@ -1,129 +1,127 @@
 """Sum or mean of token log-probs?
 
-What users ask of tools that average in IPO; world lengths, 1 to 7 tokens a response, mu = ref:
-- Where does the paper average (huggingface/blog#1785)? Nowhere: log pi(y) in eq. 17 is of the whole response.
-  The mean leads to ref exp(|y| (g/tau + c)), g = E p*, c normalises: at tau .5, .95 nats from pi*.
-- Do lengths not cancel (huggingface/trl#1677)? Only if all are L: then the mean at tau is the sum at tau / L.
-  Here the mean at 1.1 moves about as far as the sum at .2, but ends .055 nats from any sum's pi*, not .0029.
-- Is beta then free of length (huggingface/trl#1265)? No: at .2 the mean's answer moves log pi/ref by up to
-  28.8 nats. The sum's does by 2.9, and no two responses, however long, move apart by more than 1/tau = 5.
-- Why a larger beta after that (huggingface/trl#1294)? Mean at 1.1 is nearest to sum at .22: 5 times.
-- Must a recipe average, as for SimPO (meta-pytorch/torchtune#1291)? At one tau, KL to ref is 5.0 and not .54.
-- Is the sum worse (h2oai/h2o-llmstudio#580)? Win rate: mean, tau 1.1, .700, of .712 that this KL can buy; sum
-  .7171 of .7176. Does its loss depend on length? Both start at 1/(4 tau^2), whatever the lengths.
-`python -m lab.paper.mean_form` makes the table of these figures in 2 minutes; flags not its own are ipo.py's.
-Answer: the sum. It ends .0030 nats from its pi*; the mean 3.2 at the same tau, .055 from any pi* at 1.1.
+  python -m lab.paper.sum_or_mean                           the sum at tau .2, the mean at five taus
+  python -m lab.paper.sum_or_mean --tau 0.5 --mean_tau 2.5  other flags are ipo.py's
+
+The paper's pi(y) is the probability of a whole response, so log pi(y) is a sum over its tokens. Tools that
+divide it by their number train another objective: it leads to ref exp(|y| (g/tau + c)), g = E p*, where c
+normalises. The world has responses of 1 to 7 tokens here. "own" is the exact answer of a form, "nearest" the
+pi* of any tau that is nearest to the trained policy, "best" the highest win rate at its KL to the reference.
+Trap: if all lengths were L, the mean at tau would be the sum at tau / L, and nobody would see a difference.
 """
-import argparse
-import contextlib
-import json
+import copy
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 
 import data
 import ipo
-import model
-
-data.WORLDS["lengths"] = (["superb", "dull"], 7)  # 255 responses, of 1 to 7 tokens
+from lab.common import exact, start
 
 
-def mean_optimum(ref_logp, asked, length):  # (X,Y) each -> (X,Y)
-    """log of ref exp(|y| (asked + c)), where the mean form leads; asked is E_mu[target], up to a constant of
-    the prompt. c makes it sum to one: with lengths it does not divide out, so it is bisected."""
-    low, high = -asked.amax(-1, keepdim=True), -asked.amin(-1, keepdim=True)
+class Long(data.World):
+    """Two words, at most seven in a response: 255 responses."""
+
+    def __init__(self, name):
+        super().__init__(name, ["superb", "dull"], 7)
+
+
+class LongSource(ipo.WorldSource, Long):
+    """The core's source of pairs, in that world."""
+
+
+def mean_optimum(ref, asked, length):  # (X,Y) each -> (X,Y)
+    """log of ref exp(|y| (asked + c)), where the mean form leads; asked: E_mu[target], up to a constant.
+
+    c makes it sum to one. Multiplied by lengths it does not divide out, so it is bisected.
+    """
+    low = -asked.amax(-1, keepdim=True)
+    high = -asked.amin(-1, keepdim=True)
     for _ in range(100):
         c = (low + high) / 2
-        below = (ref_logp + length * (asked + c)).logsumexp(-1, keepdim=True) < 0
-        low, high = torch.where(below, c, low), torch.where(below, high, c)
-    return ref_logp + length * (asked + c)
+        total = (ref + length * (asked + c)).logsumexp(-1, keepdim=True)
+        low = torch.where(total < 0, c, low)
+        high = torch.where(total < 0, high, c)
+    return ref + length * (asked + c)
 
 
-class Lengths(ipo.WorldSource):
-    """A world that knows where the mean form leads ("labels") and measures its loss and margins per token."""
-
-    def __init__(self, args):
-        # pose computes "labels" for the sum alone
-        super().__init__(argparse.Namespace(**vars(args) | {"logp": "sum"}))
-        self.mean = args.logp == "mean"
-        self.length = (self.pairs.start.diff() - self.pairs.prompt_len).view_as(self.reward)  # (X,Y)
-
-    def pose(self, policy, ref_logp, generator):
-        super().pose(policy, ref_logp, generator)
-        if self.mean:
-            asked = self.exact["labels"] - self.ref  # E_mu[target], but for a constant of the prompt
-            self.exact["labels"] = mean_optimum(self.ref, asked, self.length)
-
-    def numbers(self, logp):  # (X,Y) -> numbers by name
-        ratios = (logp - self.ref) / (self.length if self.mean else 1)
-        ratios = ratios.flatten()[self.pairs.pair_rows(self.train)].float()
-        measured = ipo.measure(ratios, torch.zeros(()), self.pairs.p, self.args)
-        return super().numbers(logp) | measured
+def answer_of(form, tau, source):  # -> (X,Y)
+    """log of the policy where a form leads, given endless labels."""
+    ref = source.exact["ref"]
+    led = exact.limit(ref, source.pstar, source.mu, tau, source.args.labels)
+    if form == "sum":
+        return led
+    length = source.pairs.length - source.pairs.prompt_len  # (R,)
+    return mean_optimum(ref, led - ref, length.view_as(ref))
 
 
-def against_sums(source, logp):
-    """pi and the pi* of all tau, the sum's answers: tau of the nearest, KL(pi||it), and the win rate of the
-    pi* that is as far from ref as pi: no policy of that KL wins more."""
+def fit(policy, form, tau, source):
+    """IPO from the reference, with the sums, or the means, of the tokens' log-probs. Raises Stopped."""
+    args, optimizer = source.args, ipo.adam(policy)
+    for step, batch in enumerate(ipo.shuffled_batches(source, args), 1):
+        logp = ipo.sequence_logp(policy, batch.tokens, batch.mask)  # (2B,)
+        count = batch.mask.sum(1) if form == "mean" else 1          # of tokens: the only difference
+        h = ipo.margin(logp / count, batch.ref_logp / count)        # (B,)
+        loss = ipo.ipo_loss(h, batch.p, tau).mean()
+        loss.backward()
+        ipo.optimizer_step(policy, optimizer, step, args.steps, args.lr)
+        if step % args.log_every == 0:
+            ipo.told(f"{form} {tau:g}: {step}/{args.steps}", {"loss": loss.item()})
+
+
+def measured(logp, form, tau, source):  # -> numbers by name
+    """How far a policy is from the answers: exact sums, in nats."""
+    ref, pstar, mu = source.exact["ref"], source.pstar, source.mu
+    best = data.optimum(ref, ipo.psi(pstar), mu, tau)
+    own = answer_of(form, tau, source)
     taus = np.geomspace(30, 0.003, 300)
-    far, refs, wins = [], [], []
-    for tau in taus:
-        best = data.optimum(source.ref, ipo.psi(source.pstar), source.mu, tau)
-        numbers = data.exact(best, source.ref, {}, source.pstar, source.mu, ipo.psi, tau)
-        far.append(data.kl(logp, best).item())
-        refs.append(numbers["kl_ref"])
-        wins.append(numbers["win"])
-    nearest = taus[np.argmin(far)]
-    win = np.interp(data.kl(logp, source.ref).item(), refs, wins)
-    return {"nearest tau": nearest.item(), "to that": min(far), "best win": win.item()}
+    g = data.mean_over_opponents(ipo.psi(pstar), mu)
+    distances = []
+    for other in taus:
+        elsewhere = (ref + g / other).log_softmax(-1)
+        distances.append(data.kl(logp, elsewhere).item())
+    far = data.kl(logp, ref).item()
+    kls, wins = exact.frontier(ref, pstar, mu)
+    return {
+        "to pi*": data.kl(logp, best).item(),
+        "to own": data.kl(logp, own).item(),
+        "own to pi*": data.kl(own, best).item(),
+        "nearest tau": taus[np.argmin(distances)].item(),
+        "to that": min(distances),
+        "to ref": far,
+        "win": exact.win(logp, pstar, mu).item(),
+        "best": np.interp(far, kls, wins).item(),
+    }
 
 
-def measured(args):
-    """One run: a row of the table."""
-    source = Lengths(args)
-    ipo.run(args, source=source)
-    report = json.loads(Path(f"{args.out}/report.json").read_text())
-    after, own = report["after"], report["labels"]
-    row = {"to pi*": after["kl_opt"], "to own": after["kl_labels"], "own to pi*": own["kl_opt"]}
-    row |= {"to ref": after["kl_ref"], "win": after["win"], "own ratio": own["ratio"]}
-    policy, _ = model.load(f"{args.out}/ckpt.pt")
-    return row | against_sums(source, source.enumerate(policy.to(args.device)))
-
-
-def compare(own, others):
-    """Runs the sum and the means, prints the table, writes report.json."""
-    common = ["--data", "lengths", "--mu", "ref", *others]
-    args = ipo.parse([*common, "--out", own.out])
-    if args.data not in data.WORLDS or args.loss != "ipo":
-        raise ipo.Refused("--data and --loss: only a world and ipo have an exact answer in both forms")
-    ipo.claim(args)
-    report = {}
-    for form, tau in [("sum", own.tau)] + [("mean", tau) for tau in own.mean_tau]:
-        name = f"{form}-{tau:g}"
-        flags = [*common, "--logp", form, "--tau", str(tau), "--out", f"{own.out}/{name}"]
-        with open(f"{own.out}/{name}.log", "w") as log, contextlib.redirect_stdout(log):
-            report[name] = measured(ipo.parse(flags))
-        if len(report) == 1:
-            print(f"{'nats':10}" + "".join(f"{column:>12}" for column in report[name]))
-        print(f"{name:10}" + "".join(f"{ipo.show(value):>12}" for value in report[name].values()), flush=True)
-        Path(f"{own.out}/report.json").write_text(json.dumps(report, indent=1))
-
-
-def main(argv=None):
-    """Returns the exit status, as ipo.main. Flags that are not ours are ipo.py's."""
-    parser = ipo.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tau", type=float, default=0.2, help="of the sum [0.2]")
-    parser.add_argument("--mean_tau", type=float, nargs="+", default=[0.2, 0.5, 0.8, 1.1, 1.5],
-                        help="of the mean [0.2 0.5 0.8 1.1 1.5]")
-    parser.add_argument("--out", default="out/mean_form", help="folder of the runs and of report.json")
-    try:
-        compare(*parser.parse_known_args(argv))
-        return 0
-    except (ipo.Refused, model.Refused, ipo.Stopped, OSError, KeyboardInterrupt) as error:
-        print("mean_form:", str(error) or "interrupted", file=sys.stderr)
-        return 2 if isinstance(error, (ipo.Refused, model.Refused)) else 1
+def run(argv=None):
+    own = start.parser(__doc__)
+    taus = [0.2, 0.5, 0.8, 1.1, 1.5]
+    own.add_argument("--tau", type=float, default=0.2, help="of the sum [0.2]")
+    own.add_argument("--mean_tau", type=float, nargs="+", default=taus, help=f"of the mean {taus}")
+    args = start.parse(own, argv, "--mu ref --out out/sum_or_mean", without=["loss"], world=True)
+    start.refuse_twice("--mean_tau", args.mean_tau)
+    if not min(args.tau, *args.mean_tau) > 0:
+        raise data.Refused("--tau and --mean_tau must be above 0")
+    reference, source = start.start(args, LongSource(args))
+    table = {}
+    plan = [("sum", args.tau), *[("mean", tau) for tau in args.mean_tau]]
+    for form, tau in plan:
+        policy = copy.deepcopy(reference)
+        fit(policy, form, tau, source)
+        table[f"{form} {tau:g}"] = measured(source.table(policy), form, tau, source)
+    first, *means = table.values()
+    close = first["to pi*"]
+    nearest = min(row["to that"] for row in means)
+    away = max(row["to pi*"] for row in means)
+    answer = (f"The sum: at tau {args.tau:g} it ends {close:.4f} nats from pi*. The mean ends up to {away:.4f} "
+              f"from pi* of its tau, and never nearer than {nearest:.4f} to that of any tau.")
+    figures = {"nats": "".join(f"{name:>12}" for name in first)}
+    for name, row in table.items():
+        figures[name] = "".join(f"{value:z12.4f}" for value in row.values())
+    start.finish(args, answer, figures, table=table)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start.main("sum_or_mean", run))
