@@ -1,165 +1,188 @@
-"""Do thumbs up and down, without pairs, teach what pairs teach? KTO (Ethayarajh et al. 2024), and its z0.
+"""Do thumbs up and down, without pairs, teach what pairs teach? KTO (Ethayarajh et al. 2024).
 
-A response of log-ratio f = log pi/ref costs 1 - s(tau (f - z0)) if liked, 1 - s(tau (z0 - f)) if not; z0
-stands for KL(pi||ref) and passes no gradient. One that wins with probability g costs, but for a constant,
-(1 - 2g) s(tau (f - z0)) on average: a minimiser gives no mass at all to responses with g < 1/2, and between
-the others this is not convex: at tau .5 other starts end .002 to .44 nats off. The answer here is the one
-from the reference; kl is KL(answer||pi), as it has zeros, and `bad` the mass that pi has where g < 1/2.
-  --z0 policy      KL(pi||ref) by enumeration: what the formula means (worlds only)
-  --z0 mismatched  the paper's estimate: mean f of the batch's responses after other prompts, at least 0
-  --z0 data        mean f of the batch's own responses, at least 0
-  --z0 zero        0: the loss of APO-zero (D'Oosterlinck et al. 2024)
-Traps: data are not the policy's responses: both means are -5 where KL is 1.3, so z0 is 0 throughout.
-A liked row far below z0 has no slope: too high an --lr drives both kinds down. A pair counts as two rows.
---data FILE takes pairs, or lines {"prompt", "response", "label": true or false}.
-Answer: bt, tau .5, seeds 0 1 2: kl .059 .046 .061, bad mass .003, win rate .73 (DPO .77 at the same tau).
+A response of log-ratio f = log pi/ref costs 1 - s(tau (f - z0)) if it is liked, 1 - s(tau (z0 - f)) if not.
+z0 stands for KL(pi||ref) and passes no gradient. A response that is liked with probability g costs, but for a
+constant, (1 - 2g) s(tau (f - z0)) on average. So a minimiser gives no mass at all where g < 1/2.
+
+  python -m lab.methods.kto                          in a world, against the exact answer
+  python -m lab.methods.kto --data FILE.jsonl        lines {"prompt", "completion", "label": true or false}
+
+A file may hold pairs, too: of a pair one response is liked, the other is not. --z0 says what stands for KL:
+  policy      KL(pi||ref) by enumeration, what the formula means; worlds only, and the default there
+  mismatched  the paper's estimate: mean f of the batch's responses after other prompts, at least 0
+  zero        0: the loss of APO-zero (D'Oosterlinck et al. 2024)
+
+Traps: data are not the policy's responses, so `mismatched` lies far below the KL, and 0 stands for it. A
+liked row far below z0 has no slope, so too high an --lr drives both kinds down: look at both, not at their
+difference. Among responses with g > 1/2 the loss is not convex. The exact answer here is the minimiser that
+LBFGS finds from the reference, and KL(answer||pi) is its distance, since the answer has zeros.
 """
 import sys
-import time
 
 import torch
 
 import data
 import ipo
-from lab.common import start as begin
-from lab.common import exact
-from lab.methods import thumbs
+import model
+from lab.common import exact, start
+from lab.methods import descent
+
+NEEDED = 'write {"prompt": "...", "completion": "...", "label": true or false}, or a pair'
+UNREAD = "-"  # stands where a pair has its other response; nothing is learned from it
 
 
-def loss(f, z0, label, args):  # (R,), (), (R,) in 0..1 -> (R,)
+def cost(f, z0, label, args):  # (R,), (), (R,) in 0..1 -> (R,)
     gain = torch.sigmoid(args.tau * (f - z0))
     return label * args.liked * (1 - gain) + (1 - label) * args.disliked * gain
 
 
-def mismatched(pairs, block_size):
-    """PairData of as many rows: each response, after the prompt that stands half of all rows further on."""
-    n, rows = len(pairs.prompt_len), []
-    for row in range(n):
-        first = pairs.start[row] + pairs.prompt_len[row]
-        response = pairs.tokens[first:pairs.start[row + 1]].tolist()
-        prompt = pairs.prompt_ids((row + n // 2) % n)
-        room = block_size - len(response)
-        rows.append((prompt[-room:], response))
-    return data.PairData(rows)
+# ------------------------------------------------------------------------------------------- rows with labels
+
+def parse(item, notes):  # -> a list of data.Pair
+    """One line of a file: TRL's unpaired form, or a pair, which is two rows. A row's p is its label."""
+    if "completion" not in item and "label" not in item:
+        pair = data.parse_pair(item, notes)
+        return [data.Pair(pair.prompt, pair.chosen, UNREAD, pair.p),
+                data.Pair(pair.prompt, pair.rejected, UNREAD, 1 - pair.p)]
+    for key, kind in {"prompt": str, "completion": str, "label": bool}.items():
+        if not isinstance(item.get(key), kind):
+            raise data.Refused(f"{key!r} is {data.short(item.get(key))}; {NEEDED}")
+    return [data.Pair(item["prompt"], item["completion"], UNREAD, float(item["label"]))]
 
 
-def ratio(policy, pairs, ref_logp, rows, args):  # -> (R,) log pi/ref
-    with ipo.autocast(args):
-        logp = ipo.sequence_logp(policy, *pairs.padded(rows, args.device))
-    return logp - ref_logp[rows].to(logp)
+class Thumbs(ipo.FileSource):
+    """Rows of a file, each the first of a pair whose p is the probability that the row is liked."""
+
+    def __init__(self, args):
+        lines = data.read_jsonl(args.data, parse)
+        print("data: from here on a row counts as a pair")
+        super().__init__(args, pairs=[row for line in lines for row in line])
+        rows, label = self.labelled(self.train)
+        self.sft_weight = torch.zeros(len(self.pairs.length)).scatter(0, rows, label)
+        for which in (self.train, self.held_out):
+            liked, n = float(self.pairs.p[which].sum()), len(which)
+            if not 0 < liked < n:
+                raise data.Refused(f"--data {args.data}: {liked:g} of {n} rows for training, or held out, "
+                                   "are liked; both kinds are needed in both (--holdout, --seed)")
+
+    def labelled(self, which):  # -> rows (N,), labels (N,) in 0..1
+        return self.pairs.chosen[which], self.pairs.p[which]
+
+    def evaluate(self, policy):
+        """Means of log pi/ref over the held-out rows that are liked, and over the others."""
+        rows, label = self.labelled(self.held_out)
+        f = ipo.score(policy, self.pairs, self.args, rows) - self.pairs.ref_logp[rows]
+        no_label = 1 - label
+        return ipo.means({"liked": f @ label / label.sum(), "disliked": f @ no_label / no_label.sum()})
 
 
-class Anchor:
-    """anchor(policy, rows, f of these rows) -> z0 (), a number; made while the policy is the reference."""
+class World(ipo.WorldSource):
+    """A world whose pairs are taken apart: each response is a row, liked or not."""
 
-    def __init__(self, policy, source, args):
-        self.source, self.args = source, args
+    def labelled(self, which):  # -> rows (2N,), labels (2N,)
+        p = self.pairs.p[which]
+        return self.pairs.pair_rows(which), torch.cat([p, 1 - p])
+
+    def liked(self):  # -> (X,Y)
+        """g: how often each response is liked."""
+        return data.mean_over_opponents(self.pstar, self.mu)
+
+    def set_reference(self, ref_logp):
+        super().set_reference(ref_logp)
+        self.answer = answer(self)
+
+    def evaluate(self, policy):
+        logp = self.table(policy)
+        return ipo.means({
+            "KL(answer||pi)": data.kl(self.answer, logp),
+            "mass where g < 1/2": (logp.exp() * (self.liked() < 0.5)).sum(-1),
+            "KL to ref": data.kl(logp, self.exact["ref"]),
+            "win rate": exact.win(logp, self.pstar, self.mu),
+        })
+
+
+def answer(world):  # -> log pi (X,Y)
+    """The minimiser at the z0 that it has itself, from the reference."""
+    g, ref, args = world.liked(), world.exact["ref"], world.args
+    logp, z0, last = ref, torch.zeros(()), 1.0
+
+    def mean(logp):
+        return (world.mu * cost(logp - ref, z0, g, args)).sum(-1).mean()
+
+    while abs(z0 - last) > 1e-6:
+        logp, last = exact.minimise(mean, logp, 500), z0
         if args.z0 == "policy":
-            self.table = exact.Table(source)
-        if args.z0 == "mismatched":
-            self.other = mismatched(source.pairs, policy.config.block_size)
-            self.ref_logp = ipo.score(policy, self.other, torch.arange(len(self.other.prompt_len)), args)
-
-    @torch.no_grad()
-    def __call__(self, policy, rows, f):
-        z0 = torch.zeros(())
-        if self.args.z0 == "policy":
-            z0 = data.kl(self.table(policy).double(), self.source.ref).float()
-        if self.args.z0 == "mismatched":
-            z0 = ratio(policy, self.other, self.ref_logp, rows, self.args).mean()
-        if self.args.z0 == "data":
-            z0 = f.mean()
-        return z0.clamp(min=0)
-
-
-def train(policy, source, ref_logp, args, evaluate, generator):
-    """As ipo.train, on rows in random order: 2 x --batch_size a step."""
-    rows, label = thumbs.examples(source, source.train)
-    optimizer, anchor, lines = ipo.adamw(policy), Anchor(policy, source, args), []
-    for step, index in enumerate(data.batches(len(rows), 2 * args.batch_size, args.steps, generator), 1):
-        f = ratio(policy, source.pairs, ref_logp, rows[index], args)
-        z0 = anchor(policy, rows[index], f)
-        cost = loss(f, z0, label[index].to(f), args).mean()
-        cost.backward()
-        ipo.descend(policy, optimizer, step, args.steps, args.lr)
-        if step % args.log_every == 0 or step == args.steps:
-            batch = {"loss": cost.item(), "z0": z0.item(), "mean f": f.mean().item()}
-            begin.keep(policy, lines, step, batch, evaluate(policy), args)
-
-
-def wins(world, args):  # -> (X,Y), (X,Y)
-    """How often each response occurs, and how often it is then liked, g."""
-    weights = exact.weights(world.mu)
-    p = world.pstar + args.noise * (1 - 2 * world.pstar)
-    seen = weights.sum(-1)
-    return seen, (weights * p).sum(-1) / seen
-
-
-def answer(world, args, start):  # (X,Y) -> log pi (X,Y)
-    """The minimiser at the z0 that it has itself, from the log-probs `start`."""
-    seen, g = wins(world, args)
-
-    def cost(logp):
-        return (seen * loss(logp - world.ref, z0, g, args)).sum(-1).mean()
-
-    logp, z0 = start, torch.zeros(())
-    for _ in range(100):
-        logp, last = exact.minimise(cost, logp, 500), z0
-        if args.z0 == "policy":
-            z0 = data.kl(logp, world.ref)
-        if (z0 - last).abs() <= 1e-6:
-            break
+            z0 = data.kl(logp, ref)
     return logp
 
 
-def exactly(world, args):
-    """policy -> numbers by name, given the answer from the reference; how far that from other starts is."""
-    _, g = wins(world, args)
-    noise = torch.randn(g.shape, dtype=g.dtype, generator=torch.Generator().manual_seed(args.seed))
-    starts = [world.ref, torch.zeros_like(g), world.ref + 2 * noise]
-    best, *others = (answer(world, args, start) for start in starts)
-    print("KL of the answers from other starts:", [f"{data.kl(best, other):.3f}" for other in others])
-    against = exact.against(world.pstar, world.mu)
+# ------------------------------------------------------------------------------------------------- training
 
-    def numbers(policy):
-        logp = policy if isinstance(policy, torch.Tensor) else world.enumerate(policy)
-        return data.finite({
-            "kl": data.kl(best, logp), "kl_ref": data.kl(logp, world.ref),
-            "win": (logp.exp() * against).sum(-1).mean(), "bad": (logp.exp() * (g < 0.5)).sum(-1).mean()})
-
-    print("answer:", begin.told(numbers(best)))
-    return numbers
+def mismatched(pairs, block_size):
+    """PairData of as many rows: each response, after the prompt that stands half of all rows further on."""
+    prompts, responses = [], []
+    n = len(pairs.length)
+    for row, other in enumerate(torch.arange(n).roll(-(n // 2)).tolist()):
+        response = pairs.tokens[row, pairs.prompt_len[row]:pairs.length[row]].tolist()
+        prompt = pairs.tokens[other, :pairs.prompt_len[other]].tolist()
+        prompts.append(prompt[-(block_size - len(response)):])
+        responses.append(response)
+    return data.PairData(prompts, responses)
 
 
-def held_out(source, ref_logp, args):
-    """policy -> numbers by name: mean log-ratios of the held-out rows that were liked, and of the others."""
-    rows, label = thumbs.examples(source, source.eval)
+def anchor(policy, source, args):  # -> a function (policy, rows) -> z0, a number that passes no gradient
+    """Made while the policy is the reference."""
+    if args.z0 == "zero":
+        return lambda policy, rows: torch.zeros(())
+    if args.z0 == "policy":
+        table = exact.Table(source)
+        ref = source.exact["ref"].float()
+        return lambda policy, rows: data.kl(table(policy).detach(), ref)
+    other = mismatched(source.pairs, policy.config.block_size)
+    ref_logp = ipo.score(policy, other, args)
 
-    def numbers(policy):
-        f = ipo.score(policy, source.pairs, rows, args) - ref_logp[rows]
-        liked, disliked = (f * label).sum() / label.sum(), (f * (1 - label)).sum() / (1 - label).sum()
-        return data.finite({"kl": torch.tensor(torch.nan), "liked": liked, "disliked": disliked})
+    def estimate(policy, rows):
+        f = ipo.score(policy, other, args, rows) - ref_logp[rows]
+        return f.mean().clamp(min=0)
 
-    return numbers
+    return estimate
+
+
+def losses(policy, source, args):
+    """Yields the mean cost of 2 x --batch_size rows for each step."""
+    rows, label = source.labelled(source.train)
+    z0 = anchor(policy, source, args)
+    for index in data.shuffled(len(rows), 2 * args.batch_size, args.steps, ipo.generator(args, 1)):
+        part = rows[index]
+        with ipo.precision(args):
+            logp = ipo.sequence_logp(policy, *source.pairs.padded(part))
+        f = logp - source.pairs.ref_logp[part]
+        yield cost(f, z0(policy, part), label[index], args).mean()
 
 
 def run(argv):
-    parser = begin.flags(__doc__)
-    parser.add_argument("--z0", choices=["policy", "mismatched", "data", "zero"],
-                        help="see above [world: policy, file: mismatched]")
-    parser.add_argument("--liked", type=float, default=1.0, help="weight of liked rows, lambda_D [1]")
-    parser.add_argument("--disliked", type=float, default=1.0, help="weight of the others, lambda_U [1]")
-    args = begin.parse(parser, argv, "--tau 0.5 --z0 policy --out out/kto", "--z0 mismatched --out out/kto")
+    own = start.parser(__doc__)
+    own.add_argument("--z0", choices=["policy", "mismatched", "zero"], help="see above")
+    own.add_argument("--liked", type=float, default=1.0, help="weight of liked rows, lambda_D [1]")
+    own.add_argument("--disliked", type=float, default=1.0, help="weight of the others, lambda_U [1]")
+    args = start.parse(own, argv, "--tau 0.5 --out out/kto", without=["loss"])
     world = args.data in data.WORLDS
+    args.z0 = args.z0 or ("policy" if world else "mismatched")
     if args.z0 == "policy" and not world:
         raise data.Refused("--z0 policy: only a world's policy can be enumerated; use --z0 mismatched")
-    policy, source, ref_logp, generator = begin.start(args, thumbs.make)
-    evaluate = exactly(source, args) if world else held_out(source, ref_logp, args)
-    begun = time.process_time()
-    train(policy, source, ref_logp, args, evaluate, generator)
-    figures = {"name": f"KTO, z0 {args.z0}"} | evaluate(policy)
-    return args, figures | {"seconds": time.process_time() - begun}
+    if args.init_from:
+        policy, args.tokenizer = model.load(args.init_from)
+        args.block_size = policy.config.block_size
+    policy, source = start.start(args, World(args) if world else Thumbs(args))
+    args.loss = "kto"  # so the saved flags of the policy say what trained it
+    descent.fit(policy, losses(policy, source, args), args, source.evaluate)
+    numbers = source.evaluate(policy)
+    said = "Liked rows moved by {liked:+.2f} nats against the reference, the others by {disliked:+.2f}."
+    if world:
+        said = ("Thumbs alone left {mass where g < 1/2:.1%} of the policy on responses that lose more often "
+                "than they win, where the exact answer has none. It is {KL(answer||pi):.3f} nats from there.")
+    start.finish(args, said.format(**numbers), numbers)
 
 
 if __name__ == "__main__":
-    sys.exit(begin.report("kto", run, sys.argv[1:]))
+    sys.exit(start.main("kto", run))

@@ -1,0 +1,77 @@
+"""How is a policy trained on any loss, and how far does it end from the exact minimiser of that loss?
+
+This is no program itself; margin_losses, beyond_the_margin and kto import it. A world's policy is a table
+of 400 log-probs for each prompt, so the mean of a loss over all pairs and labels is a sum, and LBFGS finds the
+table that minimises it. Trap: a loss that falls without end has no minimiser. If log pi/ref passes 100 nats
+this is taken to be so, and the row shows a dash.
+"""
+import torch
+
+import data
+import ipo
+import model
+from lab.common import exact
+
+
+def fit(policy, losses, args, evaluate):
+    """Descends on each of `losses`, which are computed when they are asked for. Leaves ckpt.pt in --out.
+
+    evaluate(policy) gives numbers by name for the log lines. Raises ipo.Stopped.
+    """
+    optimizer, log = ipo.adam(policy), []
+    for step, loss in enumerate(losses, 1):
+        loss.backward()
+        ipo.optimizer_step(policy, optimizer, step, args.steps, args.lr)
+        if step % args.log_every == 0 or step == args.steps:
+            numbers = {"batch loss": loss.item(), **evaluate(policy)}
+            ipo.told(f"step {step}/{args.steps}", numbers)
+            log.append({"step": step, **numbers})
+            model.save(f"{args.out}/ckpt.pt", policy, args, step=step, log=log)
+
+
+def mean_over_pairs(cost, mu):  # (X,Y,Y), (X,Y) -> ()
+    """The mean of cost[x,y,z] over pairs of independent draws y, z from mu, equal ones among them."""
+    return torch.einsum("xy,xz,xyz->x", mu, mu, cost).mean()
+
+
+class Row(dict):
+    """A row of a table: numbers by name, shown as cells as wide as the names, as start.finish prints it."""
+
+    def __str__(self):
+        shown = ""
+        for name, value in self.items():
+            cell = f"{value:z.4f}" if isinstance(value, float) else value or "-"
+            shown += cell.rjust(len(name)) + "  "
+        return shown
+
+
+def table(first, rows):  # a name for the first column, {name: Row} -> figures for start.finish
+    """The rows with their head."""
+    head = "  ".join(next(iter(rows.values())))
+    return {first: head, **rows}
+
+
+def need_world(args):
+    """Raises data.Refused if --data names no world."""
+    if args.data not in data.WORLDS:
+        raise data.Refused(f"--data {args.data}: exact answers need a world: {', '.join(data.WORLDS)}")
+
+
+def measured(mean, trained, source, true):  # -> Row, log pi (X,Y)
+    """Of one run: where its policy lies, and its distance from the minimiser of mean(log pi).
+
+    LBFGS starts from the reference and from the trained policy, and the lower of the two ends counts.
+    true (X,Y,Y): the preferences that the win rate is of.
+    """
+    ref = source.exact["ref"]
+    found = [exact.minimise(mean, start, 500) for start in (ref, trained)]
+    values = torch.stack([mean(logp) for logp in found])
+    best = found[values.argmin()]
+    numbers = {"KL to ref": data.kl(trained, ref), "win rate": exact.win(trained, true, source.mu)}
+    numbers["KL to its minimiser"] = data.kl(trained, best)
+    numbers["loss above it"] = mean(trained) - values.min()
+    numbers["two starts apart"] = values.max() - values.min()
+    row = Row(ipo.means(numbers))
+    if (best - ref).abs().max() > 100:
+        row["KL to its minimiser"] = row["loss above it"] = None
+    return row, best
