@@ -1,23 +1,21 @@
 """Can any Hugging Face causal language model be trained by the core's own loop?
 
-    python -m lab.models.hf --init_from FOLDER --data FILE.jsonl [flags of ipo.py]     hub id or folder -> OUT/export
+  python -m lab.models.hf --init_from MODEL --data FILE.jsonl [flags of ipo.py]     trains; leaves OUT/export
 
-The core asks a policy for hidden(tokens), head(x) and its context, so a model of transformers is one in a
-dozen lines. Texts, conversations and tokenizer: lab/models/chat.py. --block_size is 4096, and at most what the model
-has. What it expects before any text (<s>) is the policy's own business: hidden() puts it before every row.
+MODEL is a folder that transformers saved, or an id of its hub. The core asks a policy for hidden(tokens),
+head(x) and its context, so a model of transformers is a policy in a dozen lines. Texts, conversations and the
+tokenizer stand in lab/models/chat.py. What the model expects before any text, say <s>, is the policy's own
+business: `hidden` puts it before every row.
 
-At load its logits are compared with the model's own (some scale them outside the head), and with those that
-it has without later tokens: padding on the right is harmless only if no token sees what follows. What differs
-is refused. Dropout is off, or pi would not be ref at step 0. Weights are float32.
-Trap: an empty prompt is one end of text, as in the core, behind <s>.
-
-Answer: Llama, Qwen2, Mistral, Gemma, Gemma 2, Phi, GPT-NeoX, Bloom, and GPT-2s that the core refuses, with
-random weights: logits equal transformers' own bit for bit, log-probs to 8e-6 nats, and so does the export.
+At load its logits are compared with the model's own, since some models scale them outside the head. They are
+also compared with those that it has without later tokens: padding on the right is harmless only if no token
+sees what follows. What differs is refused. Dropout is off, or pi would not be ref at step 0.
+Trap: weights are float32, and Adam keeps two more copies: 16 bytes a parameter, and the reference's log-probs
+are computed before.
 """
-import argparse
 import os
 import sys
-from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -25,33 +23,35 @@ import torch.nn as nn
 
 import data
 import ipo
-import model
 from data import Refused
+from lab.common import start
 from lab.models import chat
+
+THREADS = torch.get_num_threads()  # start.main takes one, which suits a world
 
 
 class Policy(nn.Module):
-    """A model of transformers behind the two methods that the core calls; start: ids before every row."""
+    """A model of transformers behind the two methods that the core calls; first: ids before every row."""
 
-    def __init__(self, hf, start=(), block_size=4096):
+    def __init__(self, hf, first=(), block_size=4096):
         super().__init__()
-        self.hf, text = hf.eval(), hf.config.get_text_config()
+        text = hf.config.get_text_config()
+        self.hf = hf.eval()
         self.cap = getattr(text, "final_logit_softcapping", None)  # Gemma 2
-        self.register_buffer("start", torch.tensor(start, dtype=torch.int64), persistent=False)
+        self.register_buffer("first", torch.tensor(first, dtype=torch.int64), persistent=False)
         tables = hf.get_input_embeddings(), hf.get_output_embeddings()
-        limit = getattr(text, "max_position_embeddings", None) or 10**9  # Bloom has none
         self.config = SimpleNamespace(model_type=text.model_type)
         self.config.vocab_size = min(table.weight.shape[0] for table in tables)
-        self.config.block_size = min(block_size, limit - len(start))
+        self.config.block_size = block_size
 
     def train(self, mode=True):
         """Dropout stays off."""
         return super().train(False)
 
-    def hidden(self, tokens, wanted=None):  # (R,T) -> (R,T,C)
-        start = self.start.expand(len(tokens), -1)
-        x = self.hf.base_model(torch.cat([start, tokens], 1), use_cache=False).last_hidden_state
-        return x[:, len(self.start):]
+    def hidden(self, tokens):  # (R,T) -> (R,T,C)
+        first = self.first.expand(len(tokens), -1)
+        x = self.hf.base_model(torch.cat([first, tokens], 1), use_cache=False).last_hidden_state
+        return x[:, len(self.first):]
 
     def head(self, x):  # (...,C) -> (...,V)
         logits = self.hf.get_output_embeddings()(x)
@@ -64,7 +64,8 @@ def check(policy):
     n = min(8, policy.config.block_size)
     tokens = torch.arange(n)[None] % policy.config.vocab_size
     logits = policy.head(policy.hidden(tokens))
-    theirs = policy.hf(torch.cat([policy.start[None], tokens], 1)).logits[:, len(policy.start):]
+    row = torch.cat([policy.first[None], tokens], 1)
+    theirs = policy.hf(row).logits[:, len(policy.first):]
     cut = policy.head(policy.hidden(tokens[:, :n // 2]))
     rounding = 1e-4 * (1 + theirs.abs().max())
     off = (logits - theirs).abs().max()
@@ -77,7 +78,7 @@ def check(policy):
 
 def load(name, tokenizer, block_size=4096):
     """The Policy of a folder or hub id, for texts of its tokenizer. Raises Refused."""
-    transformers = model.quiet_transformers()
+    transformers = chat.quiet()
     try:
         if getattr(transformers.AutoConfig.from_pretrained(name), "is_encoder_decoder", False):
             raise ValueError("an encoder-decoder")
@@ -85,28 +86,13 @@ def load(name, tokenizer, block_size=4096):
             name, dtype=torch.float32, output_loading_info=True)
         if info["missing_keys"] or info["mismatched_keys"]:  # they would be random, with a warning
             raise ValueError(f"weights are missing: {sorted(map(str, info['missing_keys']))[:2]}")
-        policy = Policy(hf, tokenizer.start, block_size)
+        policy = Policy(hf, tokenizer.start, tokenizer.context(block_size))
         if tokenizer.n_vocab > policy.config.vocab_size:
             raise ValueError(f"its tokenizer has {tokenizer.n_vocab} ids, more than its model")
         check(policy)
     except Exception as error:  # whatever its HTTP library, safetensors and its own checks raise
-        raise Refused(f"--init_from {name}: {chat.first_line(error)}; name a causal language model, a folder "
-                      "that transformers saved or an id of its hub (which needs a network once)") from None
+        raise chat.refused(name, error, "name a causal language model that transformers saved") from None
     return policy
-
-
-def read(path, tokenizer):
-    """Yields a Pair per line of a JSONL file; prints what was skipped. Raises Refused."""
-    notes = Counter()
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                notes["blank lines skipped"] += not line.strip()
-                if line.strip():
-                    yield chat.parse_line(line, f"{path}:{number}", notes, tokenizer)
-    except OSError as error:
-        raise Refused(f"--data {path}: {error.strerror}; name a JSONL file") from None
-    data.tell(path, notes)
 
 
 def prepare(args):
@@ -114,7 +100,8 @@ def prepare(args):
     tokenizer = chat.Tokenizer(args.init_from)
     policy = load(args.init_from, tokenizer, args.block_size)
     args.tokenizer, args.block_size = tokenizer.name, policy.config.block_size
-    return policy, ipo.FileSource(args, tokenizer, read(args.data, tokenizer))
+    pairs = data.read_jsonl(args.data, partial(chat.parse_pair, tokenizer=tokenizer))
+    return policy, ipo.FileSource(args, tokenizer, pairs)
 
 
 def export(policy, tokenizer, folder):
@@ -127,40 +114,43 @@ def export(policy, tokenizer, folder):
         policy.hf.save_pretrained(folder)
         tokenizer.hf.save_pretrained(folder)
     except Exception as error:  # safetensors has its own
-        raise ipo.Stopped(f"{folder}: cannot be written ({chat.first_line(error)}); the policy is in "
-                          "ckpt.pt; make room, then --resume") from None
-    print(f"saved for AutoModelForCausalLM.from_pretrained: {folder}")
+        raise ipo.Stopped(f"{folder}: cannot be written ({data.short(error)}); the policy is in ckpt.pt; "
+                          "make room, then --resume") from None
 
 
 def parse(argv):
-    """The flags of ipo.py, checked. Raises Refused."""
-    about = ipo.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    about.add_argument("flags", nargs="*", help="of ipo.py; for worlds, and --tokenizer, do nothing here")
-    about.parse_known_args(argv)  # --help ends here
-    args = ipo.parse(argv)
-    if not args.resume:
-        args = ipo.parse(["--block_size", "4096", *argv])
-    if args.data in data.WORLDS or not args.init_from or args.sample:
-        raise Refused("give --init_from, a folder or hub id of transformers, and --data, a JSONL file; "
-                      "samples come from transformers and OUT/export")
+    """The flags of ipo.py that mean something here, and --block_size. Raises Refused."""
+    own = start.parser(__doc__)
+    own.add_argument("--block_size", type=int, help="context in tokens, at most the model's [4096]")
+    mine, rest = own.parse_known_args(argv)
+    args = ipo.parse(rest)
+    args.program = mine.program
+    if args.resume and not str(args.tokenizer).startswith("hf:"):
+        raise Refused(f"--resume: {args.out} holds no run of lab.models.hf; python ipo.py goes on with it")
+    if args.resume and mine.block_size:
+        raise Refused("--block_size does nothing with --resume; leave it out")
+    if args.sample:
+        raise Refused("--sample does nothing here; transformers' pipeline samples from OUT/export")
+    if args.data in data.WORLDS or not args.init_from:
+        raise Refused("give --init_from, a folder or hub id of transformers, and --data, a JSONL file")
     if os.path.realpath(args.init_from) == os.path.realpath(f"{args.out}/export"):
         raise Refused(f"--out {args.out}: its export would replace the model of --init_from; name another")
+    if not args.resume:
+        args.block_size = 4096 if mine.block_size is None else mine.block_size
+    if args.block_size < 2:
+        raise Refused(f"--block_size is {args.block_size}; it takes 2 and more")
     return args
 
 
-def main(argv=None):
-    """The command line. Exit status 0; 1 if a run had to stop, 2 for bad input, with one line on stderr."""
-    sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        args = parse(sys.argv[1:] if argv is None else argv)
-        policy, source = prepare(args)
-        ipo.run(args, policy, source)
-        export(policy, source.tokenizer, f"{args.out}/export")
-        return 0
-    except (Refused, model.Refused, ipo.Stopped, OSError, KeyboardInterrupt) as error:
-        print("hf.py:", str(error) or "interrupted; --resume goes on where it was saved", file=sys.stderr)
-        return 2 if isinstance(error, (Refused, model.Refused)) else 1
+def run(argv):
+    torch.set_num_threads(THREADS)
+    args = parse(argv)
+    policy, source = prepare(args)
+    ipo.run(args, policy, source)
+    folder = f"{args.out}/export"
+    export(policy, source.tokenizer, folder)
+    print(f"\nThe model is trained; AutoModelForCausalLM.from_pretrained loads it from {folder}.")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start.main("hf", run))

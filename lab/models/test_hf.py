@@ -1,8 +1,9 @@
-"""Claims of lab/models/hf.py and lab/models/chat.py; the oracles are transformers' own models and tokenizers, made here.
+"""Claims of lab/models/hf.py and lab/models/chat.py; the oracles are transformers' own, made here.
 """
 import itertools
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 import data
 import ipo
 import model
+from lab.common import start
 from lab.models import chat, hf
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -54,7 +56,7 @@ def surroundings(monkeypatch):
 def random_model(folder, family="llama", **more):
     """A model of this family with large random weights, saved in the folder."""
     torch.manual_seed(0)
-    model.quiet_transformers()
+    chat.quiet()
     config = transformers.AutoConfig.for_model(family.split()[0], **FAMILIES[family] | more)
     made = Auto.from_config(config).eval()
     for p in made.parameters():
@@ -109,13 +111,24 @@ def texts(path, n=12):
                          for i in range(n)))
 
 
+def read(path, tokenizer):
+    """The pairs of a file, as hf reads them."""
+    return data.read_jsonl(path, partial(chat.parse_pair, tokenizer=tokenizer))
+
+
+def main(argv):
+    """The exit status of the command line."""
+    return start.main("hf", hf.run, argv)
+
+
 def pair_ids(tmp_path, tokenizer, item):
     """Ids of prompt, chosen and rejected response of one line, as the core encodes them."""
-    pairs = hf.read(write(tmp_path / "one.jsonl", item), tokenizer)
+    pairs = read(write(tmp_path / "one.jsonl", item), tokenizer)
     encoded = data.encode(pairs, tokenizer, 64)
-    rows = [encoded.tokens[encoded.start[row]:encoded.start[row + 1]].tolist() for row in (0, 1)]
+    chosen, rejected = encoded.tokens.tolist()
     n = int(encoded.prompt_len[0])
-    return rows[0][:n], rows[0][n:], rows[1][n:]
+    ends = encoded.length.tolist()
+    return chosen[:n], chosen[n:ends[0]], rejected[n:ends[1]]
 
 
 def flags(tmp_path, *more):
@@ -128,34 +141,46 @@ def flags(tmp_path, *more):
 # ----------------------------------------------------------------------------------------------------- models
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_comes_in_is_trained_and_goes_out(tmp_path, family):
-    """Logits and log-probs are transformers' own behind <s>, padding and train() change nothing, six steps
-    change the policy, and AutoModelForCausalLM loads the trained one with equal logits."""
+def test_log_probs_are_transformers_own(tmp_path, family):
+    """Behind <s>, with padding on the right, and with dropout off whatever train() says."""
+    theirs = random_model(tmp_path, family)
+    tokenizer = byte_tokenizer(tmp_path)
+    policy = hf.load(str(tmp_path), tokenizer).train()
+    tokens = torch.randint(300, (3, 12))
+    t = torch.arange(12)
+    begin = torch.tensor([[1], [4], [3]])
+    end = torch.tensor([[12], [9], [7]])
+    mask = (t >= begin) & (t < end)
+    with torch.no_grad():
+        row = torch.cat([torch.full((3, 1), tokenizer.start[0]), tokens], 1)
+        logits = theirs(row).logits[:, 1:]
+        logp = logits[:, :-1].log_softmax(-1)
+        logp = logp.gather(2, tokens[:, 1:, None])[..., 0]
+        expected = (logp * mask[:, 1:]).sum(1)
+        found = ipo.sequence_logp(policy, tokens * (t < end), mask)
+    assert logits.std() > 0.1
+    assert torch.allclose(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trained_model_goes_out(tmp_path, family):
+    """AutoModelForCausalLM loads the export, whose logits are the trained policy's and not those at first."""
     theirs = random_model(tmp_path / "in", family)
     tokenizer = byte_tokenizer(tmp_path / "in")
-    start, policy = tokenizer.start, hf.load(str(tmp_path / "in"), tokenizer)
-    assert start == [tokenizer.hf.bos_token_id] and isinstance(policy, hf.Policy)
-    tokens, length = torch.randint(300, (3, 12)), torch.tensor([[12], [9], [7]])
-    row = torch.cat([torch.full((3, 1), start[0]), tokens], 1)
-    mask = (torch.arange(12) >= torch.tensor([[1], [4], [3]])) & (torch.arange(12) < length)
-    with torch.no_grad():
-        expected = theirs(row).logits[:, 1:]
-        assert expected.std() > 0.1
-        assert (policy.head(policy.train().hidden(tokens)) - expected).abs().max() < 1e-4
-        logp = expected.log_softmax(-1)[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
-        ours = ipo.sequence_logp(policy, tokens * (torch.arange(12) < length), mask)
-        assert (ours - (logp * mask[:, 1:]).sum(1)).abs().max() < 1e-4
     texts(tmp_path / "pairs.jsonl")
-    assert hf.main(flags(tmp_path)) == 0
+    assert main(flags(tmp_path)) == 0
+    policy = hf.load(str(tmp_path / "in"), tokenizer)
+    policy.load_state_dict(model.read(str(tmp_path / "out/ckpt.pt"))["model"])
     back = Auto.from_pretrained(tmp_path / "out/export")
-    trained, _ = model.load(tmp_path / "out/ckpt.pt", policy)
-    assert type(back) is type(theirs)
+    tokens = torch.randint(300, (3, 12))
+    row = torch.cat([torch.full((3, 1), tokenizer.start[0]), tokens], 1)
     with torch.no_grad():
-        after = back(row).logits[:, 1:]
-        assert (trained.head(trained.hidden(tokens)) - after).abs().max() < 1e-4
-        assert (after - expected).abs().max() > 1e-2
-    report = json.loads((tmp_path / "out/report.json").read_text())
-    assert abs(report["before"]["h"]) < 1e-4 and report["after"]["loss"] < 20 < report["before"]["loss"]
+        after = back(row).logits
+        trained = policy.head(policy.hidden(tokens))
+        before = theirs(row).logits
+    assert type(back) is type(theirs)
+    assert torch.allclose(trained, after[:, 1:], rtol=0, atol=1e-4)
+    assert (after - before).abs().max() > 1e-2
 
 
 def test_what_a_run_saves_is_whole(tmp_path):
@@ -163,14 +188,29 @@ def test_what_a_run_saves_is_whole(tmp_path):
     random_model(tmp_path / "in")
     tokenizer = byte_tokenizer(tmp_path / "in")
     texts(tmp_path / "pairs.jsonl")
-    assert hf.main(flags(tmp_path)) == 0
+    assert main(flags(tmp_path)) == 0
     again = chat.Tokenizer(str(tmp_path / "out/export"))
     for text in "Yes, yes", "\u00e9 \U0001f642 <|im_end|>":
         assert again.encode_ordinary(text) == tokenizer.encode_ordinary(text)
         assert again.decode(again.encode_ordinary(text)) == text
-    assert again.hf.chat_template == CHATML and again.start == tokenizer.start
+    assert again.hf.chat_template == CHATML
+    assert again.start == tokenizer.start
     back = Auto.from_pretrained(tmp_path / "out/export")
-    assert back.generation_config.eos_token_id == back.config.eos_token_id == tokenizer.eot_token
+    assert back.generation_config.eos_token_id == tokenizer.eot_token
+    assert back.config.eos_token_id == tokenizer.eot_token
+
+
+def test_a_run_says_where_the_model_is_and_who_made_it(tmp_path, capsys):
+    """Its last line; and its saved flags name the program."""
+    random_model(tmp_path / "in")
+    byte_tokenizer(tmp_path / "in")
+    texts(tmp_path / "pairs.jsonl")
+    assert main(flags(tmp_path)) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("The model is trained") and str(tmp_path / "out/export") in last
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["flags"]["program"] == "lab.models.hf"
+    assert report["after"]["loss"] < 20
 
 
 def test_several_ends_of_text_are_kept(tmp_path):
@@ -190,11 +230,26 @@ def test_samples_are_transformers_own(tmp_path):
     policy = hf.load(str(tmp_path), tokenizer)
     prompt = tokenizer.encode_ordinary("Where to?")
     row = torch.tensor([tokenizer.start + prompt])
-    ids = theirs.generate(row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=20,
-                          eos_token_id=tokenizer.eot_token, pad_token_id=0)[0, row.shape[1]:].tolist()
-    expected = tokenizer.decode(prompt + [i for i in ids if i != tokenizer.eot_token])
-    said = model.generate(policy, tokenizer, prompt, temperature=0, max_new_tokens=20)
-    assert len(ids) > 3 and tokenizer.decode(prompt) + said == expected
+    ids = theirs.generate(
+        row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=20, pad_token_id=0,
+        eos_token_id=tokenizer.eot_token, suppress_tokens=list(range(tokenizer.n_vocab, 300)))
+    ids = [i for i in ids[0, row.shape[1]:].tolist() if i != tokenizer.eot_token]
+    said = model.generate(policy, tokenizer, "Where to?", temperature=0, max_new_tokens=20)
+    assert len(ids) > 3
+    assert "Where to?" + said == tokenizer.decode(prompt + ids)
+
+
+def test_no_id_is_sampled_that_the_tokenizer_lacks(tmp_path, monkeypatch):
+    """The model has 300 ids and the tokenizer 265: however hot, what is drawn can be decoded."""
+    random_model(tmp_path)
+    tokenizer = byte_tokenizer(tmp_path)
+    policy = hf.load(str(tmp_path), tokenizer)
+    decode, seen = tokenizer.decode, []
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: seen.extend(ids) or decode(ids))
+    for seed in range(10):
+        model.generate(policy, tokenizer, "a", temperature=100, seed=seed)
+    assert policy.config.vocab_size == 300
+    assert 200 < max(seen) < tokenizer.n_vocab
 
 
 class Ahead(transformers.LlamaModel):
@@ -235,35 +290,42 @@ def test_models_that_cannot_be_trained_are_refused_in_a_line(tmp_path):
     del state["model.norm.weight"]
     save_file(state, tmp_path / "part/model.safetensors", metadata={"format": "pt"})
     (tmp_path / "empty").mkdir()
-    for name, words in {"nothing": "nothing", "t5": "encoder-decoder", "bert": "its ", "empty": "empty",
-                        "granite": "not the head of its hidden states", "cut": "cut",
+    for name, words in {"nothing": "nothing", "t5": "encoder-decoder", "bert": "Unrecognized model",
+                        "empty": "empty", "granite": "not the head of its hidden states", "cut": "cut",
                         "part": "weights are missing: ['model.norm.weight']"}.items():
         with pytest.raises(data.Refused) as error:
             hf.load(str(tmp_path / name), tokenizer)
         said = str(error.value)
-        assert said.startswith("--init_from ") and words in said and "\n" not in said, said
+        assert said.startswith("--init_from ")
+        assert words in said
 
 
 def test_tokenizers_that_cannot_be_used_are_refused_in_a_line(tmp_path, capsys):
     """None there, damaged, without end of text, with more ids than the model reads."""
     texts(tmp_path / "pairs.jsonl")
+
+    def refused(words):
+        assert main(flags(tmp_path)) == 2
+        line, = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"hf: --init_from {tmp_path / 'in'}: ")
+        assert words in line
     random_model(tmp_path / "in", "gpt2 relu", vocab_size=200)
-    cases = ["tokenizer cannot be used (there is none)"]
-    assert hf.main(flags(tmp_path)) == 2
+    refused("it holds no tokenizer; put the model's tokenizer files there")
     byte_tokenizer(tmp_path / "in")
-    cases += ["its tokenizer has 265 ids, more than its model"]
-    assert hf.main(flags(tmp_path)) == 2
+    refused("its tokenizer has 265 ids, more than its model")
     settings = json.loads((tmp_path / "in/tokenizer_config.json").read_text())
     (tmp_path / "in/tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
-    cases += ["no end of text to train"]
-    assert hf.main(flags(tmp_path)) == 2
+    refused("no end of text to train")
     (tmp_path / "in/tokenizer.json").write_text("{")
-    cases += ["tokenizer cannot be used"]
-    assert hf.main(flags(tmp_path)) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == len(cases)
-    for line, words in zip(said, cases):
-        assert line.startswith(f"hf.py: --init_from {tmp_path / 'in'}: ") and words in line
+    refused("put the model's tokenizer files there")
+
+
+def test_a_hub_id_without_a_network_asks_for_no_files(tmp_path, capsys):
+    """Nothing is to be put into a folder that is not there."""
+    texts(tmp_path / "pairs.jsonl")
+    assert main(flags(tmp_path, "--init_from", "nobody/nothing")) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert "there is no such folder, and an id of the hub needs a network once" in line
 
 
 # ------------------------------------------------------------------------------------------------------ texts
@@ -274,13 +336,14 @@ def test_what_a_model_expects_before_any_text_is_never_cut(tmp_path):
     theirs = random_model(tmp_path)
     tokenizer = byte_tokenizer(tmp_path)
     policy = hf.load(str(tmp_path), tokenizer)
-    assert policy.config.block_size == 63 and hf.load(str(tmp_path), tokenizer, 10).config.block_size == 10
     pairs = [data.Pair("0123456789" * 10, "abc", "d")]
     encoded = data.encode(pairs, tokenizer, policy.config.block_size)
     tokens, mask = encoded.padded(torch.arange(2))
     row = torch.cat([torch.tensor([tokenizer.start]), tokens[:1]], 1)
-    assert row.shape[1] == 64 and tokenizer.start[0] not in tokens
-    logp = theirs(row).logits.log_softmax(-1)[0, :-1].gather(1, row[0, 1:, None])[:, 0]
+    logp = theirs(row).logits.log_softmax(-1)[0, :-1]
+    logp = logp.gather(1, row[0, 1:, None])[:, 0]
+    assert row.shape[1] == 64
+    assert tokenizer.start[0] not in tokens
     assert torch.allclose(ipo.sequence_logp(policy, tokens, mask)[0], logp[-4:].sum(), atol=1e-4)
 
 
@@ -298,21 +361,22 @@ def test_start_is_what_stands_before_a_text_not_behind_it(tmp_path):
 
 @pytest.mark.parametrize("scheme", ["always", "first"])
 def test_no_space_appears_before_a_response(tmp_path, scheme):
-    """The tokenizer's own mark of a space stands before a text, also before a response that begins one, and
-    nowhere between prompt and response. Nor may a border vanish in one token: ue, _Bl, unknown letters."""
+    """The tokenizer's own mark of a space, here _, stands before a text, also before a response that begins
+    one, and nowhere between prompt and response. Nor may a border vanish in one token: ue, _Bl, unknown."""
     tokenizer = space_tokenizer(tmp_path, scheme)
 
     def tokens(prompt, chosen):
         item = {"prompt": prompt, "chosen": chosen, "rejected": "a"}
-        found = [tokenizer.hf.convert_ids_to_tokens(ids) for ids in pair_ids(tmp_path, tokenizer, item)]
-        return found[:2]
-    assert tokens("Blue?\n", "Blue") == [["\u2581Bl", "ue", "?", "\n"], ["Bl", "ue", "</s>"]]
-    assert tokens("Blue?", "Blue Blue") == [["\u2581Bl", "ue", "?"], ["Bl", "ue", "\u2581Bl", "ue", "</s>"]]
-    assert tokens("u", "e Blue") == [["\u2581", "u"], ["e", "\u2581Bl", "ue", "</s>"]]
-    assert tokens("a ", "Blue") == [["\u2581", "a", "\u2581"], ["Bl", "ue", "</s>"]]
-    assert tokens("a", " Blue") == [["\u2581", "a"], ["\u2581Bl", "ue", "</s>"]]
-    assert tokens("a\u2603", "\u2603b") == [["\u2581", "a", "<unk>"], ["<unk>", "b", "</s>"]]
-    assert tokens("", "Blue") == [["</s>"], ["\u2581Bl", "ue", "</s>"]]
+        parts = pair_ids(tmp_path, tokenizer, item)[:2]
+        found = [" ".join(tokenizer.hf.convert_ids_to_tokens(ids)) for ids in parts]
+        return " | ".join(found).replace("\u2581", "_")
+    assert tokens("Blue?\n", "Blue") == "_Bl ue ? \n | Bl ue </s>"
+    assert tokens("Blue?", "Blue Blue") == "_Bl ue ? | Bl ue _Bl ue </s>"
+    assert tokens("u", "e Blue") == "_ u | e _Bl ue </s>"
+    assert tokens("a ", "Blue") == "_ a _ | Bl ue </s>"
+    assert tokens("a", " Blue") == "_ a | _Bl ue </s>"
+    assert tokens("a\u2603", "\u2603b") == "_ a <unk> | <unk> b </s>"
+    assert tokens("", "Blue") == "</s> | _Bl ue </s>"
 
 
 def test_bytes_are_never_joined_over_the_border(tmp_path):
@@ -322,7 +386,9 @@ def test_bytes_are_never_joined_over_the_border(tmp_path):
     item = {"prompt": "Where?\n", "chosen": "\nYes", "rejected": "Yes"}
     found = pair_ids(tmp_path, tokenizer, item)
     prompt, chosen, rejected = (tokenizer.hf.convert_ids_to_tokens(ids) for ids in found)
-    assert prompt[-1] == "\u010a" and chosen == ["\u010a", "Yes", "<|im_end|>"] and rejected == chosen[1:]
+    assert prompt[-1] == "\u010a"
+    assert chosen == ["\u010a", "Yes", "<|im_end|>"]
+    assert rejected == chosen[1:]
 
 
 def test_a_word_level_tokenizer_works(tmp_path):
@@ -374,9 +440,10 @@ def test_conversations_have_the_tokens_of_the_chat_template(tmp_path, kind, item
         whole = oracle([USER, answer])
         length = len(whole) - whole[::-1].index(tokenizer.eot_token)
         assert tokenizer.start + prompt + response == whole[:length]
-        assert response.count(tokenizer.eot_token) == 1 and answer["content"] in tokenizer.decode(response)
+        assert response.count(tokenizer.eot_token) == 1
+        assert answer["content"] in tokenizer.decode(response)
     said = capsys.readouterr().out
-    assert ("1 messages with key 'name', not used" in said) == (item is FIVE[-1]) and "writes no" not in said
+    assert "writes no" not in said
 
 
 def test_a_template_that_ends_otherwise_keeps_its_end(tmp_path):
@@ -394,19 +461,19 @@ def test_a_template_without_the_start_is_told(tmp_path, capsys):
 
 def test_texts_and_conversations_share_a_file(tmp_path, capsys):
     """Lines of both kinds, with p, blank lines and unused keys; texts as the core reads them."""
-    lines = [FIVE[0] | {"p": 0.75}, {"prompt": "a", "chosen": "b", "rejected": "c", "id": 1},
-             {"chosen": "\n\nHuman: Hi\n\nAssistant: b", "rejected": "\n\nHuman: Hi\n\nAssistant: c"}]
+    lines = [FIVE[0] | {"p": 0.75}, {"prompt": "a", "chosen": "b", "rejected": "c", "id": 1}]
     path = write(tmp_path / "pairs.jsonl", *lines)
     with open(path, "a") as file:
         file.write("\n\n")
-    pairs = list(hf.read(path, byte_tokenizer(tmp_path / "in")))
-    assert [pair.p for pair in pairs] == [0.75, 1.0, 1.0]
-    assert pairs[1][:3] == ("a", "b", "c") and pairs[2][:3] == ("\n\nHuman: Hi\n\nAssistant:", " b", " c")
-    assert [pair.where for pair in pairs] == [f"{path}:{i}" for i in (1, 2, 3)]
+    pairs = read(path, byte_tokenizer(tmp_path / "in"))
+    assert [pair.p for pair in pairs] == [0.75, 1.0]
+    assert pairs[1][:3] == ("a", "b", "c")
     said = capsys.readouterr().out
-    assert "2 blank lines skipped" in said and "1 lines with key 'id', not used" in said
+    assert "2 blank lines skipped" in said
+    assert "1 lines with keys that are not used: 'id'" in said
 
 
+WRITE = 'write [{"role": "user", "content": "..."}]'
 REFUSED = [
     (None, FIVE[0], "the model's tokenizer has no chat template"),
     (CHATML, {"prompt": [USER], "chosen": [YES | {"content": "a<|im_end|>"}], "rejected": [YES]},
@@ -416,23 +483,31 @@ REFUSED = [
     ("{{ raise_exception('no system here') }}", FIVE[0],
      "the model's chat template refuses these messages (no system here); mend their roles or order"),
     ("{{ messages|length }}" + CHATML, FIVE[0], "the model's chat template writes the prompt otherwise"),
-    (CHATML, {"chosen": [USER, YES], "rejected": "No"}, "'rejected' is no list of messages"),
-    (CHATML, {"prompt": [USER], "chosen": "Yes", "rejected": "No"}, "'chosen' is no list of messages"),
-    (CHATML, {"prompt": [USER], "chosen": [YES]}, "'rejected' is no list of messages"),
+    (CHATML, {"chosen": [USER, YES], "rejected": "No"},
+     "'rejected' holds \"No\", which is no message; " + WRITE),
+    (CHATML, {"prompt": [USER], "chosen": "Yes", "rejected": "No"}, "'chosen' holds \"Yes\", which is no"),
+    (CHATML, {"prompt": [USER], "chosen": [YES]}, "'rejected' is not among its keys (prompt, chosen)"),
     (CHATML, {"chosen": [USER, YES], "rejected": [USER | {"content": "Ho"}, YES]},
      "chosen and rejected differ before their last messages"),
-    (CHATML, {"chosen": [USER, YES], "rejected": [USER]}, "'rejected' must end in a message of role"),
-    (CHATML, {"prompt": [USER], "chosen": [], "rejected": []}, "'chosen' must end in a message of role"),
-    (CHATML, {"prompt": "Ho", "chosen": [USER, YES], "rejected": [USER, NO]}, "'prompt' is the text of no "),
-    (CHATML, {"prompt": 5, "chosen": [USER, YES], "rejected": [USER, NO]}, "'prompt' is the text of no "),
-    (CHATML, {"chosen": [USER, YES], "rejected": ["No"]}, "'rejected' holds 'No', which is no message"),
+    (CHATML, {"chosen": [USER, YES], "rejected": [USER]}, "'rejected' does not end in a message of role"),
+    (CHATML, {"prompt": [USER], "chosen": [], "rejected": []}, "'chosen' does not end in a message of role"),
+    (CHATML, {"prompt": "Ho", "chosen": [USER, YES], "rejected": [USER, NO]},
+     "'prompt' is a text, 'Ho', and no message of both conversations; " + WRITE),
+    (CHATML, {"prompt": "Hi", "chosen": [YES], "rejected": [NO]}, "'prompt' is a text, 'Hi', and no message"),
+    (CHATML, {"prompt": None, "chosen": [USER, YES], "rejected": [USER, NO]}, "'prompt' holds null, which"),
+    (CHATML, {"prompt": 5, "chosen": [USER, YES], "rejected": [USER, NO]}, "'prompt' holds 5, which"),
+    (CHATML, {"prompt": "a", "chosen": None, "rejected": "b"}, "'chosen' holds null, which"),
+    (CHATML, {"chosen": [USER, YES], "rejected": ["No"]}, "'rejected' holds \"No\", which is no message"),
     (CHATML, {"chosen": [USER, YES], "rejected": [USER | {"content": ["No"]}]}, "'rejected' holds "),
     (CHATML, {"chosen": [USER, YES], "rejected": [{"content": "No"}]}, "'rejected' holds "),
-    (CHATML, {"chosen": [USER, YES], "rejected": [USER, YES | {"content": ""}]}, "not empty"),
+    (CHATML, {"prompt": [USER], "chosen": YES, "rejected": NO}, "'chosen' is one message, not a list"),
+    (CHATML, {"prompt": [{"from": "human", "value": "Hi"}], "chosen": [YES], "rejected": [NO]},
+     "'prompt' holds ShareGPT's keys 'from' and 'value'; python -m lab.models.jsonl makes"),
+    (CHATML, {"prompt": [{"role": "system", "content": "Be brief."}, USER], "chosen": [USER, YES],
+              "rejected": [USER, NO]},
+     "'prompt' begins with {'role': 'system', 'content': 'Be brief.'} and 'chosen' with {'role': 'user', "),
     (CHATML, FIVE[0] | {"p": 2}, "'p' is 2"),
-    (CHATML, {"prompt": [USER | {"content": "\ud83d"}], "chosen": [YES], "rejected": [NO]}, "no JSON in UTF"),
-    (CHATML, {"prompt": "a", "chosen": "", "rejected": "b"}, "'chosen' is empty"),
-    (CHATML, [1], "not an object")]
+    (CHATML, {"prompt": [USER | {"content": "\ud83d"}], "chosen": [YES], "rejected": [NO]}, "no JSON in UTF")]
 
 
 @pytest.mark.parametrize("template, item, message", REFUSED)
@@ -441,9 +516,27 @@ def test_lines_that_cannot_be_used_are_named(tmp_path, template, item, message):
     tokenizer = byte_tokenizer(tmp_path / "in", template=template)
     path = write(tmp_path / "pairs.jsonl", item)
     with pytest.raises(data.Refused) as error:
-        list(hf.read(path, tokenizer))
+        read(path, tokenizer)
     said = str(error.value)
-    assert said.startswith(f"{path}:1: ") and message in said and "\n" not in said, said
+    assert said.startswith(f"{path}:1: ")
+    assert message in said
+    assert "\n" not in said
+
+
+def test_the_advice_of_the_core_can_be_followed(tmp_path):
+    """It sends lists of messages here."""
+    path = write(tmp_path / "pairs.jsonl", FIVE[0])
+    with pytest.raises(data.Refused, match="for lists of messages, use python -m lab.models.hf"):
+        data.read_jsonl(path)
+    assert len(read(path, byte_tokenizer(tmp_path / "in"))) == 1
+
+
+def test_a_prompt_is_put_before_an_answer_alone():
+    """Where chosen begins with the answer, the prompt's messages come first; where it repeats them, once."""
+    system = {"role": "system", "content": "Be brief."}
+    for more in [], [system, USER]:
+        item = {"prompt": [system, USER], "chosen": [*more, YES], "rejected": [*more, NO]}
+        assert chat.conversation(item) == ([system, USER], "Yes.", "Blue")
 
 
 # ------------------------------------------------------------------------------------------------ the program
@@ -454,7 +547,7 @@ def test_a_chat_model_is_trained_on_conversations(tmp_path):
     tokenizer = byte_tokenizer(tmp_path / "in", bos=False)
     items = [FIVE[0] | {"prompt": [USER | {"content": letter}]} for letter in "abcd"]
     write(tmp_path / "pairs.jsonl", *items)
-    assert hf.main(flags(tmp_path, "--holdout", "0")) == 0
+    assert main(flags(tmp_path, "--holdout", "0")) == 0
     back = Auto.from_pretrained(tmp_path / "out/export")
 
     @torch.no_grad()
@@ -462,78 +555,102 @@ def test_a_chat_model_is_trained_on_conversations(tmp_path):
         apply = tokenizer.hf.apply_chat_template
         n = len(apply(item["prompt"], add_generation_prompt=True)["input_ids"])
         row = torch.tensor([apply([*item["prompt"], answer])["input_ids"][:-1]])  # a line break ends it
-        return hugging_face(row).logits.log_softmax(-1)[0, n - 1:-1].gather(1, row[0, n:, None]).sum()
-    chosen, rejected = (sum(logp(back, item, answer) - logp(theirs, item, answer) for item in items) / 4
-                        for answer in (YES, NO))
+        logp = hugging_face(row).logits.log_softmax(-1)[0, n - 1:-1]
+        return logp.gather(1, row[0, n:, None]).sum().item()
+
+    def gain(answer):
+        gains = [logp(back, item, answer) - logp(theirs, item, answer) for item in items]
+        return sum(gains) / len(gains)
     after = json.loads((tmp_path / "out/report.json").read_text())["after"]
-    assert after["chosen"] == pytest.approx(chosen.item(), abs=1e-3)
-    assert after["h"] == pytest.approx((chosen - rejected).item(), abs=1e-3) and after["h"] > 1
+    assert after["chosen"] == pytest.approx(gain(YES), abs=1e-3)
+    assert after["h"] == pytest.approx(gain(YES) - gain(NO), abs=1e-3)
+    assert after["h"] > 1
 
 
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
-    """Stopped after half its steps and resumed twice: weights, log and flags as in one go, behind <s>."""
+    """Stopped after half its steps and resumed twice: weights, log and export as in one go, behind <s>."""
     random_model(tmp_path / "in", "gemma2")
     byte_tokenizer(tmp_path / "in")
     texts(tmp_path / "pairs.jsonl")
-    assert hf.main(flags(tmp_path, "--sft_steps", "2")) == 0
+    assert main(flags(tmp_path, "--sft_steps", "2")) == 0
     shutil.move(tmp_path / "out", tmp_path / "whole")
     save = model.save
 
-    def interrupted(path, *args, **extra):
-        save(path, *args, **extra)
-        if "step" in extra:
+    def interrupted(path, *args, **more):
+        save(path, *args, **more)
+        if "step" in more:
             raise KeyboardInterrupt
     with monkeypatch.context() as patch:
         patch.setattr(model, "save", interrupted)
-        assert hf.main(flags(tmp_path, "--sft_steps", "2")) == 1
-    assert capsys.readouterr().err.startswith("hf.py: interrupted; --resume")
+        assert main(flags(tmp_path, "--sft_steps", "2")) == 1
+    assert "interrupted" in capsys.readouterr().err
     for _ in range(2):
-        assert hf.main(["--resume", "--out", str(tmp_path / "out")]) == 0
-    states = [torch.load(tmp_path / name / "ckpt.pt") for name in ("whole", "out")]
-    assert all(torch.equal(states[0]["model"][key], value) for key, value in states[1]["model"].items())
-    assert states[0]["lines"] == states[1]["lines"]
-    again = json.loads((tmp_path / "out/config.json").read_text())
-    assert again["block_size"] == 63 and again["sft_steps"] == 2
+        assert main(["--resume", "--out", str(tmp_path / "out")]) == 0
+    whole, again = (model.read(str(tmp_path / name / "ckpt.pt")) for name in ("whole", "out"))
+    assert all(torch.equal(whole["model"][key], value) for key, value in again["model"].items())
+    assert whole["log"] == again["log"]
+    assert again["flags"]["block_size"] == 63
     exports = [(tmp_path / name / "export/model.safetensors").read_bytes() for name in ("whole", "out")]
     assert exports[0] == exports[1]
 
 
 def test_the_context_is_4096_or_what_is_asked_or_what_the_model_has(tmp_path):
-    """A family without limit, and one of 64 tokens."""
+    """A family without limit, and one of 64 tokens, of which <s> takes one."""
     random_model(tmp_path / "in", "bloom")
     random_model(tmp_path / "short")
     for folder in "in", "short":
         byte_tokenizer(tmp_path / folder)
     texts(tmp_path / "pairs.jsonl")
-    for more, size in (([], 4096), (["--block_size", "5000"], 5000), (["--block_size", "30"], 30)):
+
+    def size(*more):
         args = hf.parse(flags(tmp_path, *more))
         policy, source = hf.prepare(args)
-        assert args.block_size == policy.config.block_size == source.sizes[0] == size
-    args = hf.parse(flags(tmp_path, "--init_from", str(tmp_path / "short")))
-    hf.prepare(args)
-    assert args.block_size == 63
+        assert policy.config.block_size == args.block_size
+        assert source.sizes[0] == args.block_size
+        return args.block_size
+    assert size() == 4096
+    assert size("--block_size", "5000") == 5000
+    assert size("--block_size", "30") == 30
+    assert size("--init_from", str(tmp_path / "short")) == 63
 
 
-def test_command_lines_that_make_no_sense_are_refused(tmp_path, capsys):
-    """A world, no model, a sample, an export over the model itself, a taken folder; the core on such runs."""
-    random_model(tmp_path / "in")
-    byte_tokenizer(tmp_path / "in")
-    texts(tmp_path / "pairs.jsonl")
-    assert hf.main(flags(tmp_path)) == 0
-    out = str(tmp_path / "out")
-    shutil.copytree(tmp_path / "in", tmp_path / "a/export")
-    wrong = [["--init_from", "x"], flags(tmp_path, "--sample", "Hi", "--out", str(tmp_path / "new")),
-             ["--data", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "new")],
-             flags(tmp_path, "--init_from", str(tmp_path / "a/export"), "--out", str(tmp_path / "a")),
-             flags(tmp_path), flags(tmp_path, "--tau", "-1"), flags(tmp_path, "--data", "nothing.jsonl"),
-             ["--resume", "--out", out, "--tau", "0.3"]]
+WRONG = [
+    (["--init_from", "x"], "give --init_from"),
+    (["--data", "PAIRS"], "give --init_from"),
+    (["--sample", "Hi", "--out", "DONE"], "transformers' pipeline samples"),
+    (["RUN", "--tau", "-1"], "--tau is"),
+    (["RUN", "--block_size", "1"], "--block_size is 1"),
+    (["RUN", "--tokenizer", "bytes"], "--tokenizer does nothing here"),
+    (["RUN", "--data", "nothing.jsonl"], "no such file"),
+    (["RUN", "--init_from", "DONE/export", "--out", "DONE"], "would replace the model"),
+    (["RUN", "--out", "DONE"], "holds a run"),
+    (["--resume", "--out", "DONE", "--tau", "0.3"], "--tau does nothing here"),
+    (["--resume", "--out", "DONE", "--block_size", "9"], "--block_size does nothing with --resume"),
+    (["--resume", "--out", "CORE"], "python ipo.py goes on with it")]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A folder with a model in `in`, a run of it in `out`, and a run of the core in `core`."""
+    path = tmp_path_factory.mktemp("done")
+    random_model(path / "in")
+    byte_tokenizer(path / "in")
+    texts(path / "pairs.jsonl")
+    assert main(flags(path)) == 0
+    assert ipo.main(["--pairs", "9", "--steps", "1", "--sft_steps", "0", "--out", str(path / "core")]) == 0
+    return path
+
+
+@pytest.mark.parametrize("argv, words", WRONG)
+def test_command_lines_that_make_no_sense_are_refused(done, tmp_path, argv, words, capsys):
+    """In one line, before anything is trained."""
+    names = {"PAIRS": done / "pairs.jsonl", "DONE": done / "out", "CORE": done / "core",
+             "DONE/export": done / "out/export"}
+    argv = [str(names.get(word, word)) for word in argv]
+    if argv[0] == "RUN":
+        argv = [*flags(done), "--out", str(tmp_path / "new"), *argv[1:]]
     capsys.readouterr()
-    for argv in wrong:
-        assert hf.main(argv) == 2, argv
-        said = capsys.readouterr().err
-        assert said.startswith("hf.py: ") and said.count("\n") == 1, said
-    assert ipo.main(["--resume", "--out", out]) == 2 and ipo.main(["--sample", "Hi", "--out", out]) == 2
-    assert "no whole checkpoint" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as done:
-        hf.main(["--help"])
-    assert done.value.code == 0 and hf.__doc__.splitlines()[0] in capsys.readouterr().out
+    assert main(argv) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("hf: ")
+    assert words in line

@@ -1,4 +1,4 @@
-"""Claims of lab/models/trl_ipo.py; the oracle is the core's own loop (lab/models/bench.py), which shares no code with TRL.
+"""Claims of lab/models/trl_ipo.py; the oracle is the core's own steps, which share no code with TRL.
 """
 import argparse
 import json
@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,20 +15,27 @@ import transformers
 
 import data
 import ipo
-import model
-from lab.models import bench, chat, hf
-from test_bench import flags, folder, write_pairs  # noqa: F401: folder is a fixture
+from lab.common import start
+from lab.models import chat, hf
+from test_bench import random_gpt2, write_pairs
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 datasets = pytest.importorskip("datasets", reason="datasets is not installed")
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 from lab.models import trl_ipo
 
-# as lab/models/bench.py trains: in file order, at a constant rate, in float32
+# in file order, at a constant rate, in float32
 SAME = {"bf16": False, "use_cpu": True, "lr_scheduler_type": "constant", "learning_rate": 1e-3,
         "max_steps": 5, "per_device_train_batch_size": 4, "train_sampling_strategy": "sequential",
         "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "gradient_checkpointing": False,
         "logging_steps": 1}
+TAU = 0.1
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A random GPT-2 that reads bytes, as transformers saves it, with its tokenizer."""
+    return random_gpt2(tmp_path_factory.mktemp("gpt2"), "bytes")
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +47,7 @@ def surroundings(tmp_path, monkeypatch):
 
 @pytest.fixture
 def pairs(tmp_path):
-    """A file of 20 pairs with p from 0 to 1."""
+    """A file of 24 pairs with p from 0 to 1."""
     return write_pairs(tmp_path / "pairs.jsonl", soft=True)
 
 
@@ -54,6 +62,11 @@ def argv(folder, path, out, *more):
     return ["--model", folder, "--data", str(path), "--output_dir", str(out), *same, *more]
 
 
+def main(flags):
+    """The exit status of the command line."""
+    return start.main("trl_ipo", trl_ipo.one_line, flags)
+
+
 def command(monkeypatch, *flags):
     """The trainer of the command line's run, which has to succeed."""
     made, train = [], trl_ipo.IPOTrainer.train
@@ -63,7 +76,7 @@ def command(monkeypatch, *flags):
         train(self, **more)
 
     monkeypatch.setattr(trl_ipo.IPOTrainer, "train", noted)
-    assert trl_ipo.main(argv(*flags)) == 0
+    assert main(argv(*flags)) == 0
     return made[0]
 
 
@@ -71,24 +84,46 @@ def logged(done, name="loss"):
     return [line[name] for line in done.state.log_history if name in line]
 
 
+def load(folder):
+    """The policy and the pairs of hf, in float32."""
+    tokenizer = chat.Tokenizer(folder)
+    return hf.load(folder, tokenizer), tokenizer
+
+
+def encoded(folder, path):
+    _, tokenizer = load(folder)
+    pairs = data.read_jsonl(str(path), partial(chat.parse_pair, tokenizer=tokenizer))
+    return data.encode(pairs, tokenizer, 64)
+
+
 def core(folder, path, loss="ipo", steps=5):
-    """The core's losses of the same steps, its policy after them and the pairs."""
-    args = bench.parse(flags(path, "--init_from", folder, "--loss", loss, "--steps", str(steps)))
-    policy, pairs = bench.prepare(args)
-    ref_logp = ipo.score(policy, pairs, torch.arange(len(pairs.prompt_len)), args)
-    return list(bench.train(policy, pairs, ref_logp, args)), policy, pairs
+    """The core's losses of the same steps, and its policy after them."""
+    policy, _ = load(folder)
+    pairs = encoded(folder, path)
+    reference = score(policy, pairs)
+    optimizer, losses = ipo.adam(policy), []
+    for index in torch.arange(4 * steps).split(4):
+        tokens, mask = pairs.padded(pairs.pair_rows(index))
+        logp = ipo.sequence_logp(policy, tokens, mask)
+        h = ipo.margin(logp, reference.view(2, -1)[:, index].flatten())
+        value = ipo.LOSSES[loss](h, pairs.p[index], TAU).mean()
+        value.backward()
+        ipo.optimizer_step(policy, optimizer, 1, 1, 1e-3)
+        losses.append(value.item())
+    return losses, policy
 
 
 def score(policy, pairs):
     """The core's log-probs of all chosen, then of all rejected responses."""
     args = argparse.Namespace(device="cpu", dtype="float32", batch_size=4)
-    return ipo.score(policy, pairs, pairs.pair_rows(torch.arange(len(pairs.p))), args)
+    return ipo.score(policy, pairs, args, pairs.pair_rows(torch.arange(len(pairs.p))))
 
 
 def second(folder, path):
     """The margin and log-ratios that the log has to show at the second step: means over its batch."""
-    _, policy, pairs = core(folder, path, steps=1)
-    ratios = score(policy, pairs) - score(model.GPT.from_pretrained(folder), pairs)
+    _, policy = core(folder, path, steps=1)
+    pairs = encoded(folder, path)
+    ratios = score(policy, pairs) - score(load(folder)[0], pairs)
     chosen, rejected = (half[4:8].mean().item() for half in ratios.chunk(2))
     assert min(abs(chosen), abs(rejected), abs(chosen - rejected)) > 0.01
     return {"h": chosen - rejected, "chosen": chosen, "rejected": rejected}
@@ -98,8 +133,10 @@ def second(folder, path):
 def trl_score(done):
     """The same by TRL's model, head, tokens and padding."""
     batch = done.data_collator(list(done.train_dataset))
-    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-    return done.model.eval()(input_ids=batch["input_ids"], labels=labels, fused_lm_head=True).log_probs.sum(1)
+    ids = batch["input_ids"]
+    labels = ids.masked_fill(batch["completion_mask"] == 0, -100)
+    out = done.model.eval()(input_ids=ids, labels=labels, fused_lm_head=True)
+    return out.log_probs.sum(1)
 
 
 @pytest.mark.parametrize("loss, square", [("ipo", True), ("dpo", False)])
@@ -107,16 +144,14 @@ def test_losses_and_policy_are_the_cores(loss, square, folder, pairs, tmp_path, 
     """Sums, soft p, any Psi and loss: equal step by step; so are the log-probs after, and in hf.py."""
     if square:
         monkeypatch.setattr(ipo, "psi", lambda q: 0.3 * q ** 2 + q ** 3)
-    ours, policy, encoded = core(folder, pairs, loss)
+    ours, policy = core(folder, pairs, loss)
     done = command(monkeypatch, folder, pairs, tmp_path / "out", "--loss", loss)
     assert logged(done) == pytest.approx(ours, rel=1e-5)
-    after, start = trl_score(done), score(model.GPT.from_pretrained(folder), encoded)
-    assert torch.allclose(after, score(policy, encoded), atol=1e-3)
-    assert not torch.allclose(after, start, atol=0.1)
-    tokenizer = chat.Tokenizer(str(tmp_path / "out"))
-    exported = hf.load(str(tmp_path / "out"), tokenizer)
-    texts = data.encode(hf.read(pairs, tokenizer), tokenizer, 64)
-    assert torch.allclose(score(exported, texts), after, atol=1e-4)
+    rows, after = encoded(folder, pairs), trl_score(done)
+    assert torch.allclose(after, score(policy, rows), atol=1e-3)
+    assert not torch.allclose(after, score(load(folder)[0], rows), atol=0.1)
+    exported, _ = load(str(tmp_path / "out"))
+    assert torch.allclose(score(exported, rows), after, atol=1e-4)
 
 
 def test_pairs_without_p_are_certain(folder, tmp_path):
@@ -141,13 +176,14 @@ def test_parts_of_a_batch_make_the_batch(folder, pairs, tmp_path):
 
 def one_of_two(rank, port, flags):
     """The command line as torchrun starts it; in a fork, which need not import TRL again."""
-    os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
-                   "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)  # others do not survive a fork
+    os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    trl_ipo.hf.THREADS = 1  # others do not survive a fork
+    torch.set_num_threads(1)
     datasets.fingerprint._TEMP_DIR_FOR_TEMP_CACHE_FILES = None  # a process has its own
     for state in (accelerate.PartialState, accelerate.state.AcceleratorState):
         state._reset_state()
-    sys.exit(trl_ipo.main(flags))
+    sys.exit(main(flags))
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system cannot fork")
@@ -167,26 +203,29 @@ def test_two_processes_make_the_batch(folder, pairs, tmp_path):
         process.kill()
         process.join()
     assert [process.exitcode for process in both] == [0, 0]
-    ours, policy, encoded = core(folder, pairs)
-    lines = json.loads((tmp_path / "out/checkpoint-5/trainer_state.json").read_text())["log_history"]
+    ours, policy = core(folder, pairs)
+    state = json.loads((tmp_path / "out/checkpoint-5/trainer_state.json").read_text())
+    lines = state["log_history"]
     assert [line["loss"] for line in lines] == pytest.approx(ours, rel=1e-5)
     for name, value in second(folder, pairs).items():
         assert lines[1][name] == pytest.approx(value, abs=1e-3)
-    saved = model.GPT.from_pretrained(str(tmp_path / "out"))
-    assert torch.allclose(score(saved, encoded), score(policy, encoded), atol=1e-3)
+    saved, _ = load(str(tmp_path / "out"))
+    rows = encoded(folder, pairs)
+    assert torch.allclose(score(saved, rows), score(policy, rows), atol=1e-3)
 
 
 def test_lora_leaves_an_adapter(folder, pairs, tmp_path, monkeypatch):
     """pi = ref at step 0 though adapters have dropout; peft loads it: the trained policy's log-probs."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    ours, _, encoded = core(folder, pairs)
+    ours, _ = core(folder, pairs)
+    rows = encoded(folder, pairs)
     done = command(monkeypatch, folder, pairs, tmp_path / "out", "--use_peft", "--lora_r", "4",
                    "--lora_dropout", "0.5", "--learning_rate", "1e-2")
     assert logged(done)[0] == pytest.approx(ours[0], rel=1e-5)
-    start = transformers.GPT2LMHeadModel.from_pretrained(folder)
-    before = score(hf.Policy(start), encoded)
+    start = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    before = score(hf.Policy(start), rows)
     adapted = peft.PeftModel.from_pretrained(start, str(tmp_path / "out")).merge_and_unload()
-    after = score(hf.Policy(adapted), encoded)
+    after = score(hf.Policy(adapted), rows)
     assert torch.allclose(after, trl_score(done), atol=1e-3)
     assert not torch.allclose(after, before, atol=0.1)
 
@@ -201,7 +240,7 @@ def test_another_reference_stops(half, folder, pairs, tmp_path):
     if half:
         done.train()
     else:
-        with pytest.raises(ipo.Stopped, match="step 0"):
+        with pytest.raises(ipo.Stopped, match="before the first step"):
             done.train()
 
 
@@ -225,7 +264,7 @@ def test_equal_responses_are_dropped_and_counted(folder, pairs, tmp_path, monkey
     twice.write_text('{"prompt": "say", "chosen": " a", "rejected": " a"}\n' + Path(pairs).read_text())
     done = command(monkeypatch, folder, twice, tmp_path / "out", "--max_steps", "2")
     assert logged(done) == pytest.approx(core(folder, pairs)[0][:2], rel=1e-5)
-    assert "20 of 21" in capsys.readouterr().out
+    assert "1 pairs left out, of two equal responses: [1]" in capsys.readouterr().out
 
 
 def test_conversations_are_texts_by_the_models_template(folder, tmp_path, monkeypatch):
@@ -261,23 +300,67 @@ def test_a_run_goes_on_where_it_was_saved(folder, pairs, tmp_path, monkeypatch, 
     assert logged(done) == pytest.approx(core(folder, pairs)[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("change, word", [
-    (["--loss_type", "ipo"], "loss_type"), (["--label_smoothing", "0.1"], "label_smoothing"),
-    (["--max_length", "512"], "max_length"), (["--loss", "kto"], "kto"), (["--nonsense", "1"], "nonsense"),
-    (["--data", "absent.jsonl"], "absent.jsonl"), (["--model", "absent"], "absent")])
-def test_bad_flags_are_a_line(change, word, folder, pairs, tmp_path, capsys):
+def test_pairs_beyond_the_context_are_left_out_and_named(folder, pairs, tmp_path, monkeypatch, capsys):
+    """TRL would end in an error of torch; the losses are those without it."""
+    longer = tmp_path / "longer.jsonl"
+    line = json.dumps({"prompt": 60 * "a", "chosen": " yes", "rejected": " no"})
+    longer.write_text(line + "\n" + Path(pairs).read_text())
+    done = command(monkeypatch, folder, longer, tmp_path / "out", "--max_steps", "2")
+    assert logged(done) == pytest.approx(core(folder, pairs)[0][:2], rel=1e-5)
+    said = capsys.readouterr().out
+    assert "1 pairs left out, of more than the model's 64 tokens: [1]" in said
+
+
+def test_a_machine_without_a_gpu_trains_on_the_cpu_in_float32(folder, pairs, tmp_path, capsys):
+    """Nobody has to ask for it; it is told, and so is where the model is. --tau is --beta."""
+    if torch.accelerator.is_available():
+        pytest.skip("there is a GPU")
+    out = str(tmp_path / "out")
+    flags = ["--model", folder, "--data", pairs, "--output_dir", out, "--max_steps", "1", "--tau", "0.5"]
+    assert main([*flags, "--report_to", "none", "--per_device_train_batch_size", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "no GPU here: the CPU trains, in float32" in said
+    assert "step 0: loss 0." in said
+    assert said.splitlines()[-1] == f"The model is trained on 24 pairs; it is in {out}."
+    state = json.loads(Path(out, "config.json").read_text())
+    assert state["dtype"] == "float32"
+
+
+def test_the_cache_is_the_runs_own(folder, pairs, tmp_path, monkeypatch):
+    """What an earlier run left there is not used: step 0 is 0 after a run in bfloat16."""
+    command(monkeypatch, folder, pairs, tmp_path / "out", "--max_steps", "1", "--bf16", "True")
+    done = command(monkeypatch, folder, pairs, tmp_path / "out", "--max_steps", "1")
+    assert logged(done) == pytest.approx(core(folder, pairs)[0][:1], rel=1e-5)
+    assert list((tmp_path / "out/cache").glob("**/*.arrow"))
+    assert not list(tmp_path.glob("cache/**/*.arrow"))
+
+
+@pytest.mark.parametrize("change, words", [
+    (["--loss_type", "sigmoid"], "--loss_type would change the loss"), (["--loss_type=ipo"], "--loss_type"),
+    (["--label_smoothing", "0.0"], "--label_smoothing"), (["--max_length", "512"], "--max_length"),
+    (["--tau", "1", "--beta", "1"], "--tau and --beta"), (["--loss", "kto"], "kto"),
+    (["--nonsense", "1"], "nonsense"), (["--data", "absent.jsonl"], "absent.jsonl"),
+    (["--model", "absent"], "there is no such folder")])
+def test_bad_flags_are_a_line(change, words, folder, pairs, tmp_path, capsys):
     """What would be accepted and ignored is refused by name; exit status 2, one line."""
-    assert trl_ipo.main([*argv(folder, pairs, tmp_path / "out"), *change]) == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("trl_ipo.py:") and word in line
+    assert main([*argv(folder, pairs, tmp_path / "out"), *change]) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("trl_ipo: ")
+    assert words in line
 
 
-@pytest.mark.parametrize("line, word", [
+def test_a_loss_type_from_python_is_refused(folder, pairs, tmp_path):
+    """Or from a --config file."""
+    with pytest.raises(data.Refused, match="--loss_type would change the loss"):
+        trainer(folder, pairs, tmp_path / "out", loss_type=["ipo"])
+
+
+@pytest.mark.parametrize("line, words", [
     ('{"prompt": "a", "chosen": " b", "rejected": " c", "p": 1.5}', ":1: 'p' is 1.5"), ("{", ":1: no JSON"),
-    ("", "no usable pair"), ('{"prompt": "a", "chosen": " b", "rejected": " b"}', "no usable pair")])
-def test_a_bad_file_is_a_line(line, word, folder, tmp_path, capsys):
+    ("", "the file is empty"), ('{"prompt": "a", "chosen": " b", "rejected": " b"}', "no usable pair")])
+def test_a_bad_file_is_a_line(line, words, folder, tmp_path, capsys):
     """Before anything is trained, with the line's number."""
     file = tmp_path / "pairs.jsonl"
     file.write_text(line)
-    assert trl_ipo.main(argv(folder, file, tmp_path / "out")) == 2
-    assert word in capsys.readouterr().err.strip().splitlines()[-1]
+    assert main(argv(folder, file, tmp_path / "out")) == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]

@@ -1,0 +1,298 @@
+"""Claims of lab/models/jsonl.py: what people bring becomes JSONL that the core or lab.models.hf reads.
+"""
+import gzip
+import http.server
+import io
+import json
+import threading
+import zipfile
+
+import datasets
+import pytest
+
+import data
+from lab.common import start
+from lab.models import chat, jsonl
+
+ROWS = [{"prompt": f"Say {i}:", "chosen": f" yes {i}\n\u4f60", "rejected": f" no, \"{i}\""} for i in range(3)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+COLUMNS = {key: [row[key] for row in ROWS] for key in ROWS[0]}
+PANDAS = {key: dict(enumerate(part)) for key, part in COLUMNS.items()}
+USER = {"role": "user", "content": "Hi"}
+YES = {"role": "assistant", "content": "Yes."}
+NO = {"role": "assistant", "content": "No"}
+
+
+def convert(tmp_path, source, *flags):
+    """The exit status; the file is tmp_path/made.jsonl."""
+    argv = [str(source), "--out", str(tmp_path / "made.jsonl"), *flags]
+    return start.main("jsonl", jsonl.run, argv)
+
+
+def made(tmp_path):
+    """The objects that were written."""
+    return [json.loads(line) for line in (tmp_path / "made.jsonl").read_text().splitlines()]
+
+
+def table(delimiter):
+    """The rows as a table in text."""
+    import csv
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, ROWS[0].keys(), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(ROWS)
+    return text.getvalue().encode()
+
+
+def zipped(*names):
+    raw = io.BytesIO()
+    with zipfile.ZipFile(raw, "w") as archive:
+        for name, content in names:
+            archive.writestr(name, content)
+    return raw.getvalue()
+
+
+def parquet():
+    raw = io.BytesIO()
+    datasets.Dataset.from_list(ROWS).to_parquet(raw)
+    return raw.getvalue()
+
+
+def arrow(kind):
+    """kind: "file" or "stream"."""
+    import pyarrow
+    raw, rows = io.BytesIO(), pyarrow.Table.from_pylist(ROWS)
+    make = {"file": pyarrow.ipc.new_file, "stream": pyarrow.ipc.new_stream}[kind]
+    with make(raw, rows.schema) as writer:
+        writer.write_table(rows)
+    return raw.getvalue()
+
+
+FILES = {
+    "lines": LINES.encode(),
+    "UTF-16": LINES.encode("utf-16"),
+    "with a mark": b"\xef\xbb\xbf" + LINES.encode(),
+    "array": json.dumps(ROWS).encode(),
+    "array over lines": json.dumps(ROWS, indent=1).encode(),
+    "columns": json.dumps(COLUMNS).encode(),
+    "columns of pandas": json.dumps(PANDAS).encode(),
+    "objects over lines": "\n".join(json.dumps(row, indent=2) for row in ROWS).encode(),
+    "gzip": gzip.compress(LINES.encode()),
+    "gzip of an array": gzip.compress(json.dumps(ROWS).encode()),
+    "zip": zipped(("d/", ""), ("d/a.json", json.dumps(ROWS[:2])),
+                  ("d/b.jsonl", json.dumps(ROWS[2]))),
+    "CSV": table(","),
+    "TSV": table("\t"),
+    "Parquet": parquet(),
+    "Arrow file": arrow("file"),
+    "Arrow stream": arrow("stream"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_file_of_any_kind_becomes_its_pairs(tmp_path, kind, capsys):
+    """Every text as it was, with its line breaks, quotes and letters; the last line says what to do next."""
+    source = tmp_path / "source"
+    source.write_bytes(FILES[kind])
+    assert convert(tmp_path, source) == 0
+    assert made(tmp_path) == ROWS
+    assert [pair[:3] for pair in data.read_jsonl(str(tmp_path / "made.jsonl"))] == [
+        tuple(row.values()) for row in ROWS]
+    last = capsys.readouterr().out.splitlines()[-1]
+    path = tmp_path / "made.jsonl"
+    assert last == f"3 rows = 3 pairs in {path} + 0 left out. Now train: python ipo.py --data {path}"
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_a_folder_of_save_to_disk(tmp_path, splits):
+    """One data set, or several by name."""
+    rows = datasets.Dataset.from_list(ROWS)
+    whole = datasets.DatasetDict({"test": rows.select([0]), "train": rows}) if splits else rows
+    whole.save_to_disk(tmp_path / "saved")
+    assert convert(tmp_path, tmp_path / "saved") == 0
+    assert made(tmp_path) == ROWS
+
+
+def test_a_folder_of_files(tmp_path, monkeypatch):
+    """--split takes the files of that name; no copy is left in a cache."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files/train.jsonl").write_text(json.dumps(ROWS[0]))
+    (tmp_path / "files/test.jsonl").write_text(json.dumps(ROWS[1]))
+    assert convert(tmp_path, tmp_path / "files", "--split", "test") == 0
+    assert made(tmp_path) == ROWS[1:2]
+    assert not list((tmp_path / "cache").glob("**/*.arrow"))
+
+
+def test_an_address(tmp_path, capsys):
+    """Of a file; a web page is none."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(LINES.encode() if self.path == "/pairs" else b"<html>")
+
+        def log_message(self, *words):
+            pass
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    assert convert(tmp_path, f"{address}/page") == 2
+    assert "a web page" in capsys.readouterr().err
+    assert convert(tmp_path, f"{address}/pairs") == 0
+    assert made(tmp_path) == ROWS
+    server.shutdown()
+
+
+def test_whole_dialogues_are_split_at_the_last_turn_that_they_share(tmp_path):
+    """Anthropic-HH's form."""
+    shared = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Why\n\nAssistant:"
+    source = tmp_path / "hh.jsonl"
+    source.write_text(json.dumps({"chosen": shared + " So.", "rejected": shared + " So what."}))
+    assert convert(tmp_path, source) == 0
+    assert made(tmp_path) == [{"prompt": shared, "chosen": " So.", "rejected": " So what."}]
+
+
+def test_keys_are_renamed(tmp_path, capsys):
+    """By flags, or the one other name of the prompt; p is kept, what is not used is not written."""
+    source = tmp_path / "keys.jsonl"
+    source.write_text(json.dumps({"question": "Q", "good": "a", "bad": "b", "p": 0.75, "id": 7}))
+    assert convert(tmp_path, source, "--chosen", "good", "--rejected", "bad") == 0
+    assert made(tmp_path) == [{"prompt": "Q", "chosen": "a", "rejected": "b", "p": 0.75}]
+    assert "'question' is taken for the prompt" in capsys.readouterr().out
+
+
+def test_two_names_of_a_prompt_are_not_guessed(tmp_path, capsys):
+    """The flag that is asked for works."""
+    source = tmp_path / "two.jsonl"
+    source.write_text(json.dumps({"question": "Q", "input": "I", "chosen": "a", "rejected": "b"}))
+    assert convert(tmp_path, source) == 2
+    said = capsys.readouterr().err
+    assert "no key 'prompt' among 'question, input, chosen, rejected'; give --prompt" in said
+    assert convert(tmp_path, source, "--prompt", "question") == 0
+    assert made(tmp_path)[0]["prompt"] == "Q"
+
+
+CONVERSATIONS = [
+    {"prompt": [USER], "chosen": [YES], "rejected": [NO]},
+    {"prompt": "Hi", "chosen": [YES], "rejected": [NO]},
+    {"prompt": "Hi", "chosen": YES, "rejected": NO},
+    {"prompt": [USER], "chosen": "Yes.", "rejected": "No"},
+    {"conversations": [{"from": "human", "value": "Hi"}], "chosen": {"from": "gpt", "value": "Yes."},
+     "rejected": {"from": "gpt", "value": "No"}}]
+
+
+@pytest.mark.parametrize("row", CONVERSATIONS)
+def test_messages_become_lists_of_messages(tmp_path, row, capsys):
+    """ShareGPT's, one message, texts beside lists: all as lab.models.hf reads them."""
+    source = tmp_path / "talk.jsonl"
+    source.write_text(json.dumps(row))
+    assert convert(tmp_path, source) == 0
+    item, = made(tmp_path)
+    assert chat.conversation(item) == ([USER], "Yes.", "No")
+    assert "Now train: python -m lab.models.hf --init_from MODEL" in capsys.readouterr().out
+
+
+def test_a_text_prompt_before_whole_conversations_is_left_out(tmp_path):
+    """They hold it."""
+    source = tmp_path / "talk.jsonl"
+    source.write_text(json.dumps({"prompt": "Hi", "chosen": [USER, YES], "rejected": [USER, NO]}))
+    assert convert(tmp_path, source) == 0
+    item, = made(tmp_path)
+    assert chat.conversation(item) == ([USER], "Yes.", "No")
+
+
+def test_rows_that_cannot_be_used_are_counted(tmp_path, capsys):
+    """Each with its reason; the sum is right."""
+    bad = ['{"prompt": "a", "chosen": null, "rejected": "b"}', '{"prompt": "a", "chosen": "b"', "5",
+           '{"prompt": "a", "chosen": "b", "rejected": "c", "p": 3}',
+           '{"prompt": "a", "chosen": "b", "chosen": "c", "rejected": "d"}',
+           '{"prompt": "a", "chosen": 5, "rejected": 6}',
+           '{"chosen": "\\ud83d", "prompt": "", "rejected": ""}']
+    source = tmp_path / "mixed.jsonl"
+    source.write_text(LINES + "\n".join(bad))
+    assert convert(tmp_path, source) == 0
+    said = capsys.readouterr().out
+    for reason in ("no 'chosen'", "no JSON", "no object", "'p' is 3", "a key stands there twice",
+                   "'chosen' holds 5, which is no message", "no JSON in UTF-8"):
+        assert f"1 left out: {reason}" in said
+    assert f"10 rows = 3 pairs in {tmp_path / 'made.jsonl'} + 7 left out" in said
+    assert made(tmp_path) == ROWS
+
+
+WRONG = {
+    "": "empty, a web page",
+    "\n \n": "empty, a web page",
+    "<html>": "a web page",
+    "a,b\n1,2\n": "no key 'chosen' among 'a, b'; give --chosen",
+    "[]": "no key 'chosen' among ''",
+    "[1, 2]": "no key 'chosen' among ''",
+    '{"prompt": "a", "completion": "b", "label": true}': "python -m lab.methods.kto --data takes them",
+    '{"chosen": "a", "rejected": "b"}': "no row is a pair",
+    "\x00\x01": "of a kind that this program does not know",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_what_is_no_pairs_is_a_line(tmp_path, text, capsys):
+    """And no file is written."""
+    source = tmp_path / "source"
+    source.write_text(text)
+    assert convert(tmp_path, source) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("jsonl: ")
+    assert WRONG[text] in line
+    assert not (tmp_path / "made.jsonl").exists()
+
+
+@pytest.mark.parametrize("source", ["nobody/nothing", "none.jsonl", "http://127.0.0.1:1/x", "", "a:b:c"])
+def test_what_is_not_there_is_a_line(tmp_path, source, capsys):
+    """A hub id or an address without a network, too."""
+    assert convert(tmp_path, source) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert "cannot be read" in line
+
+
+def test_a_file_is_not_replaced(tmp_path, capsys):
+    """Refused before anything is read."""
+    (tmp_path / "made.jsonl").write_text("mine")
+    assert convert(tmp_path, tmp_path / "none") == 2
+    assert "made.jsonl is there already; name another file" in capsys.readouterr().err
+    assert (tmp_path / "made.jsonl").read_text() == "mine"
+
+
+# each piece of advice of data.py, followed once
+ADVICE = {
+    "gzip, not JSONL": FILES["gzip"],
+    "a zip archive, not JSONL": FILES["zip"],
+    "Parquet, not JSONL": FILES["Parquet"],
+    "Arrow, not JSONL": FILES["Arrow stream"],
+    "UTF-16, not JSONL": FILES["UTF-16"],
+    "a JSON array, not JSONL": FILES["array"],
+    "JSON over several lines, not JSONL": FILES["objects over lines"],
+    "(of a CSV or TSV table, perhaps), not JSONL": FILES["CSV"],
+    "'prompt' is not among its keys (question,": b'{"question": "Q", "chosen": "a", "rejected": "b"}',
+    "'prompt' is not among its keys (chosen,":
+        b'{"chosen": "\\n\\nHuman: a\\n\\nAssistant: b", "rejected": "\\n\\nHuman: a\\n\\nAssistant: c"}',
+}
+
+
+@pytest.mark.parametrize("words", ADVICE)
+def test_the_advice_of_the_core_can_be_followed(tmp_path, words):
+    """It refuses the file and names this program; the core reads what this program makes of it."""
+    source = tmp_path / "source"
+    source.write_bytes(ADVICE[words])
+    with pytest.raises(data.Refused) as error:
+        data.read_jsonl(str(source))
+    assert words in str(error.value)
+    assert "python -m lab.models.jsonl makes JSONL of it" in str(error.value)
+    assert convert(tmp_path, source) == 0
+    assert data.read_jsonl(str(tmp_path / "made.jsonl"))
+
+
+def test_the_advice_on_a_folder_can_be_followed(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    with pytest.raises(data.Refused, match="a folder; .* python -m lab.models.jsonl"):
+        data.read_jsonl(str(tmp_path / "saved"))
+    assert convert(tmp_path, tmp_path / "saved") == 0
+    assert data.read_jsonl(str(tmp_path / "made.jsonl"))

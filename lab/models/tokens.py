@@ -1,0 +1,91 @@
+"""What does the model see of my pairs, token by token?
+
+  python -m lab.models.tokens --data FILE.jsonl                             as python ipo.py reads it
+  python -m lab.models.tokens --data FILE.jsonl --tokenizer bytes --block_size 64
+  python -m lab.models.tokens --data FILE.jsonl --init_from MODEL           as lab.models.hf reads it
+
+Look before you train. Of the first pairs every token stands between bars. A token that is no whole letter is
+shown by its bytes, so that different tokens look different. The tokens of both responses are scored, end of
+text included. The prompt's are not. If the prompt was cut, what is left of it is shown.
+Trap: the border between prompt and response is where your file puts it. " yes" and "yes" are other tokens.
+"""
+import contextlib
+import io
+import sys
+from functools import partial
+
+import data
+import model
+from data import Refused
+from lab.common import start
+from lab.models import chat
+
+
+def prepare(args):
+    """(tokenizer, block_size, pairs) of these flags, as the program has them that trains. Raises Refused."""
+    name, size, parse = args.init_from or "", args.block_size, None
+    if name and args.tokenizer:
+        raise Refused("--tokenizer does nothing with --init_from, which has its own; leave it out")
+    if name.endswith(".pt"):
+        policy, args.tokenizer = model.load(name)
+        size = policy.config.block_size
+    if name and not name.endswith(".pt"):
+        tokenizer = chat.Tokenizer(name)
+        size = tokenizer.context(size or 4096)
+        parse = partial(chat.parse_pair, tokenizer=tokenizer)
+    else:
+        tokenizer = data.get_tokenizer(args.tokenizer or "gpt2")
+    return tokenizer, size or 256, data.read_jsonl(args.data, parse)
+
+
+def piece(tokenizer, token):
+    """What a token stands for, on one line; bytes that are no whole letter as \\xe4."""
+    text = tokenizer.decode_single_token_bytes(token).decode("utf-8", "backslashreplace")
+    letters = [letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text]
+    return "".join(letters)
+
+
+def show(pair, tokenizer, size):
+    """Prints a pair as the program has it that trains."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(told):
+            rows = data.encode([pair], tokenizer, size)
+    except Refused:
+        print(told.getvalue().splitlines()[0].partition(": ")[2])
+        return
+    n = int(rows.prompt_len[0])
+    cut = max(0, len(tokenizer.encode_ordinary(pair.prompt)) - n)
+    parts = [("prompt", rows.tokens[0, :n], f"{cut} more are cut" if cut else "not scored")]
+    for row, name in enumerate(["chosen", "rejected"]):
+        parts.append((name, rows.tokens[row, n:rows.length[row]], "scored"))
+    for name, ids, note in parts:
+        shown = "|".join(piece(tokenizer, token) for token in ids.tolist())
+        print(f"  {name:8} {len(ids):4} tokens, {note}: |{shown}|")
+
+
+def run(argv):
+    own = start.parser(__doc__)
+    own.add_argument("--data", required=True, help="JSONL file of pairs")
+    own.add_argument("--tokenizer", help="gpt2, or bytes (needs no network) [gpt2]")
+    own.add_argument("--init_from", help="a run's .pt file, or a folder or hub id of transformers")
+    own.add_argument("--block_size", type=int, help="context in tokens [256, or the model's up to 4096]")
+    own.add_argument("--pairs", type=int, default=3, help="how many to show [3]")
+    args = own.parse_args(argv)
+    for name, value in ("block_size", args.block_size), ("pairs", args.pairs):
+        if value is not None and value < 1:
+            raise Refused(f"--{name} is {value}; it takes 1 and more")
+    tokenizer, size, pairs = prepare(args)
+    for number, pair in enumerate(pairs[:args.pairs], 1):
+        print(f"\npair {number}, p {pair.p:.2f}")
+        show(pair, tokenizer, size)
+    print()
+    rows = data.encode(pairs, tokenizer, size)
+    scored = int((rows.length - rows.prompt_len).sum())
+    longest, tokens = int(rows.length.max()), int(rows.length.sum())
+    print(f"\nOf {tokens:,} tokens in {len(rows.p):,} pairs {scored:,} are scored, end of text included. "
+          f"The longest row has {longest:,} of at most {size:,} tokens.")
+
+
+if __name__ == "__main__":
+    sys.exit(start.main("tokens", run))
