@@ -21,7 +21,8 @@ import model
 
 def parser(doc):
     """A parser for a program's own flags; `parse` takes it. The first command in doc names the program."""
-    own = ipo.Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    raw = argparse.RawDescriptionHelpFormatter
+    own = ipo.Parser(description=doc, formatter_class=raw, allow_abbrev=False)
     command = re.search(r"python -m (lab[.\w]+)", doc)
     own.set_defaults(program=command[1] if command else None)  # so the saved flags of a run say who made it
     return own

@@ -79,7 +79,8 @@ def train(args, winner, loser, Y):
         pairs = torch.randint(len(winner), drawn, generator=generator)  # the same for both losses
         total = 0.0  # a sum over policies, since they share nothing
         for name, own in zip(LOSSES, logp):
-            chosen, rejected = own.gather(-1, winner[pairs]), own.gather(-1, loser[pairs])
+            chosen = own.gather(-1, winner[pairs])
+            rejected = own.gather(-1, loser[pairs])
             h = chosen - rejected
             cost = ipo.LOSSES[name](h, torch.ones(()), tau)
             total = total + cost.mean(-1).sum()
@@ -113,7 +114,7 @@ def draw_actions(runs, path, rows):
 def table(runs):
     """Prints a line for each action -> {loss: the largest distance of a probability to its optimum}."""
     gaps = dict.fromkeys(LOSSES, 0.0)
-    print(f"{'':18}{'mean':>10}{'1.96 s.e.':>11}{'optimum':>10}{'difference':>12}")
+    print("                        mean  1.96 s.e.   optimum  difference")
     for one in runs:
         loss, after = one.flags["loss"], one.log[-1]
         for action, best in enumerate(one.opt["pi"]):
@@ -163,7 +164,9 @@ def run(argv=None):
     ours, theirs = gaps["ipo"], gaps["dpo"]
     answer = (f"{said}: on {args.data} IPO ends at most {ours:.4f} from its optimum at each tau, DPO at most "
               f"{theirs:.4f} from its limit ({limit}), which is the same at every tau.")
-    columns = {one.name: {"opt": one.opt, "after": one.log[-1]} for one in runs}
+    columns = {}
+    for one in runs:
+        columns[one.name] = {"opt": one.opt, "after": one.log[-1]}
     start.finish(args, answer, {}, runs=columns)
 
 

@@ -108,9 +108,11 @@ def run(argv=None):
     after, away = report["after"], data.kl(led, best).item()
     why = "; ".join(reasons(args.labels)) or "these labels lead to pi*"
     far, near = after["kl_ref"], after["kl_opt"]
-    answer = (f"With this Psi ({args.psi}, tau {args.tau:g}) the policy ends {far:z.4f} nats from the reference "
-              f"and {near:z.4f} from pi*.\nKL(labels||pi*) {away:z.4f} nats: {why}.")
-    figures = {name: row(values) for name, values in card.items()}
+    answer = (f"With {args.psi} as Psi at tau {args.tau:g} the policy ends {far:z.4f} nats from the "
+              f"reference and {near:z.4f} from pi*.\nKL(labels||pi*) {away:z.4f} nats: {why}.")
+    figures = {}
+    for name, values in card.items():
+        figures[name] = row(values)
     start.finish(args, answer, figures, **report, card=card, kl_labels_opt=away)
 
 

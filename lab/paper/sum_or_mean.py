@@ -115,8 +115,8 @@ def run(argv=None):
     close = first["to pi*"]
     nearest = min(row["to that"] for row in means)
     away = max(row["to pi*"] for row in means)
-    answer = (f"The sum: at tau {args.tau:g} it ends {close:.4f} nats from pi*. The mean ends up to {away:.4f} "
-              f"from pi* of its tau, and never nearer than {nearest:.4f} to that of any tau.")
+    answer = (f"The sum: at tau {args.tau:g} it ends {close:.4f} nats from pi*. The mean ends up to "
+              f"{away:.4f} from pi* of its tau, and never nearer than {nearest:.4f} to that of any tau.")
     figures = {"nats": "".join(f"{name:>12}" for name in first)}
     for name, row in table.items():
         figures[name] = "".join(f"{value:z12.4f}" for value in row.values())
