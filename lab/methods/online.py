@@ -4,10 +4,13 @@ IPO fits log pi(y)/ref(y) to the mean of its targets over opponents y' ~ mu, wha
 eq. 7). Draw both responses of a pair from the policy as it is now, and mu moves along. The policy then rests
 where it is its own answer.
 
-  --pairs_from policy     online IPO: mu = pi, it ends at the Nash policy of the regularised game (Munos et al.)
-  --pairs_from mixture    IPO-MD (Calandriello et al.): mu = pi^(1-b) ref^b / Z, over whole responses
-  --pairs_from rejection  RSO (Liu et al.): mu = ref exp(r/beta) / Z, candidates of ref that a coin accepts
-  --labels_by reward      RLAIF: a reward model of the world's pairs judges, s(r-hat - r-hat') in place of p*
+  --pairs_from policy     online IPO: mu = pi; it ends at the Nash policy of the regularised game (Munos et
+                          al. 2023, Calandriello et al. 2024)
+  --pairs_from mixture    IPO-MD (Calandriello et al. 2024): mu = pi^(1-b) ref^b / Z, over whole responses
+  --pairs_from rejection  RSO (Liu et al. 2023): mu = ref exp(r/beta) / Z, candidates of ref that a coin
+                          accepts
+  --labels_by reward      RLAIF: a reward model of the world's pairs judges, s(r-hat - r-hat') in place of p*;
+                          it is trained for --steps, too
   --offline               trains offline, too (mu fixed, pairs that never run out), and compares both ends
 
   python -m lab.methods.online --offline --data deterministic        online and offline IPO, how far apart?
@@ -15,8 +18,8 @@ where it is its own answer.
   python -m lab.methods.online --pairs_from rejection --beta 0.5
 
 Traps: the sampler has no gradient. A mixture of whole responses is not a mixture of tokens. Rejection needs
-the largest reward of all responses, not that of its candidates, or it is biased; and what its pairs rarely hold
-it does not teach.
+the largest reward of all responses, not that of its candidates, or it is biased. And what its pairs rarely
+hold it does not teach.
 """
 import copy
 import sys
@@ -27,10 +30,9 @@ import torch
 import data
 import ipo
 from lab.common import exact, start
-from lab.methods import reward_model
-from lab.methods.reward_model import refuse_given
+from lab.methods.reward_model import fit, parse_world, refuse_given, table
 
-METHODS = {"policy": "Online IPO", "mixture": "IPO-MD", "rejection": "RSO"}
+METHODS = {"policy": "Online IPO", "mixture": "IPO-MD", "rejection": "RSO", "offline": "Offline IPO"}
 
 
 def opponents(logp, mu, ref, args):  # (X,Y) each -> (X,Y)
@@ -45,17 +47,16 @@ def opponents(logp, mu, ref, args):  # (X,Y) each -> (X,Y)
 def batches(policy, ref, judge, mu, args):  # judge (X,Y,Y)
     """Yields the Batch of each step: fresh pairs, labelled by the judge."""
     world, random = data.World(args.data), ipo.generator(args, 5)
-    table, everything = exact.Table(world), torch.arange(args.batch_size)
-    world.pstar = judge
-    world.pairs.ref_logp = ref.flatten().float()
+    world.pstar, world.pairs.ref_logp = judge, ref.flatten().float()
+    read = exact.Table(world)
     for step in range(args.steps):
         with torch.no_grad():  # the sampler is no part of the loss
-            logp = table(policy).double()
+            logp = read(policy).double()
         if not logp.isfinite().all():
             raise ipo.Stopped(f"step {step}: the policy is not finite; lower --lr or raise --tau")
         law = opponents(logp, mu, ref, args)
         world.draw(args.batch_size, law.exp(), args.labels, random)
-        yield world.pairs.batch(everything)
+        yield world.pairs.batch(torch.arange(args.batch_size))
 
 
 def accepted(ref, r, args):  # (X,Y), (X,Y) -> (X,Y)
@@ -63,9 +64,10 @@ def accepted(ref, r, args):  # (X,Y), (X,Y) -> (X,Y)
 
     Each is kept with probability exp((r - max r) / beta), so they are exact draws from ref exp(r/beta) / Z.
     """
-    y = torch.multinomial(ref.exp(), args.pairs, replacement=True, generator=ipo.generator(args, 6))
+    random = ipo.generator(args, 6)
+    y = torch.multinomial(ref.exp(), args.pairs, replacement=True, generator=random)
     chance = ((r - r.amax(-1, keepdim=True)) / args.beta).exp()
-    kept = torch.rand(y.shape, generator=ipo.generator(args, 7)) < chance.gather(1, y)
+    kept = torch.rand(y.shape, generator=random) < chance.gather(1, y)
     print(f"rejection: {kept.double().mean():.2%} of {args.pairs:,} candidates a prompt are accepted")
     if not kept.any(1).all():
         raise data.Refused("no candidate was accepted; give a larger --beta or more --pairs")
@@ -92,6 +94,7 @@ def answer(asked, mu, ref, args):  # (X,Y,Y), (X,Y), (X,Y) -> (X,Y)
 
 def train(policy, world, judge, mu, args):  # -> (X,Y), (X,Y)
     """Trains the policy; returns where it is and where it should be."""
+    print(f"{METHODS[args.pairs_from]}:")
     ref = world.exact["ref"]
     end = answer(worth(judge, args), mu, ref, args)
     Path(args.out, "ckpt.pt").unlink(missing_ok=True)  # or ipo.train would go on from there
@@ -105,18 +108,18 @@ def train(policy, world, judge, mu, args):  # -> (X,Y), (X,Y)
 
 def parse(argv):
     own = start.parser(__doc__)
-    own.add_argument("--pairs_from", default="policy", choices=METHODS, help="both responses [policy]")
+    own.add_argument("--pairs_from", default="policy", choices=[*METHODS][:3], help="see above [policy]")
     own.add_argument("--labels_by", default="truth", choices=["truth", "reward"], help="the judge [truth]")
     own.add_argument("--b", type=float, default=0.5, help="mixture: the reference's exponent [0.5]")
     own.add_argument("--beta", type=float, default=1.0, help="rejection: rewards in units of beta [1.0]")
     own.add_argument("--offline", action="store_true", help="train offline, too, and compare")
-    args = reward_model.parse(own, argv, "--out out/online")
+    args = parse_world(own, argv, "--out out/online")
     if args.pairs_from != "mixture":
         refuse_given(argv, ["b"], "does nothing without --pairs_from mixture")
     if args.pairs_from != "rejection":
         refuse_given(argv, ["beta"], "does nothing without --pairs_from rejection")
         if args.labels_by == "truth":
-            refuse_given(argv, ["pairs"], "does nothing here, since pairs are drawn afresh")
+            refuse_given(argv, ["pairs"], "does nothing where pairs are drawn afresh")
     if not 0 <= args.b < 1 or not args.beta > 0:
         raise data.Refused("--b takes 0 to below 1, --beta more than 0")
     return args
@@ -125,31 +128,29 @@ def parse(argv):
 def run(argv):
     args = parse(argv)
     policy, world = start.start(args)
-    ref, judge, r, mu = world.exact["ref"], world.pstar, world.reward, world.mu.log()
+    ref, mu = world.exact["ref"], world.mu.log()
+    judge, r = world.pstar, world.reward
     if args.labels_by == "reward":
-        r = reward_model.table(reward_model.fit(policy, world, args, args.steps, args.lr, ridge=0.0), world)
+        r = table(fit(policy, world, args, args.steps, lr=3e-3), world)
         judge = (r[:, :, None] - r[:, None, :]).sigmoid()
-    name, other = METHODS[args.pairs_from], copy.deepcopy(policy)
     if args.offline:
-        print("offline IPO:")
-        fixed = copy.copy(args)
-        fixed.pairs_from = "mu"
-        theirs, their_end = train(other, world, judge, mu, fixed)
+        other = copy.copy(args)
+        other.pairs_from = "offline"
+        theirs, their_end = train(copy.deepcopy(policy), world, judge, mu, other)
     if args.pairs_from == "rejection":
         mu = accepted(ref, r, args)
-    print(f"{name}:")
     logp, end = train(policy, world, judge, mu, args)
-    nash = exact.nash(ref, worth(judge, args), args.tau)[0]
-    figures = {"KL to its exact answer": data.kl(logp, end), "KL to the Nash policy": data.kl(logp, nash),
-               "kl_ref": data.kl(logp, ref), "win": exact.win(logp, world.pstar, world.mu)}
-    text = f"{name} ends {figures['KL to its exact answer']:.4f} nats from its exact answer"
+    figures = {"KL to its exact answer": data.kl(logp, end), "kl_ref": data.kl(logp, ref),
+               "win": exact.win(logp, world.pstar, world.mu)}
+    text = f"{METHODS[args.pairs_from]} ends {data.kl(logp, end):.4f} nats from its exact answer"
     if args.offline:
-        duels = exact.win(logp, world.pstar, theirs.exp())
-        figures |= {"offline to its answer": data.kl(theirs, their_end),
-                    "offline to Nash": data.kl(theirs, nash), "apart": data.kl(logp, theirs),
-                    "apart, exactly": data.kl(end, their_end), "wins against offline": duels}
-        text += (f", offline IPO {figures['offline to its answer']:.4f} from its own. The two policies are "
-                 f"{figures['apart']:.4f} nats apart, and the first wins {duels:.1%} of its duels with the other")
+        own = data.kl(theirs, their_end)
+        apart = data.kl(logp, theirs)
+        wins = exact.win(logp, world.pstar, theirs.exp())
+        figures |= {"offline to its answer": own, "KL(this||offline)": apart,
+                    "... of exact answers": data.kl(end, their_end), "wins against offline": wins}
+        text += (f", offline IPO {own:.4f} from its own. The two ends are {apart:.4f} nats apart, and the "
+                 f"first wins {wins:.1%} of its duels with the second")
     start.finish(args, f"{text} ({args.data}, tau {args.tau}).", ipo.means(figures))
 
 

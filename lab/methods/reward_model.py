@@ -1,37 +1,35 @@
 """What reward do preferences teach?
 
 The first half of RLHF (Christiano et al. 2017, Ouyang et al. 2022): a GPT reads prompt and response, and a
-scalar head on the last token of the response is the reward r-hat. It is fitted by Bradley-Terry's likelihood,
--p log s(r_w - r_l) - (1-p) log s(r_l - r_w), which is DPO's loss with gaps of rewards in place of margins.
+scalar head on the last token of the response is the reward r-hat. The loss is Bradley-Terry's,
+-p log s(r_w - r_l) - (1-p) log s(r_l - r_w). That is DPO's loss with gaps of rewards in place of margins.
 A constant for each prompt cancels in every gap, so errors are measured after centring on each prompt's mean.
 
   python -m lab.methods.reward_model                                  the true reward of bt is known
   python -m lab.methods.reward_model --data cyclic                    no reward is true here
-  python -m lab.methods.reward_model --data deterministic --ridge 0.01
+  python -m lab.methods.reward_model --data deterministic --steps 500
 
 Traps: the head must not read padding. In `cyclic` r-hat is compared with the fit to endless pairs. In
-`deterministic` that fit is infinite, and rewards grow as long as one trains. Few --steps hold them, or --ridge
-times (r_w - r_l)^2.
+`deterministic` that fit is infinite: rewards grow as long as one trains, and few --steps hold them.
 """
 import copy
 import sys
 
 import torch
-import torch.nn as nn
 
 import data
 import ipo
 from lab.common import exact, start
 
 
-class RewardModel(nn.Module):
+class RewardModel(torch.nn.Module):
     """A language model's trunk with a number on top."""
 
     def __init__(self, trunk):
         super().__init__()
         self.trunk = trunk
-        self.value = nn.Linear(trunk.config.n_embd, 1, bias=False)  # a constant would cancel in every gap
-        nn.init.zeros_(self.value.weight)
+        # no bias, since it would cancel in every gap
+        self.value = torch.nn.Linear(trunk.config.n_embd, 1, bias=False)
 
     def forward(self, tokens, mask):  # (R,T), (R,T) -> (R,)
         """The reward of each row, read at its last response token."""
@@ -41,12 +39,7 @@ class RewardModel(nn.Module):
         return self.value(x[torch.arange(len(x)), last]).squeeze(1)
 
 
-def cost(gap, p, ridge):  # (...), (...) -> (...)
-    """Of a pair whose first response has the greater reward by `gap` and is preferred with probability p."""
-    return ipo.dpo_loss(gap, p, 1.0) + ridge * gap ** 2
-
-
-def fit(policy, world, args, steps, lr, ridge):
+def fit(policy, world, args, steps, lr):
     """A RewardModel on a copy of the policy's trunk, trained on the world's pairs."""
     reward = RewardModel(copy.deepcopy(policy))
     optimizer = ipo.adam(reward)
@@ -55,11 +48,11 @@ def fit(policy, world, args, steps, lr, ridge):
         batch = world.pairs.batch(world.train[index])
         winner, loser = reward(batch.tokens, batch.mask).chunk(2)
         gap = winner - loser  # (B,)
-        loss = cost(gap, batch.p, ridge).mean()
+        loss = ipo.dpo_loss(gap, batch.p, 1.0).mean()
         loss.backward()
         ipo.optimizer_step(reward, optimizer, step, steps, lr)
         if step % args.log_every == 0:
-            ipo.told(f"reward model {step}/{steps}", {"loss": loss.item(), "gap": gap.mean().item()})
+            ipo.told(f"reward model {step}/{steps}", ipo.means({"loss": loss, "gap": gap}))
     return reward
 
 
@@ -70,26 +63,14 @@ def table(reward, world):  # -> (X,Y)
     return reward(*world.pairs.padded(rows)).view_as(world.reward).double()
 
 
-def taught(world, args, ridge):  # -> (X,Y)
-    """What endless pairs teach. The world's own reward stands for it in deterministic, where it is infinite."""
-    if args.data != "cyclic" and not ridge:
-        return world.reward
-
-    def loss(logp):  # minimise hands log-probs over, which serve as rewards up to a constant
-        gap = exact.margins(logp, torch.zeros_like(logp))
-        return exact.expected(cost(gap, 1.0, ridge), world.pstar, world.mu)
-
-    return exact.minimise(loss, torch.zeros_like(world.mu))
+def taught(world):  # -> (X,Y)
+    """What endless pairs teach; in deterministic, where that is infinite, the world's own reward."""
+    return exact.rewards(world.pstar, world.mu) if world.args.data == "cyclic" else world.reward
 
 
 def best_policy(ref_logp, reward, tau):  # (X,Y), (X,Y) -> (X,Y)
     """log of ref exp(r/tau) / Z, which maximises E[r] - tau KL(pi||ref)."""
     return (ref_logp + reward / tau).log_softmax(-1)
-
-
-def spread(reward):  # (X,Y) -> ()
-    """The best response's reward less the worst's, a mean over prompts."""
-    return (reward.amax(-1) - reward.amin(-1)).mean()
 
 
 def rmse(reward, other):  # (X,Y), (X,Y) -> ()
@@ -100,40 +81,40 @@ def rmse(reward, other):  # (X,Y), (X,Y) -> ()
 
 def refuse_given(argv, names, why):
     """Raises Refused if one of these flags is in argv, since it would do nothing."""
-    words = sys.argv[1:] if argv is None else argv
-    given = [word.split("=")[0] for word in words]
-    for name in names:
-        if f"--{name}" in given:
-            raise data.Refused(f"--{name} {why}; leave it out")
+    for word in sys.argv[1:] if argv is None else argv:
+        flag = word.partition("=")[0]
+        if flag.removeprefix("--") in names:
+            raise data.Refused(f"{flag} {why}; leave it out")
 
 
-def parse(own, argv, defaults="", without=()):
-    """As start.parse, for a program whose answers only a world can give: its tables are small and on the CPU."""
+def parse_world(own, argv, defaults="", without=()):
+    """As start.parse, for a program of worlds alone, whose tables are small and lie on the CPU."""
     without = ("loss", "device", "dtype", *without)
     args = start.parse(own, argv, f"--device cpu {defaults}", without)
     if args.data not in data.WORLDS:
-        worlds = ", ".join(data.WORLDS)
-        raise data.Refused(f"--data {args.data}: exact answers are known in a world alone; name one of {worlds}")
+        raise data.Refused(f"--data {args.data} is no world, and only there the exact answer is known; "
+                           f"name one of {', '.join(data.WORLDS)}")
     return args
 
 
 def run(argv):
-    own = start.parser(__doc__)
-    own.add_argument("--ridge", type=float, default=0.0, help="times (r_w - r_l)^2 in the loss [0]")
-    args = parse(own, argv, "--out out/reward_model --lr 3e-3")
+    args = parse_world(start.parser(__doc__), argv, "--out out/reward_model --lr 3e-3")
     policy, world = start.start(args)
-    learned = table(fit(policy, world, args, args.steps, args.lr, args.ridge), world)
-    right = taught(world, args, args.ridge)
-    error = rmse(learned, right).item()
-    far = data.kl(*(best_policy(world.exact["ref"], r, args.tau) for r in (learned, right))).item()
-    ranges = f"its rewards span {spread(learned):.1f} from the worst response to the best"
-    answer = (f"In {args.data} the learned reward is {error:.3f} off (root mean square), and {ranges}. The best "
-              f"policy for it is {far:.4f} nats from the best policy for the right one, at tau {args.tau}.")
-    if args.data == "deterministic" and not args.ridge:
-        answer = (f"Certain preferences teach no finite reward. After {args.steps} steps {ranges}, and they "
-                  "grow as long as one trains.")
-    figures = {"RMSE": error, "span of rewards": spread(learned).item(),
-               "span of the right ones": spread(right).item(), "KL between best policies": far}
+    learned, right = table(fit(policy, world, args, args.steps, args.lr), world), taught(world)
+    ref = world.exact["ref"]
+    ours, best = best_policy(ref, learned, args.tau), best_policy(ref, right, args.tau)
+    figures = ipo.means({
+        "error, root mean square": rmse(learned, right),
+        "span of its rewards": learned.amax(-1) - learned.amin(-1),
+        "KL between best policies": data.kl(ours, best),
+    })
+    error, span, far = figures.values()
+    answer = (f"In {args.data} the learned reward is {error:.3f} off (root mean square) and spans {span:.1f} "
+              f"from the worst response to the best. At tau {args.tau} the best policy for it is {far:.4f} "
+              "nats from the best policy for the right one.")
+    if args.data == "deterministic":
+        answer = (f"Certain preferences teach no finite reward. After {args.steps} steps it spans {span:.1f} "
+                  "from the worst response to the best, and this grows as long as one trains.")
     start.finish(args, answer, figures)
 
 
