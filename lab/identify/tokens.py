@@ -1,22 +1,21 @@
-"""Does a loss of token log-probs sum or average over tokens? The tool of lab/identify/identify.py --tokens and --trl.
+"""Does a loss of token log-probs sum or average over tokens? This is no program; lab.identify uses it.
 
 The loss takes log-probs (B,T) of chosen, rejected and the reference's of both, then the masks of chosen and
-rejected, integers, 1 at the response's tokens. Prompt and padding have log-probs, too: whoever reads them is
-found out. A KIND makes one number of a row. It is the loss's own if random tokens, of several lengths and
-widths, cost what responses of one token with the same numbers cost; it must be the only such kind. So the
-loss is one of four numbers, and lab/identify/askable.py asks it.
+rejected, integers, 1 at the response's tokens. Prompt and padding have log-probs, too, so whoever reads them
+is found out. A Kind makes one number of a row. It is the loss's own if random tokens, of several lengths and
+widths, cost what responses of one token with the same numbers cost. It must be the only such kind. So the
+loss is one of four numbers, and probe.py asks it.
 
-Trap: some losses count only the tokens whose log-ratio is not 0; the first of each random response is 0.
-Answer: 4 ways to choose tokens, 4 divisors, 15 kinds; one of them fits, or "none of these" with weights.
+Trap: some losses count only the tokens whose log-ratio is not 0. The first of each random response is 0.
 """
-from dataclasses import dataclass
-from typing import Callable
+from itertools import product
+from typing import Callable, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
-from lab.identify import askable
+from lab.identify import probe
 
-RATIOS = [0.5, 0.25, 0.25, 0.0], [-0.2, -0.4]  # of chosen and rejected: margin 1.6 of sums, .55 of means
 SCORED = {  # which tokens count
     "": lambda mask: mask,
     ", prompt and padding, too": torch.ones_like,
@@ -27,15 +26,25 @@ DIVIDED = {  # and what their sum is divided by
     "sum": lambda scored, ratio: 1,
     "mean": lambda scored, ratio: scored.sum(-1),
     "mean where the ratio is not 0": lambda scored, ratio: (scored * ratio != 0).sum(-1),
-    "sum over the padded width": lambda scored, ratio: torch.ones_like(scored).sum(-1),
+    "sum over the padded width": lambda scored, ratio: scored.shape[-1],
 }
+TWICE = "sum over the padded width, prompt and padding, too"  # that is the mean of all
+SHAPES = [  # lengths of both responses, width of the batch
+    ((4, 2), 8),
+    ((2, 5), 9),
+    ((3, 3), 12),
+    ((6, 2), 10),
+]
+RATIOS = torch.tensor([  # margin 1.6 of sums, .55 of means
+    [0.5, 0.25, 0.25, 0.0],
+    [-0.2, -0.4, 0.0, 0.0],
+])
 
 
-@dataclass
-class Kind:
+class Kind(NamedTuple):
     name: str
     scored: Callable   # (T,) -> (T,)
-    divided: Callable  # (T,), (n,T) -> (n,), () or 1
+    divided: Callable  # (T,), (n,T) -> (n,) or a number
 
     def number(self, x, ratio, mask):  # (n,T), (n,T), (T,) -> (n,)
         """What it makes of a row's log-probs x; ratio: policy's less the reference's."""
@@ -45,34 +54,29 @@ class Kind:
     def tokens(self, number, mask):  # (1,), (T,) -> (1,T)
         """A row of equal log-probs that has this number."""
         scored = self.scored(mask)
-        each = number * self.divided(scored, torch.ones_like(scored)) / scored.sum()
+        each = number * self.divided(scored, 1) / scored.sum()
         return each[:, None].expand(1, len(mask))
 
 
-KINDS = [Kind(divided + scored, SCORED[scored], DIVIDED[divided]) for scored in SCORED for divided in DIVIDED]
-TWICE = "sum over the padded width, prompt and padding, too"  # that is their mean
-KINDS = [kind for kind in KINDS if kind.name != TWICE]
+KINDS = [Kind(divided + scored, SCORED[scored], DIVIDED[divided])
+         for scored, divided in product(SCORED, DIVIDED)
+         if divided + scored != TWICE]
 
 
 def masks(lengths, width):  # -> (2,T) a prompt of two tokens, the response, padding
-    at = torch.arange(width)
-    return torch.stack([(at >= 2) & (at < 2 + length) for length in lengths]).long()
+    t = torch.arange(width) - 2
+    return ((t >= 0) & (t < torch.tensor(lengths)[:, None])).long()
 
 
-class OfNumbers:
-    """A loss of four numbers: token_loss of responses of one token that have them, if it is of this kind."""
+def of_numbers(token_loss, kind):
+    """A loss of four numbers: what token_loss costs on responses of one token that have these numbers."""
+    mask = masks((1, 1), 4)
 
-    def __init__(self, token_loss, more, kind):
-        self.token_loss, self.more, self.kind = token_loss, more, kind
-        self.masks = masks((1, 1), 4)
-
-    def __call__(self, c, r, rc, rr):  # (1,) each
-        rows = [self.kind.tokens(number, self.masks[i % 2]) for i, number in enumerate((c, r, rc, rr))]
-        return self.token_loss(*rows, *self.masks[:, None], **self.more)
-
-
-def value(token_loss, rows, mask, more):  # four of (T,), (2,T) -> ()
-    return askable.ask(token_loss, *(row[None] for row in rows), *mask[:, None], **more)
+    def loss(chosen, rejected, ref_chosen, ref_rejected):  # (1,) each
+        numbers = chosen, rejected, ref_chosen, ref_rejected
+        rows = [kind.tokens(number, mask[0]) for number in numbers]
+        return token_loss(*rows, *mask[:, None])
+    return loss
 
 
 def draw(mask, scale):  # -> (4,n,T)
@@ -82,45 +86,33 @@ def draw(mask, scale):  # -> (4,n,T)
     return tokens
 
 
-def difference(token_loss, kind, more):
+def difference(token_loss, kind):
     """How far the costs of random tokens are from those of their numbers, at most, over their spread."""
-    of_numbers, worst = OfNumbers(token_loss, more, kind), 0.0
-    for lengths, width in (((4, 2), 8), ((2, 5), 9), ((3, 3), 12), ((6, 2), 10)):
-        for scale in (0.01, 1.0, 10.0):
-            mask = masks(lengths, width)
-            tokens = draw(mask, scale)
-            ratio = (tokens[:2] - tokens[2:]).repeat(2, 1, 1)
-            numbers = [kind.number(tokens[i], ratio[i], mask[i % 2]) for i in range(4)]
-            costs = torch.vmap(lambda *rows: value(token_loss, rows, mask, more))(*tokens)
-            same = torch.vmap(lambda *four: askable.ask(of_numbers, *(x[None] for x in four)))(*numbers)
-            off = (costs - same).abs().max() / (costs.max() - costs.min())
-            worst = max(worst, off.item() if off.isfinite() else float("inf"))
+    worst = 0.0
+    for (lengths, width), scale in product(SHAPES, (0.01, 1.0, 10.0)):
+        mask = masks(lengths, width)
+        tokens = draw(mask, scale)
+        ratio = (tokens[:2] - tokens[2:]).repeat(2, 1, 1)
+        numbers = [kind.number(tokens[i], ratio[i], mask[i % 2]) for i in range(4)]
+        costs = probe.values(lambda *rows: token_loss(*rows, *mask[:, None]), *tokens)
+        same = probe.values(of_numbers(token_loss, kind), *numbers)
+        off = (costs - same).abs().max() / (costs.max() - costs.min())
+        worst = max(worst, off.item() if off.isfinite() else float("inf"))
     return worst
 
 
-def find(token_loss, more):
-    """The one kind that fits, or None; all differences by name."""
-    off = {kind.name: difference(token_loss, kind, more) for kind in KINDS}
-    fit = [kind for kind in KINDS if off[kind.name] < 1e-3]
-    return fit[0] if len(fit) == 1 else None, off
+def find(token_loss):
+    """The kind that fits best, and how far it is off; infinity if two fit."""
+    torch.manual_seed(0)
+    off = [difference(token_loss, kind) for kind in KINDS]
+    best, second = sorted(off)[:2]
+    kind = KINDS[off.index(best)]
+    return kind, best if second > 1e-3 else float("inf")
 
 
-def fixture(token_loss, more):
-    """The loss at RATIOS, and its slope in each token of chosen and rejected over the largest."""
+def fixture(token_loss):
+    """The loss where the log-ratios of chosen and rejected are RATIOS, after a prompt of two tokens."""
     mask = masks((4, 2), 7)
-    reference = torch.full((2, 7), -2.0, dtype=torch.float64)
-    policy = reference + 0.7 * (1 - mask)  # prompt and padding have moved, too
-    for row, ratios in zip(policy, RATIOS):
-        row[2:2 + len(ratios)] += torch.tensor(ratios, dtype=torch.float64)
-    policy.requires_grad_()
-    loss = value(token_loss, (*policy, *reference), mask, more)
-    slope = torch.autograd.grad(loss, policy)[0]
-    return loss.item(), (slope / slope.abs().max() + 0.0).tolist()  # + 0: no -0
-
-
-def check(function, keyword):
-    """Raises Unusable unless it takes six arguments beside the keyword's."""
-    names = askable.needed(function, keyword)
-    if len(names) != 6:
-        raise askable.Unusable(f"takes {len(names)} arguments ({', '.join(names)}); --tokens needs six: "
-                               "log-probs (B,T) of chosen, rejected, the reference's of both, masks of both")
+    reference = torch.full((2, 1, 7), -2.0)
+    policy = reference + pad(RATIOS, (2, 1))[:, None]
+    return probe.values(lambda *four: token_loss(*four, *mask[:, None]), *policy, *reference).item()

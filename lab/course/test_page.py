@@ -1,0 +1,135 @@
+"""The page of lab/course/page.py: all its cells without a browser, and what it leaves behind.
+"""
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("marimo", reason="lab/requirements.txt: the page needs marimo")
+pytest.importorskip("matplotlib", reason="lab/requirements.txt: the page needs matplotlib")
+
+import data
+import ipo
+from lab.common import exact
+from lab.course import page
+
+HERE = Path(ipo.__file__).parent
+CONTROLS = {
+    "kind": page.PSI["q (IPO)"],
+    "tau": 0.2,
+    "place": "bt",
+    "labels": "hard",
+    "loss": "ipo",
+    "pairs": 1000,
+    "steps": 100,
+    "button": False,
+}
+
+
+def opened(**values):
+    """(text, definitions) of the app's cells with the controls at these values."""
+    controls = {name: SimpleNamespace(value=value) for name, value in (CONTROLS | values).items()}
+    outputs, definitions = page.app.run(defs=controls)
+    return " ".join(output.text for output in outputs if output is not None), definitions
+
+
+def test_the_page_runs_as_it_is():
+    """With marimo's own controls, which have the names that the tests give values to."""
+    _, definitions = page.app.run()
+    for name in CONTROLS:
+        assert hasattr(definitions[name], "value")
+    assert len(definitions["policies"]) == 4
+    assert "run" not in definitions
+
+
+def test_each_picture_has_a_sentence():
+    text, _ = opened()
+    assert "The more people prefer a response" in text
+    assert "The best policy takes the reference" in text
+    assert "No policy lies above the grey curve" in text
+
+
+@pytest.mark.parametrize("kind, margins", [
+    ("logit (DPO)", "10.99 nats at p = .9, 34.53 at .999, and inf if all agree"),
+    ("q (IPO)", "2.00 nats at p = .9, 2.50 at .999, and 2.50 if all agree")])
+def test_a_certain_pair_runs_away_under_logit_alone(kind, margins):
+    """Closed forms: 2 logit(p) / (2 tau) and (2p - 1) / (2 tau)."""
+    assert margins in opened(kind=page.PSI[kind])[0]
+
+
+@pytest.mark.parametrize("kind", page.PSI)
+@pytest.mark.parametrize("place", data.WORLDS)
+def test_what_is_shown_is_exact(kind, place):
+    """pi* is eq. 7's for this Psi."""
+    _, definitions = opened(kind=page.PSI[kind], place=place)
+    made = data.World(place)
+    ref = exact.of_base(made)
+    mu = torch.full_like(ref, 1 / 400)
+    due = data.optimum(ref, page.PSI[kind](made.pstar), mu, 0.2)
+    assert torch.equal(definitions["policies"]["pi* of this Psi"], due)
+
+
+def test_hard_labels_lead_elsewhere_than_to_pi_star_of_a_bent_psi():
+    """They see Psi(1) - Psi(0) alone; of q they lead to pi*."""
+    for kind, same in (("q (IPO)", True), ("tanh", False)):
+        policies = opened(kind=page.PSI[kind])[1]["policies"]
+        limit = policies["where endless labels lead"]
+        assert (data.kl(limit, policies["pi* of this Psi"]) < 1e-9) == same
+
+
+@pytest.mark.parametrize("values", [
+    {},
+    {"loss": "dpo", "labels": "soft", "tau": 1},
+    {"place": "cyclic", "tau": 0.5}], ids=str)
+def test_the_button_trains_the_policy(values):
+    """A line for each evaluation, nearer to pi* at the end; the core's psi is as before."""
+    before = ipo.psi
+    _, definitions = opened(button=True, pairs=10_000, **values)
+    run = definitions["run"]
+    assert len(run.seen) == 6
+    assert run.seen[-1]["kl_opt"] < 0.9 * run.seen[0]["kl_opt"]
+    assert ipo.psi is before
+    assert f"{run.seen[-1]['kl_ref']:.4f} nats from the reference" in run.progress().text
+
+
+def test_a_run_that_cannot_be_is_said_in_the_page(monkeypatch):
+    """Psi = logit and hard labels: the core's refusal is the output, and psi is put back."""
+    put = []
+    monkeypatch.setattr(page.mo.output, "replace", put.append)
+    before = ipo.psi
+    opened(kind=page.PSI["logit (DPO)"], button=True)
+    assert "infinite margin" in put[-1].text
+    assert ipo.psi is before
+
+
+def test_readers_of_one_server_train_in_turn():
+    """marimo runs the setup once for each reader; ipo.psi is one for all, so their lock must be one, too."""
+    assert page.TURN is ipo.TURN
+
+
+def test_an_export_holds_the_page_and_leaves_nothing(tmp_path):
+    """A picture's sentence is in the HTML; git sees no new file."""
+    command = [sys.executable, "-m", "marimo", "export", "html", "lab/course/page.py", "-o", f"{tmp_path}/page.html"]
+    before = untracked()
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "No policy lies above the grey curve" in (tmp_path / "page.html").read_text()
+    assert untracked() == before
+
+
+def untracked():
+    if not shutil.which("git") or not (HERE / ".git").exists():
+        pytest.skip("not a checkout of git")
+    command = ["git", "status", "--porcelain", "--untracked-files=all", "lab/course"]
+    return subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout
+
+
+def test_the_page_is_no_program():
+    """It says how it is opened."""
+    done = subprocess.run([sys.executable, "-m", "lab.course.page"], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "marimo run lab/course/page.py" in done.stderr

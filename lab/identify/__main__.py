@@ -1,0 +1,115 @@
+"""What does this loss optimise? Which IPO, if any, is yours?
+
+  python -m lab.identify ipo:dpo_loss --tau tau=0.1   a function that Python can import, or file.py:function
+  python -m lab.identify mine.py:loss --tau beta      ... whose argument beta carries tau and has a default
+  python -m lab.identify mine.py:loss --tokens        ... that takes log-probs of tokens, and masks
+  python -m lab.identify --trl --loss_type ipo        what the installed TRL's DPOTrainer computes
+
+The function takes chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, or h, or h and p, all
+tensors. With --tokens it takes log-probs (B,T) of chosen, rejected and the reference's of both, then the
+masks of chosen and rejected, 1 at the response's tokens. It is asked for values, and nothing is guessed. What fits
+nothing is "none of these", with its numbers. The first line is the answer.
+
+Trap: a loss without a reference looks like one of the margin until the reference moves, so it is moved here.
+"""
+import functools
+import math
+import sys
+
+from data import Refused
+from lab.common import start
+from lab.identify import known, probe, tokens
+
+MEANS = ". But it is of MEANS over tokens, where eq. 17 has sums. If all lengths are L, that is tau / L"
+UNITS = {"sum": "", "mean": MEANS}  # what to add where h is of these
+WORDS = {"None": "-", "True": "yes", "False": "no", "nan": "-"}
+
+
+def run(argv=None):
+    own = start.parser(__doc__)
+    own.epilog = None
+    own.add_argument("loss", nargs="?", default="", help="module:function or file.py:function")
+    own.add_argument("--tau", default="", help="NAME or NAME=VALUE of the argument that carries tau")
+    own.add_argument("--tokens", action="store_true", help="it takes token log-probs and masks")
+    own.add_argument("--trl", action="store_true", help="ask the installed TRL's DPOTrainer instead")
+    own.add_argument("--loss_type", help="with --trl, TRL's name of the loss [ipo]")
+    report, loss = examined(own.parse_args(argv))
+    print(sentence(report), flush=True)
+    if report["margin alone"] and report["over tokens"] in UNITS:
+        report |= known.nearest(loss, report["over tokens"] == "mean")
+    for name, value in report.items():
+        number = f"{value:.6g}" if isinstance(value, float) else value
+        print(f"  {name:23} {WORDS.get(str(value), number)}")
+
+
+def examined(args):
+    """(report, loss) of the loss that the flags name. Raises Refused."""
+    if args.trl and (args.loss or args.tokens) or args.loss_type and not args.trl:
+        raise Refused("--loss_type does nothing without --trl, which takes no other loss and no --tokens")
+    if args.trl:
+        from lab.identify import trl_loss  # here, since TRL is needed for nothing else
+        function, tau = with_tau(trl_loss.load(args.loss_type or "ipo"), args.tau or "beta")
+    else:
+        function, tau = with_tau(probe.load(args.loss), args.tau)
+    if args.trl or args.tokens:
+        return of_tokens(function, tau)
+    loss = probe.Loss(function)
+    return {"over tokens": "sum", **known.examine(loss, tau)}, loss
+
+
+def with_tau(function, text):
+    """The function with the argument of --tau NAME[=VALUE] at this value, or its default; and that number."""
+    if not text:
+        return function, None
+    name, _, value = text.partition("=")
+    arguments = probe.parameters(function)
+    if name not in arguments:
+        raise Refused(f"--tau {text}: write NAME=VALUE; the loss's arguments are {', '.join(arguments)}")
+    try:
+        number = float(value or arguments[name].default)
+    except (TypeError, ValueError):
+        raise Refused(f"--tau {text}: that gives it no number; write --tau {name}=0.1") from None
+    return functools.partial(function, **{name: number}), number
+
+
+def of_tokens(function, tau):
+    """(report, loss) of a loss of token log-probs: the loss of the numbers that it makes of rows."""
+    names = probe.needed(function)
+    if len(names) != 6:
+        raise Refused(f"--tokens needs six arguments, see --help; its own are ({', '.join(names)})")
+    kind, off = tokens.find(function)
+    loss = probe.Loss(tokens.of_numbers(function, kind))
+    report = known.examine(loss, tau)
+    report["over tokens"] = kind.name if off < 1e-3 else "neither"
+    report["at the fixture"] = tokens.fixture(function)
+    if off >= 1e-3:  # the numbers are of responses of one token, and name nothing
+        report |= {"margin alone": False, "verdict": "none", "tau": None}
+        report["nearest kind"] = f"{kind.name}, off by {off:.2g} of the spread"
+    return report, loss
+
+
+def sentence(report):
+    """The verdict in words."""
+    name, tau, kind = report["verdict"], report["tau"], report["over tokens"]
+    begin = "" if math.isfinite(report["value at h = 0"]) else "not finite at h = 0, where training starts; "
+    if kind == "neither":
+        return f"{begin}none of these: it takes neither sum nor mean over tokens"
+    if not report["margin alone"]:
+        text = "no function of the margin alone: neither IPO nor DPO (no reference, lengths, or more terms)"
+    elif name == "none":
+        text = "none of these: neither IPO nor DPO, hinge, exponential, Savage"
+    elif name.startswith("ipo"):
+        asked, due = 1 / (2 * tau), report["eq. 17 asks for"]
+        text = f"this is IPO with tau = {tau:.4g}, times {report['factor']:.4g}: it asks for {asked:.4g} nats"
+        text += f", eq. 17 at the tau named for {due:.4g}" if due else ""
+    else:
+        at = report["stops at"]
+        text = f"this is {name} with beta = {tau:.4g}, times {report['factor']:.4g}, not IPO: a certain pair "
+        text += "never stops" if math.isnan(at) else f"stops at {at:.4g} nats"
+    if report["slope at h = 0"] > 0:
+        text += "; its sign is wrong, since it pushes the chosen response down"
+    return begin + text + UNITS.get(kind, f"; h is no log-ratio of responses: it takes the {kind}")
+
+
+if __name__ == "__main__":
+    sys.exit(start.main("identify", run))
