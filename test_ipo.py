@@ -1,9 +1,22 @@
-"""Claims about nanoIPO, each with its proof or oracle. `pytest -q test_ipo.py`: under a minute.
+"""Claims about nanoIPO, each with its proof or oracle. `pytest -q test_ipo.py`: a minute or two.
 
-Oracles: enumeration of all responses, closed forms, independent numpy, brute force, Hugging Face's GPT-2.
-All tests run with the paper's Psi(q) = q, or one of their own, whatever a student made of `psi` in ipo.py.
+Oracles: enumeration of all responses, closed forms, independent numpy, brute force token by token, GPT-2 of
+transformers, torch's Adam. Every test runs with the paper's Psi(q) = q or one of its own, whatever a student
+made of `psi` in ipo.py. The last section is about README.md.
 """
-import ast, contextlib, copy, io, itertools, json, math, os, re, shlex, subprocess, sys, tokenize
+import ast
+import contextlib
+import copy
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tokenize
 from argparse import Namespace
 from pathlib import Path
 from unittest import mock
@@ -12,23 +25,29 @@ import numpy as np
 import pytest
 import torch
 from pytest import approx
-
-import data, ipo, model
+from torch.overrides import TorchFunctionMode
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test goes online
+import data  # noqa: E402
+import ipo  # noqa: E402
+import model  # noqa: E402
+
 torch.set_num_threads(1)  # matrices this small lose more to a second thread than they gain
 HERE = Path(__file__).parent
-README = (HERE / "README.md").read_text(encoding="utf-8")
-SHORT = "--steps 20 --pairs 2000 --sft_steps 5 --batch_size 32 --log_every 10".split()
-SMALL = "--tokenizer bytes --steps 6 --sft_steps 3 --batch_size 4 --n_layer 1 --n_embd 16".split()
+WORLD = "--steps 20 --pairs 2000 --sft_steps 5 --batch_size 32 --log_every 10".split()
+FILE = "--tokenizer bytes --steps 6 --sft_steps 3 --batch_size 4 --n_layer 1 --n_embd 16".split()
+FILE += ["--log_every", "2"]
 cases = pytest.mark.parametrize
 
+
+# --------------------------------------------------------------------------------------- what the tests share
 
 def identity(q):
     return q
 
 
-def tanh(q):
+def steep(q):
+    """A Psi that is odd about 1/2 and not linear."""
     return torch.tanh(8 * (q - 0.5))
 
 
@@ -36,74 +55,149 @@ def tanh(q):
 def paper_psi(monkeypatch):
     """The paper's Psi; tables that a test extends are afterwards as they were."""
     monkeypatch.setattr(ipo, "psi", identity)
-    for module, table in ((ipo, "LOSSES"), (ipo, "WORTH"), (data, "WORLDS")):
-        monkeypatch.setattr(module, table, dict(getattr(module, table)))
-
-
-def gpt(seed=0, **sizes):
-    """A GPT with weights so large that no two tokens are equally likely."""
-    torch.manual_seed(seed)
-    small = {"block_size": 6, "vocab_size": 5, "n_layer": 2, "n_head": 2, "n_embd": 16}
-    policy = model.GPT(model.GPTConfig(**(small | sizes)))
-    for p in policy.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return policy
-
-
-def options(*argv):
-    return ipo.parse(["--device", "cpu", *map(str, argv)])
-
-
-def cli(*argv, status=0, says=""):
-    """The command line, in this process, ends with this status -> what it prints. If it fails, one line on
-    stderr says so."""
-    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        ended = ipo.main(["--device", "cpu", *map(str, argv)])
-    out, err = (stream.buffer.getvalue().decode() for stream in (out, err))
-    assert ended == status and err.startswith("ipo.py: " * bool(status)) and says in err, (argv, says, err)
-    assert err.count("\n") == bool(status), err
-    return out
-
-
-def refused(status, message, *argv):
-    cli(*argv, status=status, says=message)
-
-
-def report(folder):
-    return Namespace(**json.loads(Path(folder, "report.json").read_text()))
-
-
-def metrics(folder):
-    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    monkeypatch.setattr(ipo, "LOSSES", dict(ipo.LOSSES))
+    monkeypatch.setattr(ipo, "PSI_OF", dict(ipo.PSI_OF))
 
 
 def f64(values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-# ----------------------------------------------------------------------------------------- target and losses
+def numbers(text):
+    """The numbers of a text, float64; "/" begins another row of a matrix."""
+    rows = [row.split() for row in text.split("/")]
+    table = f64([list(map(float, row)) for row in rows])
+    return table if len(rows) > 1 else table[0]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def gpt(seed=0, std=0.3, **sizes):
+    """A GPT with weights so large that no two tokens are equally likely."""
+    torch.manual_seed(seed)
+    small = {"block_size": 6, "vocab_size": 5, "head_size": 5,
+             "n_layer": 2, "n_head": 2, "n_embd": 16}
+    policy = model.GPT(model.GPTConfig(**small | sizes))
+    for p in policy.parameters():
+        torch.nn.init.normal_(p, std=std)
+    return policy
+
+
+def byte_gpt(seed=0, **sizes):
+    """A GPT for the tokens of --tokenizer bytes."""
+    return gpt(seed, block_size=64, vocab_size=257, head_size=257, **sizes)
+
+
+def same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    same = [torch.equal(a[name], b[name]) for name in a]
+    return all(same) and len(a) == len(b)
+
+
+def options(*argv):
+    """The flags of a run on the CPU."""
+    return ipo.parse(["--device", "cpu", *map(str, argv)])
+
+
+def cli(*argv, status=0, says=""):
+    """The command line, in this process, ends with this status; returns what it prints.
+
+    If the status is not 0, one line on stderr holds `says`.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        ended = ipo.main(["--device", "cpu", *map(str, argv)])
+    said = err.getvalue()
+    assert ended == status, (argv, said)
+    assert says in said, (argv, said)
+    assert said.count("\n") == bool(status), said
+    assert said.startswith("ipo.py: " * bool(status)), said
+    return out.getvalue()
+
+
+def refused(message, *argv):
+    """The command is bad input: one line says so, status 2. Returns what was printed before it."""
+    return cli(*argv, status=2, says=message)
+
+
+def report(folder):
+    return json.loads(Path(folder, "report.json").read_text())
+
+
+def pair(chosen="good", rejected="bad", prompt="q: ", **more):
+    """The object of one line of a JSONL file."""
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
+
+
+def write(path, *lines):
+    """A JSONL file of texts and objects; returns its name."""
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    text = "".join(text + "\n" for text in texts)
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    return str(path)
+
+
+def rows_of_pairs(n=30):
+    """Objects with three different p, and prompts of 11 or 12 bytes."""
+    p = [0.2, 0.8, 1]
+    return [pair(f"good {i}", f"bad {i}", f"question {i}?", p=p[i % 3])
+            for i in range(n)]
+
+
+def some_pairs(folder):
+    return write(folder / "pairs.jsonl", *rows_of_pairs())
+
+
+def encoded(*pairs, block_size=32):
+    """PairData of objects, in bytes."""
+    pairs = [data.Pair(**p) for p in pairs]
+    return data.encode(pairs, data.get_tokenizer("bytes"), block_size)
+
+
+# ------------------------------------------------------------------------------------------ target and losses
 
 @cases("psi, targets", [
-    (identity, (-5, 0, 1, 2.5, 4, 4.9, 5)), (tanh, (-9.99, 0, 6.64, 9.64, 9.97, 9.99, 9.99)),
-    (torch.logit, (-math.inf, 0, 4.05, 10.99, 21.97, 45.95, math.inf))])
+    (identity, "-5 0 1 2.5 4 4.9 5"),
+    (steep, "-9.99 0 6.64 9.64 9.97 9.99 9.99"),
+    (torch.logit, "-inf 0 4.05 10.99 21.97 45.95 inf"),
+])
 def test_target_of_each_psi(psi, targets):
     """(Psi(p) - Psi(1-p)) / 0.2 by hand; logit asks a certain pair for infinity: DPO's over-fitting."""
     ipo.psi = psi
-    assert ipo.target(f64([0, 0.5, 0.6, 0.75, 0.9, 0.99, 1]), 0.1).tolist() == approx(targets, abs=8e-3)
+    p = numbers("0 0.5 0.6 0.75 0.9 0.99 1")
+    expected = numbers(targets).tolist()
+    assert ipo.target(p, 0.1).tolist() == approx(expected, abs=8e-3)
 
 
 def test_a_coin_flip_has_the_same_gradient_as_its_probability():
-    """E_I (h - target(I))^2 and (h - target(p))^2 differ by a constant; so do 1/tau and 0 from 1/(2 tau)."""
+    """E_I (h - target(I))^2 and (h - target(p))^2 differ by a constant, so their slopes are equal."""
     h = torch.linspace(-9, 9, 7, dtype=torch.float64)
-    certain, lost, soft = (ipo.ipo_loss(h, f64(q), 0.1) for q in (1, 0, 0.8))
-    assert (0.8 * certain + 0.2 * lost - soft).std() < 1e-9
-    assert torch.allclose(((h - 1 / 0.1) ** 2 + h**2) / 2 - certain, f64(1 / (4 * 0.1**2)))
+    won = ipo.ipo_loss(h, f64(1), 0.1)
+    lost = ipo.ipo_loss(h, f64(0), 0.1)
+    flips = 0.8 * won + 0.2 * lost
+    difference = flips - ipo.ipo_loss(h, f64(0.8), 0.1)
+    assert difference.std() < 1e-9
+
+
+def test_targets_of_1_over_tau_and_0_are_the_target_of_1_over_2_tau():
+    """((h - 1/tau)^2 + h^2) / 2 exceeds (h - 1/(2 tau))^2 by 1/(4 tau^2), for every h."""
+    h = torch.linspace(-9, 9, 7, dtype=torch.float64)
+    both = ((h - 1 / 0.1) ** 2 + h ** 2) / 2
+    excess = both - ipo.ipo_loss(h, f64(1), 0.1)
+    assert excess.tolist() == approx([25] * 7)
 
 
 @cases("name, h, p, tau, slope", [
-    ("ipo", 0, 1, 0.1, -10), ("ipo", 100, 1, 0.1, 190), ("ipo", 3, 0.3, 1, 6.4), ("dpo", 0, 1, 0.1, -0.05),
-    ("dpo", 100, 1, 0.1, -4.5398e-6), ("dpo", 3, 0.3, 1, 0.652574), ("dpo", 0, 0, 2, 1)])
+    ("ipo", 0, 1, 0.1, -10),
+    ("ipo", 100, 1, 0.1, 190),
+    ("ipo", 3, 0.3, 1, 6.4),
+    ("dpo", 0, 1, 0.1, -0.05),
+    ("dpo", 100, 1, 0.1, -4.5398e-6),
+    ("dpo", 3, 0.3, 1, 0.652574),
+    ("dpo", 0, 0, 2, 1),
+])
 def test_gradient_of_each_loss(name, h, p, tau, slope):
     """2 (h - target) and -tau (p - s(tau h)), by hand: at h = 100 IPO pulls back, DPO never does at p = 1."""
     x = f64([h]).requires_grad_()
@@ -111,265 +205,590 @@ def test_gradient_of_each_loss(name, h, p, tau, slope):
     assert x.grad.item() == approx(slope, rel=1e-5)
 
 
-def test_losses_against_numpy():
-    """An implementation that shares nothing with ours."""
-    h, p, tau = np.linspace(-9, 9, 50), np.random.default_rng(0).random(50), 0.3
-    ours = {name: loss(f64(h), f64(p), tau).numpy() for name, loss in ipo.LOSSES.items()}
-    assert np.allclose(ours["ipo"], (h - (2 * p - 1) / (2 * tau)) ** 2)
-    assert np.allclose(ours["dpo"], p * np.logaddexp(0, -tau * h) + (1 - p) * np.logaddexp(0, tau * h))
+def some_margins():
+    """(h, p, tau): margins and labels of all kinds."""
+    h = np.linspace(-9, 9, 50)
+    p = np.random.default_rng(0).random(50)
+    return h, p, 0.3
 
 
-@cases("reduce, values", [(sum, [11.56, 0.616344]), (np.mean, [19.8025, 0.6660253])])
-def test_the_parity_fixture(reduce, values):
-    """What tools are compared on: token log-ratios of one pair, tau 0.1. The sum is the paper's."""
-    h = ipo.margin(f64([reduce([0.5, 0.25, 0.25, 0]), reduce([-0.2, -0.4])]), torch.zeros(2))
-    assert [loss(h, torch.ones(1), 0.1).item() for loss in (ipo.ipo_loss, ipo.dpo_loss)] == approx(values)
+def test_ipo_loss_against_numpy():
+    h, p, tau = some_margins()
+    ours = ipo.ipo_loss(f64(h), f64(p), tau).numpy()
+    target = (2 * p - 1) / (2 * tau)
+    assert np.allclose(ours, (h - target) ** 2)
+
+
+def test_dpo_loss_against_numpy():
+    h, p, tau = some_margins()
+    ours = ipo.dpo_loss(f64(h), f64(p), tau).numpy()
+    chosen = np.logaddexp(0, -tau * h)
+    rejected = np.logaddexp(0, tau * h)
+    assert np.allclose(ours, p * chosen + (1 - p) * rejected)
+
+
+@cases("loss, expected", [(ipo.ipo_loss, 11.56), (ipo.dpo_loss, 0.616344)])
+def test_the_parity_fixture(loss, expected):
+    """What tools are compared on: token log-ratios of one pair, tau 0.1, summed as in the paper."""
+    logp = f64([0.5 + 0.25 + 0.25 + 0, -0.2 - 0.4])
+    h = ipo.margin(logp, torch.zeros(2))
+    value = loss(h, torch.ones(1), 0.1).item()
+    assert value == approx(expected, rel=1e-5)
 
 
 def test_margin_is_chosen_minus_rejected_and_needs_the_reference():
     """h = log pi(yw)/ref(yw) - log pi(yl)/ref(yl), chosen rows first."""
-    logp, ref_logp = torch.tensor([1.0, 2, 3, 5]), torch.tensor([0.5, 0, 0.25, 0])
-    assert ipo.margin(logp, ref_logp).tolist() == [(1 - 0.5) - (3 - 0.25), 2 - 5]
+    logp = torch.tensor([1.0, 2, 3, 5])
+    ref_logp = torch.tensor([0.5, 0, 0.25, 0])
+    first = (1 - 0.5) - (3 - 0.25)
+    second = 2 - 5
+    assert ipo.margin(logp, ref_logp).tolist() == [first, second]
 
 
-# ---------------------------------------------------------------------------------------- common misreadings
+# ----------------------------------------------------------------------------------------- common misreadings
 
 def test_the_scaled_square_is_another_loss():
-    """(beta h - 1/(2 beta))^2 asks for 1/(2 beta^2) = 50 nats at 0.1, ten times eq. 17's."""
+    """(beta h - 1/(2 beta))^2 asks for 1/(2 beta^2) = 50 nats at 0.1, ten times eq. 17's 5."""
     h, tau = torch.linspace(0, 100, 10_001, dtype=torch.float64), 0.1
-    assert h[((tau * h - 1 / (2 * tau)) ** 2).argmin()] == approx(50)
-    assert h[ipo.ipo_loss(h, torch.ones(1), tau).argmin()] == approx(5)
+    scaled = (tau * h - 1 / (2 * tau)) ** 2
+    ours = ipo.ipo_loss(h, torch.ones(1), tau)
+    assert h[scaled.argmin()] == approx(50)
+    assert h[ours.argmin()] == approx(5)
 
 
 @cases("name, psi", [("ipo", identity), ("dpo", torch.logit)])
 @cases("p", [0.3, 0.6, 0.9])
 def test_population_link_of_each_loss(name, psi, p):
     """argmin_h p f(h) + (1-p) f(-h), on a grid: p - 1/2 (IPO), logit p (DPO). Psi is this map, not f."""
-    h, loss, q = torch.linspace(-12, 12, 24_001, dtype=torch.float64), ipo.LOSSES[name], f64(p)
-    expected = p * loss(h, torch.ones(1), 1.0) + (1 - p) * loss(-h, torch.ones(1), 1.0)
-    assert h[expected.argmin()].item() == approx((psi(q) - psi(1 - q)).item() / 2, abs=1e-3)
-    assert ipo.WORTH[name](q) == psi(q)
+    h = torch.linspace(-12, 12, 24_001, dtype=torch.float64)
+    loss = ipo.LOSSES[name]
+    won = loss(h, torch.ones(1), 1.0)
+    lost = loss(-h, torch.ones(1), 1.0)
+    expected = p * won + (1 - p) * lost
+    best = h[expected.argmin()].item()
+    q = f64(p)
+    odd_part = (psi(q) - psi(1 - q)).item() / 2
+    assert best == approx(odd_part, abs=1e-3)
+    assert ipo.PSI_OF[name](q) == psi(q)
+
+
+UNIFORM = "0.33333333 0.33333333 0.33333333"
 
 
 def policy_of(p, mu, ref, tau, psi=identity):
     """eq. 7 for one prompt, as probabilities."""
-    return data.optimum(f64(ref).log()[None], psi(f64(p))[None], f64(mu)[None], tau)[0].exp()
+    log_ref = numbers(ref).log()[None]
+    worth = psi(numbers(p))[None]
+    best = data.optimum(log_ref, worth, numbers(mu)[None], tau)
+    return best[0].exp()
 
 
-@cases("ref, probability", [([0.9, 0.1], 0.155), ([0.5, 0.5], 0.622)])
+@cases("ref, probability", [("0.9 0.1", 0.155), ("0.5 0.5", 0.622)])
 def test_without_a_reference_the_answer_is_another(ref, probability):
     """y2 preferred, tau = 1: pi*(y2) = sigmoid(log(ref2/ref1) + 1/2)."""
-    assert policy_of([[0.5, 0], [1, 0.5]], [0.5, 0.5], ref, 1.0)[1].item() == approx(probability, abs=5e-4)
+    second_wins = "0.5 0 / 1 0.5"
+    best = policy_of(second_wins, "0.5 0.5", ref, 1.0)
+    assert best[1].item() == approx(probability, abs=5e-4)
 
 
 def slope(loss, policy):
     """Of loss(log-probs), largest in the logits of a policy that is given by its probabilities."""
-    theta = f64(policy).log().requires_grad_()
-    return torch.autograd.grad(loss(theta.log_softmax(0)), theta)[0].abs().max().item()
+    theta = policy.log().requires_grad_()
+    loss(theta.log_softmax(0)).backward()
+    return theta.grad.abs().max().item()
 
 
-@cases("length, of_sum, stationary", [((1, 2, 4), 0, True), ((1, 2, 4), 1, False), ((1, 1, 1), 1, True)])
-def test_the_mean_form_has_another_optimum(length, of_sum, stationary):
-    """Its slope is 0 at ref exp(|y| g/tau), g = E_mu p*, not at the sum's pi* = ref exp(g/tau)."""
-    p, mu = f64([[0.5, 0.9, 0.2], [0.1, 0.5, 0.7], [0.8, 0.3, 0.5]]), f64([0.5, 0.3, 0.2])
-    power, pi = 1 if of_sum else f64(length), f64([0.2, 0.5, 0.3])
-    log_ref = pi.log() - power * (p * mu).sum(-1) / 0.5  # so that pi is the policy in question
+@cases("length, power, stationary", [
+    ("1 2 4", "1 2 4", True),
+    ("1 2 4", "1 1 1", False),
+    ("1 1 1", "1 1 1", True),
+])
+def test_the_mean_form_has_another_optimum(length, power, stationary):
+    """With means over tokens the slope is 0 at ref exp(|y| g/tau), and not at the sum's ref exp(g/tau)."""
+    p = numbers("0.5 0.9 0.2 / 0.1 0.5 0.7 / 0.8 0.3 0.5")
+    mu, pi, tau = numbers("0.5 0.3 0.2"), numbers("0.2 0.5 0.3"), 0.5
+    g = (p * mu).sum(-1)
+    log_ref = pi.log() - numbers(power) * g / tau  # so that pi is ref exp(power g/tau)
 
     def loss(logp):
-        f = (logp - log_ref) / f64(length)
-        return (mu[:, None] * mu * ipo.ipo_loss(f[:, None] - f, p, 0.5)).sum()
+        f = (logp - log_ref) / numbers(length)
+        h = f[:, None] - f
+        weight = mu[:, None] * mu
+        return (weight * ipo.ipo_loss(h, p, tau)).sum()
 
-    assert (slope(loss, [0.2, 0.5, 0.3]) < 1e-9) == stationary
+    assert (slope(loss, pi) < 1e-9) == stationary
+
+
+@cases("length", [1, 4])
+def test_a_certain_pair_stops_at_the_target_in_the_mean_form_too(length):
+    """What bounds the margin of means, h / |y|, is the finite target 1/(2 tau) = 5, not the mean."""
+    h = torch.linspace(0, 40, 4001, dtype=torch.float64)
+    loss = ipo.ipo_loss(h / length, torch.ones(1), 0.1)
+    assert h[loss.argmin()].item() == approx(5 * length)
 
 
 def test_tau_pulls_to_the_reference_whatever_its_entropy():
     """Towards a peaked reference the entropy of pi* falls as tau rises: no exploration."""
-    p, mu, ref = [[0.5, 0.1, 0.1], [0.9, 0.5, 0.5], [0.9, 0.5, 0.5]], [1 / 3] * 3, [0.98, 0.01, 0.01]
-    entropy = [torch.special.entr(policy_of(p, mu, ref, tau)).sum().item() for tau in (0.1, 0.3, 1, 10)]
-    assert entropy == sorted(entropy, reverse=True) and entropy[0] > 2 * entropy[-1]
+    rare_ones_win = "0.5 0.1 0.1 / 0.9 0.5 0.5 / 0.9 0.5 0.5"
+    entropies = []
+    for tau in (0.1, 0.3, 1, 10):
+        best = policy_of(rare_ones_win, UNIFORM, "0.98 0.01 0.01", tau)
+        entropies.append(torch.special.entr(best).sum().item())
+    assert entropies == approx([1.06, 0.31, 0.15, 0.12], abs=0.01)
 
 
-@cases("pairs, best, limit", [
-    ("ab bc ac", (0.964370, 0.034403, 0.001227), (1, 1e-90, 1e-180)), ("ab ba", [1 / 3] * 3, [1 / 3] * 3),
-    ("ab bc ca", [1 / 3] * 3, [1 / 3] * 3), ("ac bc", (0.498321, 0.498321, 0.003358), (0.5, 0.5, 1e-90))])
-def test_dpo_tends_to_a_limit_on_certain_pairs(pairs, best, limit):
-    """The paper's bandits, tau 0.1: IPO's slope is 0 at pi*, DPO's at certainty only; they meet in cycles."""
-    chosen, rejected = (["abc".index(pair[k]) for pair in pairs.split()] for k in (0, 1))
+def largest_slope(loss, pairs, policy):
+    """Of a loss at tau 0.1, over pairs such as "ab bc" (a was chosen, b rejected; b chosen, c rejected)."""
+    chosen = ["abc".index(pair[0]) for pair in pairs.split()]
+    rejected = ["abc".index(pair[1]) for pair in pairs.split()]
 
-    def at(loss, policy):
-        return slope(lambda logp: loss(logp[chosen] - logp[rejected], torch.ones(1), 0.1).mean(), policy)
+    def mean_loss(logp):
+        h = logp[chosen] - logp[rejected]
+        return loss(h, torch.ones(1), 0.1).mean()
 
-    assert at(ipo.ipo_loss, best) < 2e-3 and at(ipo.dpo_loss, limit) < 1e-6
-    assert (at(ipo.dpo_loss, best) < 1e-6) == (limit == best)
+    return slope(mean_loss, numbers(policy))
+
+
+@cases("pairs, best", [
+    ("ab bc ac", "0.964370 0.034403 0.001227"),
+    ("ab ba", UNIFORM),
+    ("ab bc ca", UNIFORM),
+    ("ac bc", "0.498321 0.498321 0.003358"),
+])
+def test_ipo_ends_at_its_optimum_on_certain_pairs(pairs, best):
+    """The paper's bandits, uniform reference, tau 0.1."""
+    assert largest_slope(ipo.ipo_loss, pairs, best) < 2e-3
+
+
+@cases("pairs, limit", [
+    ("ab bc ac", "1 1e-90 1e-180"),
+    ("ab ba", UNIFORM),
+    ("ab bc ca", UNIFORM),
+    ("ac bc", "0.5 0.5 1e-90"),
+])
+def test_dpo_tends_to_a_limit_on_certain_pairs(pairs, limit):
+    """The same bandits: DPO's slope is 0 where each sure preference is certain; on a cycle both stay."""
+    assert largest_slope(ipo.dpo_loss, pairs, limit) < 1e-6
+
+
+@cases("pairs, best", [
+    ("ab bc ac", "0.964370 0.034403 0.001227"),
+    ("ac bc", "0.498321 0.498321 0.003358"),
+])
+def test_dpo_leaves_ipos_optimum_on_certain_pairs(pairs, best):
+    assert largest_slope(ipo.dpo_loss, pairs, best) > 1e-3
+
+
+def distance_of_optima(psi):
+    """KL from pi* for a mu that follows the reward to pi* for another mu, in the world of Bradley-Terry."""
+    p = data.World("bt").pstar
+    ref = random_policies()[0]
+    some_mu = (8 * p.mean(-1)).softmax(-1)
+    some = data.optimum(ref, psi(p), some_mu, 0.1)
+    other = data.optimum(ref, psi(p), ref.exp(), 0.1)
+    return data.kl(some, other).item()
 
 
 def test_mu_matters_unless_psi_is_logit_under_bradley_terry():
     """logit p* = r - r': another mu adds a constant to g, which Z takes up; the identity has no such luck."""
-    p, (ref, *_) = data.World("bt").pstar, random_policies()
-    for psi, matters in ((torch.logit, False), (identity, True)):
-        some, other = (data.optimum(ref, psi(p), mu, 0.1) for mu in ((8 * p.mean(-1)).softmax(-1), ref.exp()))
-        assert (data.kl(some, other) > 0.01) == matters == (data.kl(some, other) > 1e-9)
+    assert distance_of_optima(torch.logit) < 1e-9
+    assert distance_of_optima(identity) > 0.01
 
 
-# -------------------------------------------------------------------------------- the log-prob of a response
+# --------------------------------------------------------------------------------- the log-prob of a response
+
+def brute_force(policy, ids, mask):
+    """The sum of log-probs of the tokens under the mask, each from a pass over the tokens before it."""
+    total = 0.0
+    for t in range(len(ids)):
+        if mask[t]:
+            logits = policy(ids[None, :t])[0, -1]
+            total += logits.log_softmax(-1)[ids[t]].item()
+    return total
+
 
 def test_sequence_logp_is_the_product_of_conditionals():
-    """Brute force, token by token, with the plain forward pass; prompts of different lengths, padded rows."""
-    tokens = torch.tensor([[1, 2, 3, 4, 0], [4, 3, 1, 0, 0], [2, 2, 2, 2, 2]])
-    mask = torch.tensor([[0, 0, 1, 1, 0], [0, 1, 1, 0, 0], [0, 1, 1, 1, 1]])
-    total, mean = (ipo.sequence_logp(gpt(), tokens, mask, mean).tolist() for mean in (False, True))
-    for ids, m, of_all, of_one in zip(tokens, mask, total, mean):
-        logp = [gpt()(ids[None, :t])[0, -1].log_softmax(-1)[ids[t]].item() for t in m.nonzero().flatten()]
-        assert of_all == approx(sum(logp), abs=1e-5) and of_one == approx(np.mean(logp), abs=1e-5)
+    """Token by token; prompts of different lengths, padded rows."""
+    policy = gpt()
+    tokens = numbers("1 2 3 4 0 / 4 3 1 0 0 / 2 2 2 2 2").long()
+    mask = numbers("0 0 1 1 0 / 0 1 1 0 0 / 0 1 1 1 1").bool()
+    ours = ipo.sequence_logp(policy, tokens, mask)
+    expected = [brute_force(policy, *row) for row in zip(tokens, mask)]
+    assert ours.tolist() == approx(expected, abs=1e-5)
 
 
 def test_probabilities_of_all_short_responses_sum_to_one():
-    """Every string over {0..3} that ends with 4 (end of text) or is cut at three, 1 + 4 + 16 + 64: all
-    that can happen."""
-    ended = [(*r, 4) for k in range(3) for r in itertools.product(range(4), repeat=k)]
-    rows = data.PairData(itertools.product([[2, 1]], [*ended, *itertools.product(range(4), repeat=3)]))
-    assert ipo.sequence_logp(gpt(), *rows.padded(torch.arange(85))).exp().sum().item() == approx(1, abs=1e-5)
+    """Every string over {0..3} that ends with 4 (end of text) or is cut at three: 1 + 4 + 16 + 64."""
+    responses = list(map(list, itertools.product(range(4), repeat=3)))
+    for length in range(3):
+        strings = itertools.product(range(4), repeat=length)
+        responses += [[*string, 4] for string in strings]
+    rows = data.PairData([[2, 1]] * len(responses), responses)
+    logp = ipo.sequence_logp(gpt(), *rows.padded(torch.arange(85)))
+    assert len(responses) == 85
+    assert logp.exp().sum().item() == approx(1, abs=1e-5)
 
 
-@cases("mask, words", [([[0, 0, 0]], "no response"), ([[1, 1, 0]], r"mask\[:,0\]"), ([[0, 1]], "in shape")])
-def test_sequence_logp_refuses_a_wrong_mask(mask, words):
-    """The three errors of a programmer."""
-    with pytest.raises(AssertionError, match=words):
-        ipo.sequence_logp(gpt(), torch.tensor([[1, 2, 3]]), torch.tensor(mask))
+def test_the_default_run_takes_the_plain_lines():
+    """A row of the world has five tokens at most."""
+    world = ipo.WorldSource(options())
+    tokens, _ = world.pairs.padded(torch.arange(400))
+    assert not model.sharing_pays(gpt(), tokens)
+
+
+def test_long_rows_take_the_fast_path():
+    policy = byte_gpt()
+    tokens = torch.randint(257, (4, 40))
+    with mock.patch.object(model, "shared_hidden", wraps=model.shared_hidden) as fast:
+        ipo.sequence_logp(policy, tokens, torch.ones(4, 40).bool())
+    assert fast.call_count == 1
+
+
+def test_another_model_never_takes_the_fast_path():
+    """Its hidden states may be anything."""
+    class Mine(model.GPT):
+        pass
+
+    policy = Mine(model.GPTConfig(64, 11, 11, 1, 2, 16))
+    assert not model.sharing_pays(policy, torch.zeros(4, 40))
+
+
+FORK = numbers("3 40 2 50 3 2")[:, None]  # where the scored part of each row below begins ...
+STOP = numbers("60 45 57 58 20 57")[:, None]  # ... and ends
+
+
+def forked_rows():
+    """tokens (6,60), mask (6,60). They share prefixes of many lengths; the last row is the third again."""
+    tokens = torch.randint(3, (6, 60), generator=seeded())
+    tokens[3:, :40] = tokens[:3, :40]
+    tokens[5] = tokens[2]
+    t = torch.arange(60)
+    return tokens, (t >= FORK) & (t < STOP)
+
+
+def double_gpt():
+    return gpt(block_size=64, vocab_size=11, head_size=11).double()
 
 
 def plain_logp(policy, tokens, mask):
     """The plain pass over every position, in one piece."""
-    logp = policy(tokens).log_softmax(-1)[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
-    return (logp * mask[:, 1:]).sum(1)
+    logp = policy(tokens)[:, :-1].log_softmax(-1)
+    said = tokens[:, 1:, None]
+    token_logp = logp.gather(2, said)[..., 0]
+    return (token_logp * mask[:, 1:]).sum(1)
 
 
-def assert_plain(ours, policy, tokens, mask):
-    """Log-probs, and gradients, of the plain pass."""
-    theirs, weight = plain_logp(policy, tokens, mask), torch.arange(1.0, 1 + len(ours))
-    assert torch.allclose(ours.double(), theirs.double(), rtol=1e-5, atol=1e-5)
-    gradients = [torch.autograd.grad((z * weight).mean(), policy.parameters()) for z in (ours, theirs)]
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(*gradients))
+def plain_hidden(policy, tokens, wanted):
+    return policy.hidden(tokens)[wanted]
 
 
-def test_shared_prefixes_change_nothing():
-    """Log-probs and gradients are the plain pass's; each prefix, counted by brute force, is computed once;
-    few ask twice; a row may want nothing."""
-    policy, t, computed = gpt(block_size=64, vocab_size=11).double(), torch.arange(60), []
-    tokens, length = torch.randint(3, (6, 60)), torch.tensor([[60], [45], [57], [58], [20], [57]])
-    tokens[3:, :40], tokens[5] = tokens[:3, :40], tokens[2]
-    mask = (t < length) & (t >= torch.tensor([[3], [40], [2], [50], [3], [2]]))
-    policy.transformer.ln_f.register_forward_hook(lambda layer, x, y: computed.append(len(y)))
-    assert_plain(ipo.sequence_logp(policy, tokens, mask), policy, tokens, mask)
-    prefixes = {tuple(row[:k].tolist()) for row, n in zip(tokens, length) for k in range(1, n)}
-    asked = sum(own.numel() for _, own in model.Shared(tokens, t < length - 1).groups)
-    assert computed[0] == len(prefixes) > 0.8 * asked
-    assert torch.allclose(policy.hidden(tokens, mask & (length > 45))[0], policy.hidden(tokens)[0])
+def test_shared_prefixes_change_no_value():
+    """float64, rows that share prefixes of many lengths."""
+    policy, (tokens, wanted) = double_gpt(), forked_rows()
+    ours = model.shared_hidden(policy, tokens, wanted)
+    plain = plain_hidden(policy, tokens, wanted)
+    assert torch.allclose(ours, plain, rtol=0, atol=1e-10)
 
 
-def test_logits_in_chunks_change_nothing():
-    """512 tokens at a time: the same values and gradients as in one piece, and no (S,V) is kept."""
-    policy, kept = gpt(block_size=16, vocab_size=301), []
-    tokens, mask = torch.randint(301, (60, 12)), torch.arange(12).expand(60, 12) >= 1
-    with torch.autograd.graph.saved_tensors_hooks(lambda z: kept.append(z.shape[-1]) or z, lambda z: z):
-        ours = ipo.sequence_logp(policy, tokens, mask)
-    assert kept and 301 not in kept
-    assert_plain(ours, policy, tokens, mask)
+def test_shared_prefixes_change_no_gradient():
+    """float64, another weight for each number."""
+    policy, (tokens, wanted) = double_gpt(), forked_rows()
+    weights = torch.randn(int(wanted.sum()), 16).double()
+    gradients = []
+    for hidden in (model.shared_hidden, plain_hidden):
+        value = (hidden(policy, tokens, wanted) * weights).sum()
+        gradients.append(torch.autograd.grad(value, policy.transformer.parameters()))
+    for ours, plain in zip(*gradients, strict=True):
+        assert torch.allclose(ours, plain, rtol=1e-9, atol=1e-9)
+
+
+def test_long_rows_have_the_plain_log_probs():
+    policy, (tokens, mask) = gpt(block_size=64), forked_rows()
+    ours = ipo.sequence_logp(policy, tokens, mask)
+    assert torch.allclose(ours, plain_logp(policy, tokens, mask), atol=1e-4)
+
+
+def test_each_distinct_prefix_is_computed_once():
+    """As many as brute force counts; no position behind the last that is scored."""
+    policy, (tokens, mask) = double_gpt(), forked_rows()
+    computed = []
+
+    def count(layer, x, y):
+        computed.append(len(y))
+
+    policy.transformer.ln_f.register_forward_hook(count)
+    ipo.sequence_logp(policy, tokens, mask)
+    prefixes = set()
+    for row, stop in zip(tokens.tolist(), STOP[:, 0].int()):
+        prefixes |= {tuple(row[:n]) for n in range(1, stop)}
+    assert computed == [len(prefixes)]
 
 
 def test_gradients_of_shared_prefixes_do_not_stall_in_bfloat16():
     """One prefix in a thousand rows: a sum of a thousand ones, which in bfloat16 would stop at 256."""
-    x, where = torch.ones(1, 1, dtype=torch.bfloat16).requires_grad_(), torch.zeros(1000, dtype=torch.int64)
-    assert torch.autograd.grad(model.spread(x, where).sum(), x)[0] == 1000
+    x = torch.ones(1, 1, dtype=torch.bfloat16).requires_grad_()
+    where = torch.zeros(1000, dtype=torch.int64)
+    model.take(x, where).sum().backward()
+    assert x.grad.item() == 1000
 
 
-# ----------------------------------------------------------------------------------------------- the policy
+def test_a_bfloat16_prefix_stays_bfloat16():
+    x = torch.ones(3, 2, dtype=torch.bfloat16)
+    assert model.take(x, torch.tensor([2, 0])).dtype == torch.bfloat16
+
+
+# ------------------------------------------------------------------------------------------------- the policy
 
 def hugging_face(std=0.2, **sizes):
-    """A random GPT-2 of transformers."""
-    small = {"vocab_size": 257, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "eos_token_id": 0}
+    """A random GPT-2 of transformers with GPT-2's vocabulary."""
+    import transformers
+    small = {"n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 4}
     torch.manual_seed(0)
-    transformers = model.quiet_transformers()
-    hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(**(small | sizes), bos_token_id=0)).eval()
-    for p in hf.parameters():
+    config = transformers.GPT2Config(**small | sizes)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    for p in theirs.parameters():
         torch.nn.init.normal_(p, std=std)
-    return hf
+    return theirs
 
 
-@cases("sizes", [{}, {"n_layer": 1, "n_head": 3, "n_embd": 48, "n_positions": 20}, {"vocab_size": 99}])
+@cases("sizes", [
+    {},
+    {"n_layer": 1, "n_head": 3, "n_embd": 48, "n_positions": 20},
+    {"n_layer": 3, "n_head": 1},
+])
+@torch.no_grad()
 def test_gpt_is_gpt2(tmp_path, sizes):
-    """transformers' weights in our GPT: same logits; saved from ours, the same model again."""
-    theirs, tokens = hugging_face(**sizes), torch.arange(36).view(3, 12)
-    theirs.save_pretrained(tmp_path / "in")
-    ours = model.GPT.from_pretrained(tmp_path / "in")
-    ours.save_pretrained(tmp_path / "out", eot_token=7)
-    back = type(theirs).from_pretrained(tmp_path / "out")
-    assert torch.allclose(ours(tokens), theirs(tokens).logits, rtol=0, atol=5e-6)
-    assert torch.equal(back(tokens).logits, theirs(tokens).logits) and back.config.eos_token_id == 7
+    """transformers' weights in our GPT give transformers' logits."""
+    theirs = hugging_face(**sizes)
+    theirs.save_pretrained(tmp_path)
+    ours = model.from_gpt2(str(tmp_path))
+    tokens = 1000 * torch.arange(36).view(3, 12)
+    expected = theirs(tokens).logits
+    assert torch.allclose(ours(tokens), expected, rtol=0, atol=2e-5)
 
 
-@cases("variant, words", [
-    ({"activation_function": "relu"}, "variant"), ({"tie_word_embeddings": False}, "variant"), ("cut", "cut"),
-    ({"scale_attn_by_inverse_layer_idx": True}, "variant"), ({"n_inner": 40}, "loading"), ("llama", "llama"),
-    ("lacking", "weights are missing")])
-def test_what_is_not_gpt2_is_refused_in_one_line(tmp_path, variant, words):
-    """Another activation, head, scale, width, architecture; a file that is cut or lacks weights."""
-    hf = hugging_face(0.5, **(variant if isinstance(variant, dict) else {}))
-    state = {name: p for name, p in hf.state_dict().items() if variant != "lacking" or ".h.1." not in name}
-    hf.save_pretrained(tmp_path / "cut", state_dict=state)
-    if variant == "cut":
-        os.truncate(tmp_path / "cut/model.safetensors", 500)
-    if variant == "llama":
-        model.quiet_transformers().LlamaConfig().save_pretrained(tmp_path / "cut")
-    with pytest.raises(model.Refused, match=f"^--init_from [^\n]*{words}[^\n]*; name a run's .pt[^\n]*$"):
-        model.GPT.from_pretrained(tmp_path / "cut")
+def test_the_context_of_gpt2_is_taken_over(tmp_path):
+    hugging_face(n_positions=20).save_pretrained(tmp_path)
+    policy, tokenizer = model.load(str(tmp_path))
+    assert policy.config.block_size == 20
+    assert tokenizer == "gpt2"
 
 
-def test_initial_weights_are_gpt2s():
-    """Normal, std .02; what blocks add to the stream, 2 per block, by sqrt(2 n_layer) less; biases 0."""
+def not_gpt2(path):
+    """The folder is refused in one line, which it returns."""
+    with pytest.raises(data.Refused) as error:
+        model.from_gpt2(str(path))
+    line = str(error.value)
+    assert line.startswith(f"--init_from {path}: ")
+    assert "name a run's .pt file, a folder" in line
+    assert "\n" not in line
+    return line
+
+
+@cases("variant", [
+    {"activation_function": "relu"},
+    {"scale_attn_by_inverse_layer_idx": True},
+    {"tie_word_embeddings": False},
+    {"vocab_size": 51_200},
+    {"vocab_size": 257},
+])
+def test_a_variant_of_gpt2_is_refused(tmp_path, variant):
+    """Another activation, scale or head; ids that are not GPT-2's."""
+    hugging_face(0.5, **variant).save_pretrained(tmp_path)
+    assert "not GPT-2 but a gpt2 of" in not_gpt2(tmp_path)
+
+
+def test_another_width_is_refused(tmp_path):
+    hugging_face(n_inner=40).save_pretrained(tmp_path)
+    not_gpt2(tmp_path)
+
+
+def test_another_architecture_is_refused(tmp_path):
+    import transformers
+    transformers.LlamaConfig().save_pretrained(tmp_path)
+    not_gpt2(tmp_path)
+
+
+def test_gpt2_without_some_of_its_weights_is_refused(tmp_path):
+    theirs = hugging_face()
+    state = theirs.state_dict()
+    lacking = {name: p for name, p in state.items() if ".h.1." not in name}
+    theirs.save_pretrained(tmp_path, state_dict=lacking)
+    not_gpt2(tmp_path)
+
+
+def test_a_cut_file_of_gpt2_is_refused(tmp_path):
+    hugging_face().save_pretrained(tmp_path)
+    os.truncate(tmp_path / "model.safetensors", 500)
+    not_gpt2(tmp_path)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    not_gpt2(tmp_path)
+
+
+def initial_weights():
     torch.manual_seed(0)
-    for name, p in model.GPT(model.GPTConfig(64, 300, 0, n_layer=8, n_head=4, n_embd=64)).named_parameters():
-        std = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02
-        vector = p.dim() == 1 and (p == ("ln" in name and "weight" in name)).all()
-        assert vector or p.std().item() == approx(std, rel=0.06), name
+    sizes = model.GPTConfig(64, 300, 300, n_layer=8, n_head=4, n_embd=64)
+    return dict(model.GPT(sizes).named_parameters())
 
 
-@cases("heat", [1.0, 2.0])
-def test_generate_samples_the_model(heat):
-    """Frequencies of one-token samples against the softmax; temperature 0, or almost, is the mode."""
-    tokenizer, policy = data.get_tokenizer("words a b c d"), gpt(3, vocab_size=6, head_size=5)
-    logits = policy(torch.tensor([[1, 2]]))[0, -1].detach()
-    said = [model.generate(policy, tokenizer, [1, 2], heat, seed, 1) for seed in range(1000)]
-    share = torch.tensor([said.count(text) for text in (" a", " b", " c", " d", "")]) / 1000  # "": the end
-    assert (share - (logits / heat).softmax(-1)).abs().max() < 0.05
-    modes = {model.generate(policy, tokenizer, [1, 2], cold, 0, 1) for cold in (0, 1e-300)}
-    assert modes == {max(said, key=said.count)} and model.generate(policy, tokenizer, [], 0)[0] == " "
+def test_initial_matrices_are_gpt2s():
+    """Normal, std .02; what blocks add to the stream, 2 per block, by sqrt(2 n_layer) = 4 less."""
+    for name, p in initial_weights().items():
+        std = 0.005 if name.endswith("c_proj.weight") else 0.02
+        if p.dim() == 2:
+            assert p.std().item() == approx(std, rel=0.06), name
+            assert abs(p.mean().item()) < std / 20, name
 
 
-# ------------------------------------------------------------------------------------------- checkpoint files
+def test_initial_vectors_are_gpt2s():
+    """Scales 1, everything that is added 0."""
+    for name, p in initial_weights().items():
+        if p.dim() == 1:
+            assert (p == name.endswith("weight")).all(), name
 
-def saved(path, **extra):
-    """-> the bytes of a checkpoint of gpt()."""
-    model.save(path, gpt(), **extra)
+
+def test_a_position_never_sees_what_follows():
+    policy = gpt()
+    tokens = numbers("1 2 3 4 0 / 1 2 3 0 2").long()
+    one, other = policy(tokens)[:, :3]
+    assert torch.equal(one, other)
+
+
+def test_too_many_tokens_are_an_error():
+    with pytest.raises(ValueError, match="7 tokens exceed the context of 6"):
+        gpt().hidden(torch.zeros(1, 7).long())
+
+
+# ------------------------------------------------------------------------------------------------ its answers
+
+ABCD = data.Words(["a", "b", "c", "d"])  # ids 0 to 3; 4 is end of text
+
+
+def speaker():
+    """A GPT that says a, b, c, d or end of text, and reads the prompt's words, too."""
+    return gpt(3, vocab_size=ABCD.n_vocab)
+
+
+SPEAKER = speaker()
+
+
+def answer(seed=0, temperature=1.0, text="b c", most=1):
+    return model.generate(SPEAKER, ABCD, text, temperature, seed, most)
+
+
+@cases("temperature", [1.0, 2.0])
+def test_generate_samples_the_model(temperature):
+    """Frequencies of one-token samples against the softmax."""
+    prompt = torch.tensor([[1, 2]])
+    logits = SPEAKER(prompt)[0, -1].detach()
+    expected = (logits / temperature).softmax(-1)
+    said = [answer(seed, temperature) for seed in range(1000)]
+    words = " a", " b", " c", " d", ""  # "": the end
+    share = [said.count(word) / 1000 for word in words]
+    assert share == approx(expected.tolist(), abs=0.05)
+
+
+@cases("cold", [0, 1e-300])
+def test_temperature_0_or_almost_is_the_likeliest(cold):
+    said = [answer(seed) for seed in range(200)]
+    likeliest = max(said, key=said.count)
+    assert answer(0, cold) == likeliest
+
+
+def test_an_answer_is_the_same_for_the_same_seed():
+    assert answer(5, most=4) == answer(5, most=4)
+
+
+def longest_answer(most):
+    """The words of the longest of 50 answers."""
+    said = [answer(seed, most=most) for seed in range(50)]
+    return max(len(text.split()) for text in said)
+
+
+def test_an_answer_ends_where_the_context_does():
+    """Six tokens, of which the prompt takes two."""
+    assert longest_answer(64) == 4
+
+
+def test_an_answer_ends_at_max_new_tokens():
+    assert longest_answer(2) == 2
+
+
+def test_an_answer_is_what_follows_the_prompt():
+    assert not answer(0, 0, most=4).startswith("b c")
+
+
+def test_an_empty_prompt_is_end_of_text():
+    """As GPT-2 was trained: the answer is that to end of text."""
+    of_nothing = answer(0, 0, "", 3)
+    assert of_nothing == answer(0, 0, data.EOT, 3)
+
+
+def test_a_prompt_that_fills_the_context_is_refused():
+    with pytest.raises(data.Refused, match="a prompt of 6 tokens fills the context of 6; write"):
+        answer(text="a b c d a b")
+
+
+def test_a_policy_that_is_not_finite_says_so():
+    policy = speaker()
+    policy.transformer.ln_f.weight.data.fill_(math.nan)
+    with pytest.raises(data.Refused, match="weights are not finite: its run diverged"):
+        model.generate(policy, ABCD, "a")
+
+
+def test_ids_that_the_tokenizer_lacks_are_never_said():
+    """A model may have more ids than its tokenizer, for speed."""
+    policy = gpt(3, vocab_size=300, head_size=300, block_size=40)
+    tokenizer = data.get_tokenizer("bytes")
+    text = model.generate(policy, tokenizer, "a", 3.0)
+    assert isinstance(text, str)
+
+
+# ------------------------------------------------------------------------------------------- files of weights
+
+def saved(path, **more):
+    """A file of gpt(); returns its bytes."""
+    model.save(path, gpt(), Namespace(tokenizer="bytes"), **more)
     return Path(path).read_bytes()
 
 
-def same(a, b):
-    return all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
+def test_a_file_returns_what_was_saved(tmp_path):
+    path = str(tmp_path / "a.pt")
+    saved(path, step=7)
+    policy, tokenizer = model.load(path)
+    assert same_weights(policy, gpt())
+    assert policy.config == gpt().config
+    assert tokenizer == "bytes"
+    assert model.read(path)["step"] == 7
+    assert model.read(path)["flags"] == {"tokenizer": "bytes"}
 
 
-def test_a_checkpoint_returns_what_was_saved_and_a_flipped_bit_is_never_used(tmp_path):
+def flipped(whole, place, bit):
+    """These bytes, with one bit flipped."""
+    damaged = bytearray(whole)
+    damaged[place] ^= 1 << bit
+    return bytes(damaged)
+
+
+def test_a_flipped_bit_is_never_used(tmp_path):
     """Of 300 single-bit flips each is refused in one line, or was in a byte that nothing reads."""
     path, rng = tmp_path / "a.pt", np.random.default_rng(0)
-    whole, refusals = saved(path, tokenizer="bytes"), []
-    assert model.load(path)[1] == {"tokenizer": "bytes"} and model.load(path)[0].config == gpt().config
-    for place, bit in zip(rng.integers(len(whole), size=300), rng.integers(8, size=300)):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1:])
+    whole, refusals = saved(path), 0
+    for place in rng.integers(len(whole), size=300):
+        path.write_bytes(flipped(whole, place, rng.integers(8)))
         try:
-            assert same(model.load(path)[0], gpt()), f"byte {place}, bit {bit} was used"
-        except model.Refused as error:
-            refusals.append(re.fullmatch(f"{path}: .* name the ckpt.pt .*", str(error)))
-    assert len(refusals) > 150 and all(refusals) and os.listdir(tmp_path) == ["a.pt"]
+            assert same_weights(model.load(str(path))[0], gpt()), place
+        except data.Refused as error:
+            assert re.fullmatch(f"{path}: not what a run saved .*; name the ckpt.pt or .*", str(error))
+            refusals += 1
+    assert refusals > 150
+
+
+def test_nothing_else_is_left_beside_a_file(tmp_path):
+    saved(tmp_path / "a.pt")
+    assert os.listdir(tmp_path) == ["a.pt"]
 
 
 class Evil:
@@ -379,364 +798,1141 @@ class Evil:
         return os.mkdir, ("evil",)
 
 
-def test_a_foreign_file_is_refused_and_executes_nothing(tmp_path, monkeypatch):
-    """Cut, empty, text, another's tensors, impossible sizes or values, a pickle that would run code."""
+def test_a_pickle_executes_nothing(tmp_path, monkeypatch):
+    """Even one that is sealed as ours are."""
     monkeypatch.chdir(tmp_path)
-    optimizer = ipo.adamw(gpt())
-    whole = saved("a.pt", step=1, optimizer=optimizer.state_dict())
-    good = torch.load("a.pt", weights_only=True)
-    values = [{"config": good["config"] | wrong} for wrong in ({"n_head": 3}, {"n_layer": 1}, {"x": 1})]
-    values += [{"step": []}, {"step": None}, {"optimizer": 3}, {"optimizer": {}}, {"model": Evil()}]
-    for content in [whole[:3000], whole[:-1], b"", b"text", [1], {}] + [good | wrong for wrong in values]:
-        Path("b.pt").write_bytes(content) if isinstance(content, bytes) else torch.save(content, "b.pt")
-        with pytest.raises(model.Refused, match="^b.pt: no whole checkpoint"):
-            model.load("b.pt", None, optimizer)
+    saved("a.pt", evil=Evil())
+    with pytest.raises(data.Refused, match="^a.pt: not what a run saved"):
+        model.load("a.pt")
     assert not Path("evil").exists()
 
 
-# ------------------------------------------------------------------------------------------------ the worlds
+FOREIGN = {
+    "cut": lambda whole: whole[:3000],
+    "a byte less": lambda whole: whole[:-1],
+    "empty": lambda whole: b"",
+    "text": lambda whole: b"text",
+}
+
+
+@cases("kind", FOREIGN)
+def test_bytes_that_no_run_wrote_are_refused(tmp_path, kind):
+    path = tmp_path / "a.pt"
+    path.write_bytes(FOREIGN[kind](saved(path)))
+    with pytest.raises(data.Refused, match="a.pt: not what a run saved"):
+        model.load(str(path))
+
+
+def test_a_file_of_tensors_that_no_run_wrote_is_refused(tmp_path):
+    torch.save(gpt().state_dict(), tmp_path / "a.pt")
+    with pytest.raises(data.Refused, match="not written by this program"):
+        model.load(str(tmp_path / "a.pt"))
+
+
+def test_a_file_that_was_changed_and_saved_again_is_refused(tmp_path):
+    """torch.load, another step, torch.save."""
+    path = tmp_path / "a.pt"
+    saved(path, step=1)
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {"step": 2}, path)
+    with pytest.raises(data.Refused, match="not what a run saved"):
+        model.read(str(path))
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(data.Refused, match="No such file"):
+        model.load(str(tmp_path / "no.pt"))
+
+
+@cases("error", [OSError(28, "No space left on device"), RuntimeError("No space left on device\n")])
+def test_a_full_disk_leaves_the_old_file(tmp_path, error):
+    """One line names the file; what was saved before is whole."""
+    path = tmp_path / "a.pt"
+    whole = saved(path)
+    with mock.patch.object(torch, "save", side_effect=error):
+        with pytest.raises(data.Refused, match="cannot be written .*No space left on device"):
+            saved(path)
+    assert path.read_bytes() == whole
+
+
+def on_a_machine_that_is_gone(storage, location):
+    if location == "gone:0":
+        raise RuntimeError("no such device here")
+
+
+def test_a_file_is_read_without_the_device_that_wrote_it(tmp_path, monkeypatch):
+    """As a GPU's file on a machine without one."""
+    registry = list(torch.serialization._package_registry)
+    monkeypatch.setattr(torch.serialization, "_package_registry", registry)
+    torch.serialization.register_package(0, lambda storage: "gone:0", on_a_machine_that_is_gone)
+    path = tmp_path / "a.pt"
+    saved(path)
+    with pytest.raises(RuntimeError, match="no such device here"):
+        torch.load(path)
+    assert same_weights(model.load(str(path))[0], gpt())
+
+
+# ------------------------------------------------------------------------------------------------- the worlds
 
 def random_policies():
     """Three unrelated policies in a world of 4 prompts, as log-probs (4,400)."""
-    return list(torch.randn(3, 4, 400, generator=torch.Generator().manual_seed(0)).double().log_softmax(-1))
+    logits = torch.randn(3, 4, 400, generator=seeded())
+    return list(logits.double().log_softmax(-1))
+
+
+def reward(text, x):
+    """The sum of the words' values for the subject of prompt x."""
+    return sum(data.WORTH[word][x] for word in text.split())
 
 
 def preferred(name, x, a, b):
     """p*(a>b) for prompt x, from the words of two reviews."""
-    words, (a, b) = list(data.VALENCE), (a.split(), b.split())
-    gap = sum(data.VALENCE[word][x] for word in a) - sum(data.VALENCE[word][x] for word in b)
+    gap = reward(a, x) - reward(b, x)
     if name == "deterministic":
         return 0.5 if abs(gap) < 1e-9 else float(gap > 0)
     if name == "cyclic" and a and b:
-        gap += (0, 2, -2)[(words.index(a[0]) - words.index(b[0])) % 3]
+        first = data.WORDS.index(a.split()[0])
+        second = data.WORDS.index(b.split()[0])
+        gap += (0, 2, -2)[(first - second) % 3]
     return 1 / (1 + math.exp(-gap))
 
 
-@cases("name", ["bt", "deterministic", "cyclic"])
-def test_worlds_are_what_they_say(name):
-    """p* word by word; it and its mirror sum to 1; cyclic alone is intransitive; 400 different reviews."""
-    p, texts, ones = data.World(name).pstar, data.World(name).responses, range(1, 8)
-    assert len(set(texts)) == 400 and torch.allclose(p + p.transpose(1, 2), torch.ones_like(p))
-    for x, a, b in np.random.default_rng(0).integers([4, 400, 400], size=(500, 3)):
-        assert p[x, a, b].item() == approx(preferred(name, x, texts[a], texts[b]), abs=1e-9)
-    cycles = [min(p[0, a, b], p[0, b, c], p[0, c, a]) > 0.5 for a, b, c in itertools.permutations(ones, 3)]
-    assert any(cycles) == (name == "cyclic")
+@cases("name", data.WORLDS)
+def test_preferences_are_what_they_say(name):
+    """p* word by word, for 500 pairs of reviews."""
+    world, rng = data.World(name), np.random.default_rng(0)
+    numbered = rng.integers([4, 400, 400], size=(500, 3))
+    for x, a, b in numbered:
+        expected = preferred(name, x, world.responses[a], world.responses[b])
+        assert world.pstar[x, a, b].item() == approx(expected, abs=1e-9)
 
 
-def test_the_world_is_closed():
-    """Any model of these sizes gives the 400 responses probability one, and says nothing else.
+@cases("name", data.WORLDS)
+def test_a_preference_and_its_mirror_sum_to_one(name):
+    p = data.World(name).pstar
+    assert torch.allclose(p + p.transpose(1, 2), torch.ones_like(p))
 
-    So does the base distribution, which ends after each word but the last with probability 1/4.
-    """
-    world = ipo.WorldSource(options())
-    policy = gpt(**dict(zip(("block_size", "vocab_size", "head_size"), world.sizes)))
-    said = {model.generate(policy, world.tokenizer, world.prompts[1], seed=seed) for seed in range(50)}
-    assert world.enumerate(policy).exp().sum(-1).tolist() == approx([1] * 4, abs=1e-5)
-    assert said <= set(world.responses) and len(said) > 10 and max(len(t.split()) for t in said) == 3
+
+def has_a_cycle(name):
+    """Three one-word reviews of which each is preferred to the next."""
+    p = data.World(name).pstar[0]
+    for a, b, c in itertools.permutations(range(1, 8), 3):
+        steps = p[a, b], p[b, c], p[c, a]
+        if min(steps) > 0.5:
+            return True
+    return False
+
+
+@cases("name", data.WORLDS)
+def test_cyclic_alone_is_intransitive(name):
+    assert has_a_cycle(name) == (name == "cyclic")
+
+
+def test_every_review_of_three_words_is_there_once():
+    responses = data.World("bt").responses
+    assert len(responses) == 1 + 7 + 49 + 343
+    assert len(set(responses)) == 400
+
+
+def test_a_world_of_other_words_and_lengths():
+    world = data.World("bt", ["good", "dull"], 1)
+    assert world.responses == ["", "good", "dull"]
+    good_to_dull = world.pstar[0, 1, 2].item()
+    assert good_to_dull == approx(1 / (1 + math.exp(-1)))
+
+
+def test_the_base_distribution_ends_a_text_with_probability_one_quarter():
+    """After the first and after the second word; never before the first."""
+    world = data.World("bt")
     length = torch.tensor([len(text.split()) for text in world.responses])
-    assert torch.bincount(length, world.base).tolist() == approx([0, 1 / 4, 3 / 16, 9 / 16])
+    share = torch.bincount(length, world.base)
+    assert share.tolist() == approx([0, 1 / 4, 3 / 16, 9 / 16])
 
 
-@cases("labels, noise", [("hard", 0.0), ("hard", 0.3), ("soft", 0.3)])
-def test_pairs_are_drawn_as_described(labels, noise):
-    """Never equals; responses from mu; labels agree with p* and its noise as often as said; winners first."""
-    world, (_, _, mu), seed = data.World("bt"), random_policies(), torch.Generator().manual_seed(0)
-    world.draw(200_001, mu.exp(), labels, noise, seed)
-    x, p, both = world.pairs.prompt, world.pairs.p, torch.stack([world.pairs.chosen, world.pairs.rejected])
-    a, b = both - 400 * x
-    assert torch.equal(both // 400, torch.stack([x, x])) and not (a == b).any()
-    assert (torch.bincount(x) - 50_000).abs().max() <= 1
-    share = torch.bincount(torch.cat([a[x == 2], b[x == 2]]), minlength=400) / (x == 2).sum() / 2
-    assert (share - mu[2].exp()).abs().max() < 2e-3
-    said = world.pstar + noise * (1 - 2 * world.pstar)
-    ordered = said[x, torch.minimum(a, b), torch.maximum(a, b)].mean().item()
-    assert torch.equal(p, torch.ones_like(p) if labels == "hard" else said[x, a, b].float())
-    assert labels == "soft" or (a < b).double().mean().item() == approx(ordered, abs=5e-3)
+def world_gpt(world, seed=0):
+    """A GPT with the sizes of a world's model."""
+    block_size, vocab_size, head_size = world.sizes
+    return gpt(seed, block_size=block_size, vocab_size=vocab_size, head_size=head_size)
 
 
-def test_pairs_cannot_be_drawn_from_a_reference_that_always_says_the_same():
-    """Draws would be equal for ever."""
-    with pytest.raises(data.Refused, match="always says the same"):
-        data.World("bt").draw(10, torch.eye(400).double()[[7] * 4], "hard", 0.0, torch.Generator())
+def test_any_model_of_the_world_gives_its_responses_probability_one():
+    world = ipo.WorldSource(options())
+    probs = world.table(world_gpt(world)).exp()
+    assert probs.sum(-1).tolist() == approx([1] * 4, abs=1e-5)
+
+
+def test_a_model_of_the_world_says_nothing_else():
+    world = data.World("bt")
+    policy = world_gpt(world)
+    for seed in range(50):
+        text = model.generate(policy, world.tokenizer, "coffee review:", seed=seed)
+        assert text.strip() in world.responses
+
+
+def test_the_world_refuses_other_words():
+    with pytest.raises(data.Refused, match="the world has no word 'sushi'; it has superb, good"):
+        data.World("bt").tokenizer.encode_ordinary("sushi review:")
+
+
+def drawn(labels, n=200_001, seed=0, name="bt"):
+    """(world, mu, prompt, first, second): pairs from a random mu."""
+    world = data.World(name)
+    mu = random_policies()[2].exp()
+    world.draw(n, mu, labels, seeded(seed))
+    x = world.pairs.prompt
+    first = world.pairs.chosen - 400 * x
+    second = world.pairs.rejected - 400 * x
+    return world, mu, x, first, second
+
+
+def test_prompts_take_turns():
+    prompts = drawn("hard", 6)[2]
+    assert prompts.tolist() == [0, 1, 2, 3, 0, 1]
+
+
+@cases("labels", ["hard", "soft"])
+def test_responses_come_from_mu(labels):
+    """The shares of prompt 2's responses, to .002."""
+    _, mu, x, first, second = drawn(labels)
+    both = torch.cat([first[x == 2], second[x == 2]])
+    share = torch.bincount(both, minlength=400) / len(both)
+    assert (share - mu[2]).abs().max() < 2e-3
+
+
+def test_the_two_responses_are_independent():
+    """Equal as often as chance says: no pair is drawn again."""
+    _, mu, x, first, second = drawn("soft")
+    expected = (mu ** 2).sum(-1).mean().item()
+    share = (first == second).double().mean().item()
+    assert share == approx(expected, rel=0.1)
+
+
+def test_a_hard_label_is_a_coin_flip_with_p_star():
+    """How often the response of lower number wins, against the mean of p* for it."""
+    world, _, x, first, second = drawn("hard")
+    low, high = torch.minimum(first, second), torch.maximum(first, second)
+    differ = low < high
+    expected = world.pstar[x, low, high][differ].mean().item()
+    share = (first < second)[differ].double().mean().item()
+    assert share == approx(expected, abs=5e-3)
+
+
+def test_hard_labels_are_certain():
+    assert (drawn("hard")[0].pairs.p == 1).all()
+
+
+def test_soft_labels_are_p_star():
+    world, _, x, first, second = drawn("soft")
+    expected = world.pstar[x, first, second].float()
+    assert torch.equal(world.pairs.p, expected)
+
+
+def test_a_sure_preference_always_wins():
+    world, _, x, first, second = drawn("hard", name="deterministic")
+    assert world.pstar[x, first, second].min() >= 0.5
+
+
+def test_a_reference_that_always_says_the_same_gives_pairs_without_gradient():
+    """Both responses are the same, which is no error."""
+    world = data.World("bt")
+    mu = torch.zeros(4, 400).double()
+    mu[:, 7] = 1
+    world.draw(10, mu, "hard", seeded())
+    assert torch.equal(world.pairs.chosen, world.pairs.rejected)
+
+
+# ------------------------------------------------------------------------------------------- exact quantities
+
+def objective(logp, ref, p, mu, psi, tau):
+    """J of eq. 6: the mean worth of winning against mu, less tau KL(pi||ref)."""
+    pi = logp.exp()
+    worth = pi[:, :, None] * psi(p) * mu[:, None, :]
+    mean = worth.sum((1, 2)).mean()
+    return mean - tau * data.kl(logp, ref)
 
 
 @cases("name", ["bt", "cyclic"])
-@cases("psi", [identity, tanh, torch.logit, torch.square, torch.sqrt])
+@cases("psi", [identity, steep, torch.logit, torch.square, torch.sqrt])
 def test_the_gap_to_the_optimum_is_tau_times_the_kl(name, psi):
     """J(pi*) - J(pi) = tau KL(pi||pi*) for every pi and Psi: so eq. 7 is the maximum, and the only one."""
-    p, (pi, ref, mu), tau = data.World(name).pstar, random_policies(), 0.3
-    best = data.optimum(ref, psi(p), mu.exp(), tau)
-    n, top = (data.exact(z, ref, {"opt": best}, p, mu.exp(), psi, tau) for z in (pi, best))
-    assert top["objective"] - n["objective"] == approx(tau * n["kl_opt"], rel=1e-9)
-    assert top["kl_opt"] == approx(0, abs=1e-12) and n["kl_opt"] > 0.1
+    p, tau = data.World(name).pstar, 0.3
+    pi, ref, log_mu = random_policies()
+    mu = log_mu.exp()
+    best = data.optimum(ref, psi(p), mu, tau)
+    top = objective(best, ref, p, mu, psi, tau)
+    below = objective(pi, ref, p, mu, psi, tau)
+    distance = data.kl(pi, best).item()
+    assert distance > 0.1
+    assert (top - below).item() == approx(tau * distance, rel=1e-9)
 
 
-def test_exact_numbers_against_loops():
-    """Win rate, KL, J and ratio by plain sums over all pairs of one prompt."""
-    p, (pi, ref, mu) = data.World("cyclic").pstar[:1], (z[:1] for z in random_policies())
-    n = data.exact(pi, ref, {"x": mu}, p, mu.exp(), torch.square, 0.1)
-    a, r, m = (np.exp(z[0].numpy()) for z in (pi, ref, mu))
-    kl = sum(a[i] * math.log(a[i] / r[i]) for i in range(400))
-    win, worth = (sum(a[i] * m @ p[0, i].numpy() ** k for i in range(400)) for k in (1, 2))
-    assert n == approx({"kl_ref": kl, "win": win, "objective": worth - 0.1 * kl,
-                        "kl_x": (a * np.log(a / m)).sum(), "ratio": np.abs(np.log(a / r)).max()})
+def test_kl_against_loops():
+    """Plain sums, one prompt at a time, then their mean."""
+    pi, other, _ = random_policies()
+    total = 0.0
+    for x in range(4):
+        for y in range(400):
+            difference = pi[x, y] - other[x, y]
+            total += math.exp(pi[x, y]) * difference.item()
+    assert data.kl(pi, other).item() == approx(total / 4)
+
+
+def test_mean_over_opponents_against_numpy():
+    p, mu = data.World("cyclic").pstar, random_policies()[2].exp()
+    ours = data.mean_over_opponents(p, mu)
+    for x in range(4):
+        expected = p[x].numpy() @ mu[x].numpy()
+        assert np.allclose(ours[x], expected)
+
+
+def log_odds(q):
+    return math.log(q / (1 - q))
+
+
+SURE = ("0.5 0.7 1 0.6 / 0.3 0.5 1 0.6 / 0 0 0.5 1 / 0.4 0.4 0 0.5",  # p*
+        "0.3 0.2 0.1 0.4",                                            # mu
+        "0.1 0.2 0.3 0.4")                                            # ref
 
 
 def test_infinite_worth_is_the_limit_of_large_worth():
     """Logit of preferences that are sure but for e: as e falls, eq. 7 tends to the answer for e = 0."""
-    p = [[0.5, 0.7, 1, 0.6], [0.3, 0.5, 1, 0.6], [0, 0, 0.5, 1], [0.4, 0.4, 0, 0.5]]  # most wins: the third
-    near, limit = (policy_of(p, [0.3, 0.2, 0.1, 0.4], [0.1, 0.2, 0.3, 0.4], 0.5, psi)
-                   for psi in (lambda q: torch.logit(q).clamp(-1000, 1000), torch.logit))
-    assert torch.allclose(limit, near, atol=1e-9) and (limit[2:] == 0).all() and 0.1 < limit[1] < 0.9
+    near = policy_of(*SURE, 0.5, lambda q: torch.logit(q).clamp(-1000, 1000))
+    limit = policy_of(*SURE, 0.5, torch.logit)
+    assert torch.allclose(limit, near, atol=1e-9)
 
 
-POSED = {"block_size": 4, "vocab_size": 9, "head_size": 4}  # sizes of the world below
+def test_in_the_limit_the_most_sure_wins_take_everything():
+    """Sure wins less sure losses: .1, .1, -.1, -.1. The first two share as their other worth says."""
+    first = 0.1 * math.exp(0.2 * log_odds(0.7) / 0.5)
+    second = 0.2 * math.exp(0.3 * log_odds(0.3) / 0.5)
+    share = first / (first + second)
+    limit = policy_of(*SURE, 0.5, torch.logit)
+    assert limit.tolist() == approx([share, 1 - share, 0, 0])
+
+
+SMALL_WORLD = ["superb", "dull", "hot"], 2  # its words, and how many a response has at most
+
+
+@pytest.fixture
+def small_world(monkeypatch):
+    """Worlds have 4 prompts and 13 responses."""
+    monkeypatch.setattr(data.World.__init__, "__defaults__", SMALL_WORLD)
 
 
 def posed(*argv):
-    """A world of 4 prompts and 13 responses, given a random reference."""
-    data.WORLDS["bt"] = ["superb", "dull", "hot"], 2
+    """(source, policy): a world that was given a random policy as its reference."""
     source = ipo.WorldSource(options("--pairs", 64, "--tau", 0.5, *argv))
-    source.pose(gpt(**POSED), None, torch.Generator().manual_seed(0))
-    return source
+    policy = world_gpt(source)
+    source.set_reference(ipo.score(policy, source.pairs, source.args))
+    return source, policy
 
 
-@cases("labels", ["hard", "soft"])
-@cases("psi", [identity, tanh, torch.square, torch.sqrt])
-@cases("more", [[], ["--noise", 0.2, "--mu", "ref"]])
-def test_labels_is_where_endless_labels_lead(labels, psi, more):
-    """The expected loss has slope 0 there; it is pi* exactly if the labels can say what Psi asks for."""
-    ipo.psi = psi
-    source = posed("--labels", labels, *more)
-    ref, mu, p = source.ref[2], source.mu[2], source.pstar[2]
-    noise, drawn = 0.2 if more else 0, source.pairs.chosen
-    source.draw(64, source.mu, labels, noise, torch.Generator().manual_seed(0))
-    assert torch.equal(drawn, source.pairs.chosen)  # from this mu, with this noise
-    q = p + noise * (1 - 2 * p)
+def endless_labels(source, labels):
+    """loss(log-probs of prompt 2): its mean over all pairs from mu and all labels of this kind."""
+    ref = source.exact["ref"][2]
+    mu, p = source.mu[2], source.pstar[2]
+    weight = mu[:, None] * mu
 
     def loss(logp):
-        h = (logp - ref)[:, None] - (logp - ref)
-        won, lost, soft = ipo.ipo_loss(h, f64(1), 0.5), ipo.ipo_loss(-h, f64(1), 0.5), ipo.ipo_loss(h, q, 0.5)
-        return (mu[:, None] * mu * (soft if labels == "soft" else q * won + (1 - q) * lost)).sum()
+        f = logp - ref
+        h = f[:, None] - f
+        if labels == "soft":
+            return (weight * ipo.ipo_loss(h, p, 0.5)).sum()
+        won = ipo.ipo_loss(h, f64(1), 0.5)
+        lost = ipo.ipo_loss(-h, f64(1), 0.5)
+        return (weight * (p * won + (1 - p) * lost)).sum()
 
-    best = data.optimum(source.ref, psi(source.pstar), source.mu, 0.5)
-    assert slope(loss, source.exact["labels"][2].exp().tolist()) < 1e-6 < slope(loss, ref.exp().tolist())
-    assert torch.equal(source.exact["opt"], best) and torch.allclose(mu, ref.exp() if more else f64(1 / 13))
-    reached = not more and (psi is identity or labels == "soft" and psi is tanh)
-    assert torch.allclose(source.exact["labels"], best, atol=1e-9) == reached
-
-
-# ------------------------------------------------------------------------------------------- pairs from files
-
-def pair(chosen="good", rejected="bad", prompt="q: ", **more):
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected} | more
+    return loss
 
 
-def write(path, *lines):
-    """A JSONL file of texts and objects -> its name."""
-    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
-    path.write_text("".join(text + "\n" for text in texts), encoding="utf-8", errors="surrogateescape")
-    return str(path)
+@cases("labels, psi, mu, reached", [
+    ("hard", identity, "uniform", True),
+    ("hard", identity, "ref", True),
+    ("soft", identity, "uniform", True),
+    ("soft", identity, "ref", True),
+    ("soft", steep, "uniform", True),
+    ("soft", steep, "ref", True),
+    ("hard", steep, "uniform", False),
+    ("hard", torch.square, "uniform", False),
+    ("soft", torch.square, "uniform", False),
+    ("soft", torch.sqrt, "ref", False),
+])
+def test_where_endless_labels_lead(small_world, labels, psi, mu, reached):
+    """The expected loss has slope 0 at pi* if the labels can say what Psi asks for, and else elsewhere."""
+    ipo.psi = psi
+    source, _ = posed("--labels", labels, "--mu", mu)
+    best = source.exact["opt"][2].exp()
+    assert (slope(endless_labels(source, labels), best) < 1e-6) == reached
 
 
-def some_pairs(folder):
-    rows = (pair(f"good {i}", f"bad {i}", f"question {i}?", p=[0.2, 0.8, 0.8][i % 3]) for i in range(30))
-    return write(folder / "pairs.jsonl", *rows)
+def test_mu_is_uniform_by_default(small_world):
+    source, _ = posed()
+    assert source.mu.flatten().tolist() == approx([1 / 13] * 52)
 
 
-def encoded(*pairs):
-    return data.encode([data.Pair(**p) for p in pairs], data.get_tokenizer("bytes"), 32)
+def test_mu_may_be_the_reference(small_world):
+    source, policy = posed("--mu", "ref")
+    expected = source.table(policy).exp()
+    assert torch.equal(source.mu, expected)
 
 
-def test_jsonl_is_read_as_written(tmp_path, capsys):
-    """With and without p; Unicode of all kinds; a byte-order mark; what is not used is counted."""
+@cases("mu", ["uniform", "ref"])
+def test_the_optimum_of_a_run_is_that_of_its_mu(small_world, mu):
+    source, policy = posed("--mu", mu)
+    ref = source.table(policy)
+    best = data.optimum(ref, source.pstar, source.mu, 0.5)
+    assert torch.equal(source.exact["opt"], best)
+
+
+def test_the_pairs_of_a_run_come_from_its_mu_and_seed(small_world):
+    source, _ = posed("--mu", "ref", "--seed", 3)
+    kept = source.pairs.chosen
+    source.draw(64, source.mu, "hard", seeded(32))
+    assert torch.equal(kept, source.pairs.chosen)
+
+
+def test_a_soft_run_has_soft_pairs(small_world):
+    source, _ = posed("--labels", "soft")
+    assert len(source.pairs.p.unique()) > 10
+
+
+# ------------------------------------------------------------------------------------- reading your own pairs
+
+def read(folder, *lines):
+    """(pairs, path) of a file with these lines."""
+    path = write(folder / "p.jsonl", *lines)
+    return data.read_jsonl(path), path
+
+
+def test_jsonl_is_read_as_written(tmp_path):
+    """With and without p; Unicode of all kinds; whole numbers as p."""
     odd = pair("é 🙂 \u05d0 \x00", p=0.25)
-    path = write(tmp_path / "a.jsonl", pair(), "", odd | {"score": 1}, " ", "\ufeff" + json.dumps(pair(p=1)))
-    expected = [data.Pair(**p, where=f"{path}:{line}") for line, p in ((1, pair()), (3, odd), (5, pair()))]
-    assert list(data.read_jsonl(path)) == expected
-    notes = [line.removeprefix(path) for line in capsys.readouterr().out.splitlines()]
-    assert notes == [": 2 blank lines skipped", ": 1 lines with key 'score', not used"]
+    pairs, _ = read(tmp_path, pair(), odd, pair(p=1))
+    plain = data.Pair(**pair())
+    assert pairs == [plain, data.Pair(**odd), plain]
 
 
-def test_anthropic_hh_is_cut_after_the_last_shared_turn(tmp_path):
-    """Two whole dialogues: the prompt is what both share, up to the last "Assistant:" in it."""
-    shared = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant:"
-    answers = " so long", " so what\n\nHuman: ?\n\nAssistant: !"
-    path = write(tmp_path / "hh.jsonl", {"chosen": shared + answers[0], "rejected": shared + answers[1]})
-    assert [p[:4] for p in data.read_jsonl(path)] == [(shared, *answers, 1.0)]
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    pairs, _ = read(tmp_path, "\ufeff" + json.dumps(pair()), pair())
+    assert pairs == [data.Pair(**pair())] * 2
+
+
+def test_an_empty_response_is_read(tmp_path):
+    """Its end of text is scored."""
+    pairs, _ = read(tmp_path, pair("", "b"))
+    assert pairs[0].chosen == ""
+
+
+def test_blank_lines_are_counted(tmp_path, capsys):
+    _, path = read(tmp_path, pair(), "", " ", pair())
+    assert capsys.readouterr().out == f"{path}: 2 blank lines skipped\n"
+
+
+def test_keys_that_are_not_used_are_counted(tmp_path, capsys):
+    rows = [pair(score=1, source="x"), pair(score=2), pair(score=3)]
+    _, path = read(tmp_path, *rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"{path}: 1 lines with keys that are not used: 'score, source'",
+                     f"{path}: 2 lines with keys that are not used: 'score'"]
+
+
+def test_a_file_without_oddities_says_nothing(tmp_path, capsys):
+    read(tmp_path, pair(p=0.3), pair())
+    assert capsys.readouterr().out == ""
+
+
+def test_another_parser_of_lines_may_be_given(tmp_path):
+    path = write(tmp_path / "p.jsonl", {"q": "1 + 1 =", "good": "2", "bad": "3"})
+    pairs = data.read_jsonl(path, lambda item, notes: data.Pair(*item.values()))
+    assert pairs == [data.Pair("1 + 1 =", "2", "3")]
 
 
 NOT_PAIRS = r"""
 {                                        -> no JSON in UTF-8
 9999...                                  -> no JSON in UTF-8
 [[[[...                                  -> no JSON in UTF-8
+{"prompt": "q", "p": 9999...             -> no JSON in UTF-8
 {"prompt": "\ud83d", "chosen": "a"}      -> no JSON in UTF-8
 {"prompt": "LATIN 1", "chosen": "a"}     -> no JSON in UTF-8
-[1]                                      -> not an object
-null                                     -> not an object
-3                                        -> not an object
-{"a": 1}                                 -> key 'chosen' is missing; add it (found: a)
-{}                                       -> key 'chosen' is missing; add it (found: none)
-{"prompt": "q", "chosen": "a"}           -> key 'rejected' is missing
-{"chosen": "a", "rejected": "b"}         -> share no '\n\nAssistant:'
-{"chosen": "\n\nAssistant:", "rejected": "\n\nAssistant: b"} -> 'chosen' is empty
-{"prompt": "", "chosen": "", "rejected": "b"}                -> 'chosen' is empty
-{"prompt": "", "chosen": "a", "rejected": ""}                -> 'rejected' is empty
-{"prompt": "", "chosen": 3, "rejected": "b"}                 -> 'chosen' is not a text
-{"prompt": "", "chosen": "a", "rejected": [{"role": "user"}]} -> 'rejected' is not a text
-{"prompt": null, "chosen": "a", "rejected": "b"}             -> 'prompt' is not a text
-{"prompt": "", "chosen": "a", "rejected": "b", "p": 1.5}     -> 'p' is 1.5
-{"prompt": "", "chosen": "a", "rejected": "b", "p": -0.1}    -> 'p' is -0.1
-{"prompt": "", "chosen": "a", "rejected": "b", "p": "1"}     -> 'p' is 1
-{"prompt": "", "chosen": "a", "rejected": "b", "p": true}    -> 'p' is True
-{"prompt": "", "chosen": "a", "rejected": "b", "p": NaN}     -> 'p' is nan
-{"prompt": "", "chosen": "a", "rejected": "b", "p": null}    -> 'p' is None
+[1]                                      -> [1] is no object
+null                                     -> null is no object
+3                                        -> 3 is no object
+{"a": 1}                                 -> 'prompt' is not among its keys (a)
+{}                                       -> 'prompt' is not among its keys ()
+{"question": "q", "chosen": "a"}         -> 'prompt' is not among its keys (question, chosen)
+{"chosen": "a", "rejected": "b"}         -> whole dialogues or KTO's labels python -m lab.models.jsonl
+{"prompt": "q", "rejected": "a"}         -> 'chosen' is not among its keys
+{"prompt": "q", "chosen": "a"}           -> 'rejected' is not among its keys
+{"prompt": "q", "prompt": "q"}           -> a key stands there twice among 'prompt, prompt'; keep one
+{"prompt": "", "chosen": 3, "rejected": "b"}                  -> 'chosen' is 3, not a text; write a text
+{"prompt": "", "chosen": "a", "rejected": [{"role": "user"}]} -> 'rejected' is [{"role": "user"}], not a text
+{"prompt": [], "chosen": "a", "rejected": "b"}                -> lists of messages, use python -m lab.
+{"prompt": null, "chosen": "a", "rejected": "b"}              -> 'prompt' is null, not a text
+{"prompt": "", "chosen": "a", "rejected": "b", "p": 1.5}      -> 'p' is 1.5; write the probability
+{"prompt": "", "chosen": "a", "rejected": "b", "p": -0.1}     -> 'p' is -0.1; write the probability
+{"prompt": "", "chosen": "a", "rejected": "b", "p": "1"}      -> 'p' is 1; write the probability
+{"prompt": "", "chosen": "a", "rejected": "b", "p": true}     -> 'p' is True; write the probability
+{"prompt": "", "chosen": "a", "rejected": "b", "p": NaN}      -> 'p' is nan; write the probability
+{"prompt": "", "chosen": "a", "rejected": "b", "p": null}     -> 'p' is None; write the probability
 """
 
 
 @cases("row", NOT_PAIRS.strip().splitlines())
 def test_a_bad_line_is_named(tmp_path, row):
-    """One line: file, number, key, and a remedy behind a semicolon. (... stands for 100,000 more.)"""
+    """File, line, what was found, a remedy. (... stands for 100,000 more of the first character.)"""
     line, message = row.split(" -> ")
-    line = line.replace("...", line[0] * 100_000).replace("LATIN 1", "\udce9")  # a byte that is not UTF-8
-    path = write(tmp_path / "b.jsonl", pair(), line)
+    line = line.strip().replace("9999...", "9" * 100_000).replace("[[[[...", "[" * 100_000)
+    line = line.replace("LATIN 1", "\udce9")  # a byte that is not UTF-8
     with pytest.raises(data.Refused) as error:
-        list(data.read_jsonl(path))
-    assert str(error.value).startswith(f"{path}:2: ") and message in str(error.value)
-    assert re.fullmatch(".{1,300}[;:] (write|add|it is|fill).*", str(error.value))
+        read(tmp_path, pair(), line)
+    said = str(error.value)
+    assert said.startswith(f"{tmp_path}/p.jsonl:2: ")
+    assert message in said
+    assert len(said) < 400
+    assert said.endswith("(lines with faults: 1)")
 
 
-def test_a_read_error_names_the_data(monkeypatch):
-    """A disk that fails; a tokenizer that can be had neither from disk nor from the network."""
+def test_the_first_bad_line_is_named_and_all_are_counted(tmp_path):
+    with pytest.raises(data.Refused, match=r"p.jsonl:2: 'p' is 7; .* \(lines with faults: 3\)$"):
+        bad = [pair(p=7), pair(p=8), "{"]
+        read(tmp_path, pair(), *bad, pair())
+
+
+def test_a_half_letter_hides_nowhere(tmp_path):
+    """Half a surrogate pair in a value that is not used."""
+    with pytest.raises(data.Refused, match="no JSON in UTF-8"):
+        read(tmp_path, pair(note="\ud83d"))
+
+
+def test_a_key_twice_in_an_inner_object_is_refused(tmp_path):
+    with pytest.raises(data.Refused, match="a key stands there twice among 'b, b'"):
+        read(tmp_path, '{"prompt": "", "chosen": "a", "rejected": "b", "more": {"b": 1, "b": 2}}')
+
+
+FIRST_LINES = [
+    (b"\x1f\x8b\x08\x00", "gzip"),
+    (b"PK\x03\x04{", "a zip archive"),
+    (b"PAR1{", "Parquet"),
+    (b"ARROW1\x00\x00", "Arrow"),
+    (b"\xff\xff\xff\xff{", "Arrow"),
+    (b"\xff\xfe{\x00", "UTF-16"),
+    (b"\xfe\xff\x00{", "UTF-16"),
+    (b'[{"prompt": "q"}]', "a JSON array"),
+    (b"{\n", "JSON over several lines"),
+    (b"prompt,chosen,rejected\n", "a first line without an object (of a CSV or TSV table, perhaps)"),
+]
+
+
+@cases("start, found", FIRST_LINES)
+def test_another_format_is_named_by_its_first_bytes(tmp_path, start, found):
+    """And the command that makes JSONL of it."""
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(start + b"\n")
+    with pytest.raises(data.Refused) as error:
+        data.read_jsonl(str(path))
+    expected = f"--data {path}: {found}, not JSONL; python -m lab.models.jsonl makes JSONL of it"
+    assert str(error.value) == expected
+
+
+@cases("lines", [[], ["", " "]])
+def test_an_empty_file_is_called_empty(tmp_path, lines):
+    with pytest.raises(data.Refused, match="p.jsonl: the file is empty; write {"):
+        read(tmp_path, *lines)
+
+
+def test_a_folder_is_called_a_folder(tmp_path):
+    with pytest.raises(data.Refused, match=f"--data {tmp_path}: a folder; give a JSONL file"):
+        data.read_jsonl(str(tmp_path))
+
+
+@cases("make", [lambda path: None, os.mkfifo])
+def test_what_is_no_file_is_called_so(tmp_path, make):
+    """Nothing there, or a pipe, for which nobody waits."""
+    path = tmp_path / "p.jsonl"
+    make(path)
+    with pytest.raises(data.Refused, match=f"--data {path}: no such file; give a JSONL file"):
+        data.read_jsonl(str(path))
+
+
+def test_a_disk_that_fails_is_one_line(tmp_path, monkeypatch):
+    path = some_pairs(tmp_path)
     broken = mock.mock_open()
     broken.return_value.__iter__.side_effect = OSError(5, "Input/output error")
     monkeypatch.setattr(data, "open", broken, raising=False)
+    refused("Input/output error", "--data", path, "--tokenizer", "bytes", "--out", tmp_path)
+
+
+RED = "\x1b[31m"  # a terminal's escape code
+HOSTILE_LINES = [
+    json.dumps({RED + "\n": 1}),
+    json.dumps(pair(p=RED + "\n\r")),
+    json.dumps(pair()).replace("p", RED),
+    '{"a' + "\u2028" + '": 1, "a' + "\u2028" + '": 2}',
+]
+
+
+@cases("line", HOSTILE_LINES)
+def test_a_hostile_line_reaches_the_screen_as_printable_text(tmp_path, line):
+    with pytest.raises(data.Refused) as error:
+        read(tmp_path, pair(), line)
+    assert str(error.value).isprintable()
+
+
+def test_a_hostile_key_that_is_not_used_is_printed_escaped(tmp_path, capsys):
+    read(tmp_path, pair() | {RED + "\nx": 1})
+    assert capsys.readouterr().out.rstrip("\n").isprintable()
+
+
+def test_a_hostile_path_is_printed_escaped(tmp_path, capsys):
+    folder = tmp_path / (RED + "\n")
+    folder.mkdir()
+    read(folder, pair(), "")
+    assert capsys.readouterr().out.rstrip("\n").isprintable()
+
+
+def test_a_hostile_path_is_refused_escaped(tmp_path):
+    with pytest.raises(data.Refused) as error:
+        data.read_jsonl(f"{tmp_path}/{RED}\n")
+    assert str(error.value).isprintable()
+
+
+LONG = "z" * 1000
+LONG_LINES = [
+    {LONG: 1},
+    {f"{i}": i for i in range(3000)},
+    pair(p=LONG),
+    pair(chosen=[LONG]),
+    json.dumps(LONG),
+    LONG + "{",
+    '{"%s": 1, "%s": 2}' % (LONG, LONG),
+]
+
+
+@cases("number", range(len(LONG_LINES)))
+def test_at_most_80_characters_of_a_line_are_shown(tmp_path, number):
+    with pytest.raises(data.Refused) as error:
+        read(tmp_path, pair(), LONG_LINES[number])
+    said = str(error.value).removeprefix(f"{tmp_path}/p.jsonl:2: ")
+    assert len(said) < 80 + 250
+    assert "z" * 81 not in said
+
+
+def test_at_most_80_characters_of_unused_keys_are_shown(tmp_path, capsys):
+    _, path = read(tmp_path, pair() | {LONG: 1})
+    expected = f"{path}: 1 lines with keys that are not used: '{'z' * 80}'\n"
+    assert capsys.readouterr().out == expected
+
+
+# -------------------------------------------------------------------------------------------- pairs as tokens
+
+def test_bytes_are_a_tokenizer_without_a_network():
+    tokenizer = data.get_tokenizer("bytes")
+    ids = tokenizer.encode_ordinary("é\n")
+    assert ids == [0xc3, 0xa9, 10]
+    assert tokenizer.decode(ids) == "é\n"
+    assert tokenizer.eot_token == 256
+
+
+def test_the_tokenizer_of_a_world_has_the_words_first():
+    tokenizer = data.get_tokenizer("words")
+    assert tokenizer.decode([0, 6]) == "superb cold"
+    assert tokenizer.eot_token == 7
+
+
+def test_a_tokenizer_that_cannot_be_had_is_refused(monkeypatch):
     monkeypatch.setattr(data.tiktoken, "get_encoding", lambda name: 1 / 0)
-    refused(2, "--data x: Input/output error", "--data", "x", "--tokenizer", "bytes")
-    refused(2, "--tokenizer gpt2: neither on disk nor downloaded", "--data", "x")
+    with pytest.raises(data.Refused, match="--tokenizer gpt2: .*use --tokenizer bytes"):
+        data.get_tokenizer("gpt2")
 
 
-def test_tokens_of_a_pair():
-    """Encoded apart; the response ends with <|endoftext|>, which is scored, as is nothing before it."""
-    end, pairs = "<|endoftext|>", encoded(pair("ab", "c", "xyz"), pair("é", "<|endoftext|>", "", p=0.25))
+def shown(batch):
+    """The rows of a batch as (prompt, response), without padding."""
+    decode, rows = data.get_tokenizer("bytes").decode, []
+    for tokens, mask in zip(batch.tokens, batch.mask):
+        first = int(mask.int().argmax())
+        prompt = decode(tokens[:first].tolist())
+        rows.append((prompt, decode(tokens[mask].tolist())))
+    return rows
+
+
+def batch_of(pairs):
+    pairs.ref_logp = torch.arange(len(pairs.length))
+    return pairs.batch(torch.arange(len(pairs.p)))
+
+
+def test_a_response_ends_with_end_of_text_which_is_scored():
+    batch = batch_of(encoded(pair("ab", "c", "xyz")))
+    assert shown(batch) == [("xyz", "ab<|endoftext|>"), ("xyz", "c<|endoftext|>")]
+    assert batch.mask.sum(1).tolist() == [3, 2]
+
+
+def test_chosen_rows_come_first():
+    batch = batch_of(encoded(pair("a", "b", "1"), pair("c", "d", "2")))
+    texts = [prompt + response[0] for prompt, response in shown(batch)]
+    assert texts == ["1a", "2c", "1b", "2d"]
+
+
+def test_a_batch_has_the_p_and_the_reference_of_its_rows():
+    pairs = encoded(pair("a", "b", p=0.25), pair("c", "d", p=0.5))
+    pairs.ref_logp = torch.tensor([10, 20, 30, 40])
     batch = pairs.batch(torch.tensor([1, 0]))
-    rows = [[data.get_tokenizer("bytes").decode(t[m == scored].tolist()) for scored in (False, True)]
-            for t, m in zip(batch.tokens[:, :6], batch.mask[:, :6])]  # padding is id 0, which is `end` here
-    assert rows == [[end * 3, f"é{end}"], ["xyz", f"ab{end}"], [end, "<|end"], ["xyz" + end, f"c{end}"]]
-    assert batch.mask.sum(1).tolist() == [3, 3, 14, 2] and batch.p.tolist() == [0.25, 1]  # it has 13 bytes
+    assert batch.p.tolist() == [0.5, 0.25]
+    assert batch.ref_logp.tolist() == [30, 10, 40, 20]
 
 
-def test_what_is_cut_and_dropped_is_counted(capsys):
-    """Prompts are cut from the left, alike for both responses; responses never are."""
-    digits, text = "0123456789" * 4, data.get_tokenizer("bytes").decode
-    kept = encoded(pair("long" * 9), pair("same", "same"), pair("yes", "no", digits), pair(prompt=""),
-                   pair(p=0.2), pair(" "), pair("x" * 30), pair("y", "z" * 31))
-    tokens, mask = kept.padded(torch.arange(10))
-    assert [text(row[:28].tolist()) for row in tokens[:2]] == [digits[-28:]] * 2
-    assert mask.sum(1).tolist() == [4, 3, 5, 4, 5, 4, 2, 4, 31, 4] and mask[0, 28:].all()
-    notes = re.findall(r"^data, of 8 pairs: (\d) \w+ (\w+)", capsys.readouterr().out, re.M)
-    assert " ".join(map(" ".join, notes)) == "2 dropped 1 dropped 2 cut 1 prompts 1 with 1 with"
+def test_the_name_of_end_of_text_in_a_text_is_no_end():
+    """It is encoded as the 13 characters that it is."""
+    batch = batch_of(encoded(pair("<|endoftext|>", "b")))
+    assert batch.mask[0].sum() == 14
+
+
+def test_an_empty_prompt_is_end_of_text_before_the_response():
+    batch = batch_of(encoded(pair("a", "b", "")))
+    assert batch.tokens[0].tolist() == [256, ord("a"), 256]
+    assert batch.mask[0].tolist() == [False, True, True]
+
+
+def test_an_empty_response_scores_its_end_of_text():
+    batch = batch_of(encoded(pair("", "b", "q")))
+    assert batch.mask.sum(1).tolist() == [1, 2]
+
+
+def test_padding_is_no_token_of_the_response():
+    batch = batch_of(encoded(pair("a", "b" * 9, "q")))
+    assert batch.mask[0].tolist() == [False, True, True] + [False] * 8
+
+
+def test_rows_of_a_batch_are_no_longer_than_its_longest():
+    pairs = encoded(pair("a", "b", "q"), pair("a" * 20, "b", "q"))
+    tokens, _ = pairs.padded(torch.tensor([0, 1]))
+    assert tokens.shape == (2, 3)
+
+
+DIGITS = "0123456789" * 4
+
+
+def test_a_long_prompt_is_cut_from_the_left(capsys):
+    """Alike for both responses; of the 32 tokens the longer response and its end take four."""
+    batch = batch_of(encoded(pair("yes", "no", DIGITS)))
+    prompts = [prompt for prompt, _ in shown(batch)]
+    assert prompts == [DIGITS[-28:]] * 2
+    assert "data, of 1 pairs: 1 prompts cut from the left to fit 32 tokens" in capsys.readouterr().out
+
+
+def test_a_response_is_never_cut(capsys):
+    """30 bytes, end of text and one token of the prompt fit into 32."""
+    kept = encoded(pair("x" * 30), pair("x" * 31))
+    assert len(kept.p) == 1
+    assert batch_of(kept).mask[0].sum() == 31
+    said = capsys.readouterr().out
+    assert "1 pairs dropped: a response leaves no room for a prompt in 32 tokens" in said
+
+
+def test_a_prompt_that_just_fits_is_not_cut(capsys):
+    encoded(pair("yes", "no", "z" * 28))
+    assert capsys.readouterr().out == ""
+
+
+def test_pairs_of_equals_are_dropped_and_counted(capsys):
+    kept = encoded(pair("same", "same"), pair())
+    assert len(kept.p) == 1
+    said = capsys.readouterr().out
+    assert said == "data, of 2 pairs: 1 pairs dropped: chosen and rejected are the same tokens\n"
+
+
+def test_if_every_pair_is_dropped_the_data_are_refused():
+    with pytest.raises(data.Refused, match="every pair was dropped, as counted above; raise"):
+        encoded(pair("same", "same"))
+
+
+ODDITIES = [
+    ([pair(prompt="")], "1 empty prompts: the response follows <|endoftext|>"),
+    ([pair("")], "1 pairs with an empty or blank response"),
+    ([pair(rejected=" \n")], "1 pairs with an empty or blank response"),
+    ([pair("a\n\nHuman: b")], "1 pairs with another turn or a role in a response"),
+    ([pair(rejected="[INST] b")], "1 pairs with another turn or a role in a response"),
+    ([pair("a<|im_start|>")], "1 pairs with another turn or a role in a response"),
+    ([pair("q: good")], "1 pairs with a response that repeats its prompt"),
+    ([pair(rejected="q: bad")], "1 pairs with a response that repeats its prompt"),
+    ([pair(), pair()], "1 pairs that stand there twice"),
+    ([pair("a", "b"), pair("b", "a")], "1 pairs that stand there with the opposite label"),
+]
+
+
+@cases("pairs, note", ODDITIES)
+def test_an_oddity_is_kept_and_counted(pairs, note, capsys):
+    """Nothing else is said."""
+    kept = encoded(*pairs)
+    assert len(kept.p) == len(pairs)
+    assert capsys.readouterr().out == f"data, of {len(pairs)} pairs: {note}\n"
+
+
+def test_the_same_prompt_with_another_answer_is_no_oddity(capsys):
+    encoded(pair("a"), pair("b"))
+    assert capsys.readouterr().out == ""
+
+
+# ------------------------------------------------------------------------------------ held-out pairs, batches
+
+def held_out(pairs, share, seed=0):
+    """(training, held-out) numbers of pairs, as lists."""
+    train, held = data.hold_out(pairs, share, seed)
+    return train.tolist(), held.tolist()
+
+
+def forty_pairs():
+    """Ten prompts, four pairs each."""
+    return encoded(*[pair(f"a{i}", f"b{i}", f"q{i // 4}") for i in range(40)])
+
+
+def test_the_share_is_of_prompts_rounded_down():
+    train, held = held_out(forty_pairs(), 0.27)
+    assert len(held) == 8
+    assert sorted(train + held) == list(range(40))
 
 
 def test_held_out_prompts_are_never_trained_on():
-    """The share of prompts, not of pairs; prompts equal once cut stay together; never all of them."""
-    pairs = encoded(*(pair(f"a{i}", f"b{i}", f"q{i // 4}") for i in range(40)))
-    train, held = data.split(pairs, 0.27, torch.Generator().manual_seed(0))
-    assert len(held) == 12 and sorted([*train.tolist(), *held.tolist()]) == list(range(40))
-    assert not set(pairs.prompt[train].tolist()) & set(pairs.prompt[held].tolist())
-    cut = encoded(*(pair("yes", "no", f"{i}" + "z" * 60) for i in range(5)))
-    assert [len(data.split(few, share, None)[1]) for few, share in ((cut, 1.0), (pairs, 0.0))] == [0, 0]
+    train, held = held_out(forty_pairs(), 0.27)
+    assert not {i // 4 for i in train} & {i // 4 for i in held}
+
+
+def test_one_long_prompt_never_stands_in_both():
+    """Its pairs' responses differ in length, so it is cut to different tokens."""
+    pairs = [pair("a" * n, "b", "long" * 20) for n in range(1, 20)]
+    train, held = held_out(encoded(*pairs, pair(prompt="short")), 0.5)
+    assert sorted([len(train), len(held)]) == [1, 19]
+
+
+def test_two_long_prompts_with_the_same_end_are_two():
+    pairs = [pair("yes", "no", f"{i}" + "z" * 60) for i in range(4)]
+    train, held = held_out(encoded(*pairs), 0.5)
+    assert [len(train), len(held)] == [2, 2]
+
+
+def test_another_seed_holds_out_others():
+    _, some = held_out(forty_pairs(), 0.5)
+    _, others = held_out(forty_pairs(), 0.5, seed=1)
+    assert some != others
+
+
+@cases("share", [0.0, 0.01])
+def test_if_none_is_held_out_the_training_pairs_are_evaluated(share):
+    train, held = held_out(forty_pairs(), share)
+    assert train == list(range(40))
+    assert held == train
+
+
+def test_how_many_are_held_out_is_said(capsys):
+    pairs = forty_pairs()
+    held_out(pairs, 0.2)
+    said = capsys.readouterr().out
+    assert said == "data: 32 pairs to train on, 8 held out (if 0, all are evaluated)\n"
 
 
 @cases("n, size", [(7, 3), (3, 7)])
 def test_batches_see_every_pair_once_an_epoch(n, size):
-    """21 in a row are all of 0..n-1, in another order each time, also if a batch is more than an epoch."""
-    order = torch.cat(list(data.batches(n, size, 21 // size, torch.Generator().manual_seed(0)))).tolist()
+    """21 in a row are all of 0..n-1 again and again, also if a batch is more than an epoch."""
+    order = data.shuffled(n, size, 21 // size, seeded()).flatten().tolist()
     epochs = [order[i:i + n] for i in range(0, 21, n)]
-    assert all(sorted(epoch) == list(range(n)) for epoch in epochs) and len({*map(tuple, epochs)}) > 1
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(n))
+    assert epochs[0] != epochs[1]
 
 
-# ----------------------------------------------------------------------------------------- numbers, training
+def test_a_digest_is_of_rows_and_labels():
+    """Another text, p or order is another digest; the same data have the same."""
+    plain = encoded(pair("a", "b"), pair("c", "d")).digest()
+    assert encoded(pair("a", "b"), pair("c", "d")).digest() == plain
+    assert encoded(pair("b", "a"), pair("c", "d")).digest() != plain
+    assert encoded(pair("c", "d"), pair("a", "b")).digest() != plain
+    assert encoded(pair("a", "b"), pair("c", "d", p=0.9)).digest() != plain
+    assert encoded(pair("a", "b"), pair("c", "e")).digest() != plain
+    assert encoded(pair("a", "b", "qa"), pair("c", "d")).digest() != plain
 
-@cases("h, p, accuracy", [([1, -1, 4e-4], [1] * 3, 0.5), ([2, 2], [0.9, 0.1], 0.5), ([2, 1], [0.5, 1], 0.75)])
+
+def test_a_digest_tells_prompt_from_response():
+    """The same tokens in a row, the border elsewhere."""
+    one = encoded(pair("bc", "bd", "a"))
+    other = encoded(pair("c", "d", "ab"))
+    assert torch.equal(one.tokens, other.tokens)
+    assert one.digest() != other.digest()
+
+
+# ------------------------------------------------------------------------------------------------ the numbers
+
+@cases("h, p, accuracy", [
+    ("1 -1 0.0004", "1 1 1", 2 / 3),
+    ("0 2", "1 1", 0.75),
+    ("2 2", "0.9 0.1", 0.5),
+    ("2 1", "0.5 1", 0.75),
+    ("-3 -3", "0.2 0.4", 1),
+])
 def test_accuracy_counts_ties_one_half_and_reads_the_label(h, p, accuracy):
     """Ties in h or in p; a label below one half asks for the rejected response."""
-    logp = f64([*h, *[0] * len(h)])
-    assert ipo.measure(logp, torch.zeros(()), f64(p), options())["accuracy"] == approx(accuracy)
+    h, p = numbers(h), numbers(p)
+    logp = torch.cat([h, 0 * h])
+    ours = ipo.pair_numbers(logp, 0 * logp, p, options())
+    assert ours["accuracy"] == approx(accuracy)
 
 
-def test_numbers_of_a_batch_against_numpy():
-    """Means, a spread and the loss; None (shown as -) is DPO's target at p = 1, which is infinite."""
-    p, (logp, ref) = np.array([1, 0.8, 0.3]), np.random.default_rng(0).normal(size=(2, 6))
-    chosen, rejected = (logp - ref).reshape(2, 3)
-    h, argv = chosen - rejected, ("--tau", 0.5, "--loss")
-    n, dpo = (ipo.measure(f64(logp), f64(ref), f64(p), options(*argv, loss)) for loss in ("ipo", "dpo"))
-    assert n == approx({"loss": ((h - 2 * p + 1) ** 2).mean(), "h": h.mean(), "h_std": h.std(), "target": 0.4,
-                        "chosen": chosen.mean(), "rejected": rejected.mean(), "accuracy": n["accuracy"]})
-    assert [ipo.show(x) for x in (dpo["target"], -0.00001, 1 / 3)] == ["-", "0.0000", "0.3333"]
+def test_numbers_of_pairs_against_numpy():
+    rng = np.random.default_rng(0)
+    logp, ref = rng.normal(size=6), rng.normal(size=6)
+    p = np.array([1, 0.8, 0.3])
+    ours = ipo.pair_numbers(f64(logp), f64(ref), f64(p), options("--tau", 0.5))
+    chosen, rejected = (logp - ref)[:3], (logp - ref)[3:]
+    h = chosen - rejected
+    assert ours["h"] == approx(h.mean())
+    assert ours["chosen"] == approx(chosen.mean())
+    assert ours["rejected"] == approx(rejected.mean())
+    assert ours["loss"] == approx(((h - (2 * p - 1)) ** 2).mean())
 
 
-@cases("steps, expected", [(4, {1: 1 / 3, 2: 2 / 3, 3: 1, 4: 1 / 2}), (1, {1: 1}),
-                           (2000, {50: 50 / 51, 51: 1, 1026: 1 / 2, 2000: 1 / 1950})])
-def test_the_learning_rate_rises_and_falls_to_zero(steps, expected):
-    """50 steps, or half of all, up to the peak; then in a straight line to 0 after the last. No decay."""
-    policy, rates = torch.nn.Linear(1, 1), {}
-    optimizer = ipo.adamw(policy)
-    for step in expected:
-        ipo.descend(policy, optimizer, step, steps, 2.0)
-        rates[step] = optimizer.param_groups[0]["lr"] / 2
-    assert rates == approx(expected) and optimizer.param_groups[0]["weight_decay"] == 0
+def test_what_is_infinite_or_unknown_is_none():
+    """JSON has neither."""
+    texts = {"a": "1 2", "b": "1 inf", "c": "nan", "d": "-1e6"}
+    values = {name: numbers(text) for name, text in texts.items()}
+    assert ipo.means(values) == {"a": 1.5, "b": None, "c": None, "d": None}
 
 
-@cases("loss, form, holdout, start, written_out", [
-    ("ipo", "sum", 0.3, 9, lambda h, p: (h - 5 * (2 * p - 1)) ** 2),
-    ("dpo", "mean", 0.01, 0.693147, lambda h, p: torch.log1p((-h / 10).exp()) + (1 - p) * h / 10)])
-def test_a_run_is_these_steps(tmp_path, loss, form, holdout, start, written_out):
-    """With full logits, a second model and soft labels: losses of SFT, of training and of held-out pairs
-    (of all if none are); their h."""
-    argv = "--data", some_pairs(tmp_path), *SMALL, "--loss", loss, "--logp", form, "--holdout", holdout
-    said = cli(*argv, "--lr", 0.01, "--sft_lr", 0.01, "--log_every", 1, "--out", tmp_path / "run")
-    source, generator, losses = ipo.FileSource(options(*argv)), torch.Generator().manual_seed(0), []
-    train, padded, p, rows = source.train, source.pairs.padded, source.pairs.p, torch.arange(60).view(30, 2)
-    held = torch.tensor(sorted({*range(30)} - {*train.tolist()}) or range(30))
+def test_numbers_are_told_in_one_line(capsys):
+    """- for None, and never -0.0000."""
+    ipo.told("step 1/2", {"loss": 1 / 3, "kl": None, "h": -1e-9})
+    assert capsys.readouterr().out == "step 1/2        loss 0.3333  kl -  h 0.0000\n"
+
+
+# ---------------------------------------------------------------------------------------------- the optimiser
+
+def step_of(gradient, peak=1.0, step=1, steps=1):
+    """By how much a step of plain gradient descent changes two weights with these gradients."""
+    layer = torch.nn.Linear(2, 1, bias=False)
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.tensor([gradient])
+    optimizer = torch.optim.SGD(layer.parameters())
+    ipo.optimizer_step(layer, optimizer, step, steps, peak)
+    assert layer.weight.grad is None
+    return (before - layer.weight.detach())[0].tolist()
+
+
+def test_a_gradient_of_norm_above_1_is_scaled_to_norm_1():
+    assert step_of([3.0, -4.0]) == approx([0.6, -0.8])
+
+
+def test_a_gradient_of_norm_below_1_stays():
+    assert step_of([0.3, 0.4]) == approx([0.3, 0.4])
+
+
+@cases("steps, step, rate", [
+    (1, 1, 1),
+    (4, 1, 1 / 2),
+    (4, 2, 3 / 4),
+    (4, 3, 1 / 2),
+    (4, 4, 1 / 4),
+    (2000, 1, 0.02),
+    (2000, 25, 0.494),
+    (2000, 50, 0.9755),
+    (2000, 51, 0.975),
+    (2000, 1001, 0.5),
+    (2000, 2000, 0.0005),
+])
+def test_the_learning_rate_rises_and_falls(steps, step, rate):
+    """A rise over 50 steps, or half of all, times a straight fall; by hand."""
+    change = step_of([0.5, 0.0], 2.0, step, steps)
+    assert change == approx([0.5 * 2 * rate, 0], rel=1e-3)
+
+
+@cases("gradient", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_stops_the_run(gradient):
+    with pytest.raises(ipo.Stopped, match="not finite; lower --lr or --sft_lr, or raise --tau"):
+        step_of([gradient, 0.0])
+
+
+def test_adam_is_torchs_without_weight_decay():
+    """Three steps on the same gradients."""
     torch.manual_seed(0)
-    policy = model.GPT(model.GPTConfig(*source.sizes, n_layer=1, n_head=4, n_embd=16))
-
-    def steps(n, size, examples, loss_of):
-        optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.99))
-        for k, index in enumerate(data.batches(len(examples), size, n, generator), 1):
-            losses.append(loss_of(examples[index]))
-            losses[-1].backward()
-            torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-            optimizer.param_groups[0]["lr"] = 0.01 * min(k / (n // 2 + 1), (n - k + 1) / (n - n // 2))
-            optimizer.step()
+    ours, theirs = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    theirs.load_state_dict(ours.state_dict())
+    optimizers = ipo.adam(ours), torch.optim.Adam(theirs.parameters())
+    for layer, optimizer in zip((ours, theirs), optimizers):
+        for _ in range(3):
             optimizer.zero_grad()
-
-    def h(pairs):
-        tokens, mask = padded(rows[pairs].T.flatten())  # chosen, rejected
-        ratio = plain_logp(policy, tokens, mask) - plain_logp(ref, tokens, mask).detach()
-        chosen, rejected = (ratio / mask.sum(1) if form == "mean" else ratio).chunk(2)
-        return chosen - rejected
-
-    steps(3, 8, rows[train].T.flatten(), lambda r: -plain_logp(policy, *padded(r)).sum() / padded(r)[1].sum())
-    ref, log = copy.deepcopy(policy), metrics(tmp_path / "run")
-    steps(6, 4, train, lambda pairs: written_out(h(pairs), p[pairs]).mean())
-    assert f"3/3 | loss {losses[2]:8.4f} nats" in said and f", theory {start:g} (the loss at h = 0)" in said
-    assert float(re.search(r"step 0: loss (\S+), theory", said)[1]) == approx(start, rel=1e-5)
-    assert [line["batch"]["loss"] for line in log] == approx([x.item() for x in losses[3:]], rel=1e-4)
-    n, means = log[-1]["eval"], torch.stack([h(held), written_out(h(held), p[held])]).mean(1).tolist()
-    assert [n["h"], n["loss"], len(held)] == approx([*means, 30 * holdout // 1 or 30], rel=1e-4, abs=1e-5)
+            layer(torch.ones(2, 3)).square().sum().backward()
+            optimizer.step()
+    assert torch.allclose(ours.weight, theirs.weight, atol=1e-7)
 
 
-@cases("logp, wrong", [("sum", {"of": 1}), ("mean", {"form": "sum"}), ("sum", {"form": "mean"})])
-def test_a_wrong_reference_stops_the_run(tmp_path, logp, wrong):
-    """A cache that another model made, or in another form, gives margins at step 0; nothing is saved."""
-    other, batch = gpt(wrong.get("of", 0), vocab_size=257), encoded(pair("ab", "c")).batch(torch.tensor([0]))
-    ref_logp = ipo.sequence_logp(other, batch.tokens, batch.mask, wrong.get("form", logp) == "mean")
-    with pytest.raises(ipo.Stopped, match="the reference is not pi"):
-        ipo.train(gpt(vocab_size=257), [(batch, ref_logp)], options("--out", tmp_path, "--logp", logp))
+# ----------------------------------------------------------------------------- a run is exactly the equations
+
+def descend(policy, loss_of, steps, peak):
+    """The losses of some steps of Adam; loss_of(number of the step, from 0)."""
+    optimizer = torch.optim.Adam(policy.parameters())
+    losses = []
+    for step in range(steps):
+        loss = loss_of(step)
+        losses.append(loss.item())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        rise = min(1, (step + 1) / (steps / 2))
+        optimizer.param_groups[0]["lr"] = peak * rise * (1 - step / steps)
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def written_out_ipo(h, p):
+    return (h - 5 * (2 * p - 1)) ** 2
+
+
+def written_out_dpo(h, p):
+    won = torch.log1p((-h / 10).exp())
+    lost = torch.log1p((h / 10).exp())
+    return p * won + (1 - p) * lost
+
+
+class WrittenOut:
+    """A run on a file: full logits, a second model as the reference, torch's Adam, seed 0, tau 0.1."""
+
+    def __init__(self, source, loss):
+        self.pairs, self.loss = source.pairs, loss
+        torch.manual_seed(0)
+        sizes = model.GPTConfig(64, 257, 257, n_layer=1, n_head=4, n_embd=16)
+        self.policy = model.GPT(sizes)
+        weight = torch.zeros(60)  # of the rows: 1 if the pair is one to train on
+        weight[2 * source.train] = 1
+        weight[2 * source.train + 1] = 1
+        self.sft_rows = torch.multinomial(weight, 24, True, generator=seeded(0)).view(3, 8)
+        order = torch.randperm(len(source.train), generator=seeded(1))[:24]
+        self.batches = source.train[order].view(6, 4)
+
+    def run(self):
+        self.sft_losses = descend(self.policy, self.sft_loss, 3, 0.01)
+        self.ref = copy.deepcopy(self.policy)
+        self.losses = descend(self.policy, self.batch_loss, 6, 0.01)
+
+    def sft_loss(self, step):
+        tokens, mask = self.pairs.padded(self.sft_rows[step])
+        return -plain_logp(self.policy, tokens, mask).sum() / mask.sum()
+
+    def h(self, pairs):
+        ratios = []
+        for rows in (2 * pairs, 2 * pairs + 1):  # chosen, rejected
+            tokens, mask = self.pairs.padded(rows)
+            ref_logp = plain_logp(self.ref, tokens, mask).detach()
+            ratios.append(plain_logp(self.policy, tokens, mask) - ref_logp)
+        return ratios[0] - ratios[1]
+
+    def batch_loss(self, step):
+        pairs = self.batches[step]
+        return self.loss(self.h(pairs), self.pairs.p[pairs]).mean()
+
+
+@pytest.fixture(scope="module", params=[written_out_ipo, written_out_dpo])
+def both(request, tmp_path_factory):
+    """(what ipo.py prints, its report, the same run written out, its source)"""
+    folder = tmp_path_factory.mktemp("run")
+    name = request.param.__name__.removeprefix("written_out_")
+    argv = ["--data", some_pairs(folder), *FILE, "--loss", name, "--block_size", 64, "--holdout", 0.2,
+            "--lr", 0.01, "--sft_lr", 0.01, "--log_every", 1, "--out", folder / "out"]
+    with mock.patch.object(ipo, "psi", identity):
+        said = cli(*argv)
+    source = ipo.FileSource(options(*argv))
+    theirs = WrittenOut(source, request.param)
+    theirs.run()
+    return said, report(folder / "out"), theirs, source
+
+
+def test_sft_is_these_steps(both):
+    """Its losses, from the lines that are printed."""
+    said, _, theirs, _ = both
+    printed = re.findall(r"^SFT \d/3 +loss per token (\S+)", said, re.M)
+    assert list(map(float, printed)) == approx(theirs.sft_losses, abs=2e-4)
+
+
+def test_preference_training_is_these_steps(both):
+    """The loss of each batch, before its update."""
+    _, ours, theirs, _ = both
+    losses = [line["batch loss"] for line in ours["log"]]
+    assert losses == approx(theirs.losses, rel=1e-4)
+
+
+def test_evaluation_is_of_the_held_out_pairs(both):
+    """Six of thirty: the means of h and of the loss."""
+    _, ours, theirs, source = both
+    held = torch.tensor(sorted({*range(30)} - {*source.train.tolist()}))
+    h = theirs.h(held)
+    loss = theirs.loss(h, source.pairs.p[held])
+    assert len(held) == 6
+    assert ours["after"]["h"] == approx(h.mean().item(), rel=1e-3, abs=1e-5)
+    assert ours["after"]["loss"] == approx(loss.mean().item(), rel=1e-4)
+
+
+def test_the_log_is_that_of_the_report(both):
+    _, ours, _, _ = both
+    last = dict(ours["log"][-1])
+    assert last.pop("step") == 6
+    last.pop("batch loss")
+    assert last == ours["after"]
+
+
+# ----------------------------------------------------------------------------------------------------- step 0
+
+@cases("loss, tau, p, expected", [
+    ("ipo", 0.1, 1, 25),
+    ("ipo", 0.2, 1, 6.25),
+    ("ipo", 0.1, 0.8, 9),
+    ("dpo", 0.1, 1, 0.693147),
+])
+def test_the_loss_at_the_start_is_that_of_no_margin(tmp_path, loss, tau, p, expected):
+    """Target squared, or log 2."""
+    path = write(tmp_path / "p.jsonl", *[pair(f"a{i}", p=p) for i in range(9)])
+    said = cli("--data", path, *FILE, "--loss", loss, "--tau", tau, "--out", tmp_path)
+    assert float(re.search("step 0: loss (.*),", said)[1]) == approx(expected, rel=1e-4)
+
+
+def start(tmp_path, ref_logp, dtype="float32"):
+    """Begins training byte_gpt() on two pairs with this ref_logp(honest one)."""
+    args = options("--data", "x", "--tokenizer", "bytes", "--dtype", dtype, "--out", tmp_path)
+    policy, pairs = byte_gpt(std=0.1), encoded(pair("ab" * 9, "c"), pair("d", "e"))
+    honest = ipo.score(policy, pairs, args)
+    pairs.ref_logp = ref_logp(honest)
+    batch = pairs.batch(torch.arange(2))
+    ipo.train(policy, [batch], args, lambda policy: {})
+
+
+@cases("dtype", ["float32", "bfloat16"])
+def test_an_honest_reference_starts(tmp_path, dtype):
+    start(tmp_path, lambda honest: honest, dtype)
+
+
+def other_model(honest):
+    pairs = encoded(pair("ab" * 9, "c"), pair("d", "e"))
+    return ipo.score(byte_gpt(1, std=0.1), pairs, options())
+
+
+def one_off(nats):
+    """The reference, off by this in one row."""
+    def shifted(honest):
+        return honest + nats * (torch.arange(4) == 1)
+    return shifted
+
+
+@cases("wrong, dtype", [
+    (other_model, "float32"),
+    (other_model, "bfloat16"),
+    (one_off(0.01), "float32"),
+    (one_off(0.6), "bfloat16"),
+    (one_off(-0.6), "bfloat16"),
+    (one_off(math.nan), "float32"),
+    (lambda honest: honest.flip(0), "float32"),
+])
+def test_a_wrong_reference_stops_the_run(tmp_path, wrong, dtype):
+    """Nothing is saved."""
+    with pytest.raises(ipo.Stopped, match="before the first step a margin is not 0: ref_logp is not"):
+        start(tmp_path, wrong, dtype)
     assert not os.listdir(tmp_path)
 
+
+# ------------------------------------------------------------------------------------------------- whole runs
 
 @pytest.fixture(scope="session")
 def default_run(tmp_path_factory):
@@ -747,138 +1943,477 @@ def default_run(tmp_path_factory):
 
 
 def test_training_brings_the_language_model_to_the_optimum(default_run):
-    """98 % of the distance to pi* is gone; the gap in J is tau KL(pi||pi*); the log is the report's."""
-    r, lines = report(default_run[0]), metrics(default_run[0])
-    assert r.after["kl_opt"] < r.before["kl_opt"] / 50 and r.before["kl_ref"] == 0
-    assert r.opt["objective"] - r.after["objective"] == approx(0.2 * r.after["kl_opt"], rel=1e-3)
-    assert r.labels == approx(r.opt, abs=1e-12) and lines[-1]["eval"] == r.after
-    assert [line["step"] for line in lines] == list(range(200, 2001, 200))
+    """98 % of the distance to pi* is gone."""
+    ours = report(default_run[0])
+    assert ours["after"]["kl_opt"] < ours["ref"]["kl_opt"] / 50
 
 
-def enumerated(folder, *argv):
-    """The world, and ref.pt and ckpt.pt scored anew, (X,Y) each."""
+def test_the_reference_is_where_it_starts(default_run):
+    ours = report(default_run[0])["ref"]
+    assert ours["kl_ref"] == 0
+    assert ours["h"] == 0
+    assert ours["accuracy"] == 0.5
+    assert ours["loss"] == approx(6.25)
+
+
+def test_the_optimum_is_at_no_distance_from_itself(default_run):
+    ours = report(default_run[0])
+    assert ours["opt"]["kl_opt"] == approx(0, abs=1e-12)
+    assert ours["opt"]["kl_ref"] > 0.1
+
+
+def test_the_log_has_a_line_every_log_every_steps(default_run):
+    steps = [line["step"] for line in report(default_run[0])["log"]]
+    assert steps == list(range(200, 2001, 200))
+
+
+def test_a_run_leaves_three_files(default_run):
+    assert sorted(os.listdir(default_run[0])) == ["ckpt.pt", "ref.pt", "report.json"]
+
+
+def scored(folder, name, *argv):
+    """log pi(y|x) of every response (4,400), of the policy in a run's file."""
     world = ipo.WorldSource(options(*argv))
-    return world, *(world.enumerate(model.load(f"{folder}/{name}.pt")[0]) for name in ("ref", "ckpt"))
+    policy, _ = model.load(f"{folder}/{name}.pt")
+    return world.table(policy)
 
 
-def test_the_report_is_of_the_saved_models(default_run):
-    """KL of enumerated policies; h = E[(2p - 1) h(y,y')]; the reference is what SFT showed it."""
-    r, (world, ref, pi) = report(default_run[0]), enumerated(default_run[0])
+def test_the_distances_are_those_of_the_saved_policies(default_run):
+    """KL of enumerated policies, and of pi* from the saved reference."""
+    ours, world = report(default_run[0])["after"], data.World("bt")
+    ref, pi = scored(default_run[0], "ref"), scored(default_run[0], "ckpt")
     best = data.optimum(ref, world.pstar, torch.full_like(ref, 1 / 400), 0.2)
-    for policy, column in ((best, r.opt), (pi, r.after)):
-        f, kls = policy - ref, [data.kl(policy, other).item() for other in (ref, best)]
-        h = (2 * world.pstar - 1) * (f[:, :, None] - f[:, None, :])
-        assert [column["h"], column["kl_ref"], column["kl_opt"]] == approx([h.mean().item(), *kls], abs=0.01)
-        assert column["kl_opt"] == approx(kls[1], rel=1e-3, abs=1e-9)
-    cache = model.load(f"{default_run[0]}/ref.pt")[1]["ref_logp"].view(4, 400)
-    assert torch.allclose(cache, ref.float(), atol=1e-5) and data.kl(world.base.log()[None], ref) < 0.01
+    assert ours["kl_ref"] == approx(data.kl(pi, ref).item(), rel=1e-3)
+    assert ours["kl_opt"] == approx(data.kl(pi, best).item(), rel=1e-3)
+
+
+@cases("column", ["opt", "after"])
+def test_the_margin_is_the_mean_over_pairs_of_mu(default_run, column):
+    """h = E[(2p - 1) h(y,y')], which the half million pairs have to .01."""
+    p, ref = data.World("bt").pstar, scored(default_run[0], "ref")
+    pi = scored(default_run[0], "ckpt")
+    if column == "opt":
+        pi = data.optimum(ref, p, torch.full_like(ref, 1 / 400), 0.2)
+    f = pi - ref
+    h = f[:, :, None] - f[:, None, :]
+    expected = ((2 * p - 1) * h).mean().item()
+    assert report(default_run[0])[column]["h"] == approx(expected, abs=0.01)
+
+
+def test_the_cache_is_of_the_reference(default_run):
+    cache = model.read(f"{default_run[0]}/ref.pt")["ref_logp"].view(4, 400)
+    ref = scored(default_run[0], "ref")
+    assert torch.allclose(cache.double(), ref, atol=1e-5)
+
+
+def test_the_reference_is_what_sft_showed_it(default_run):
+    base = data.World("bt").base[1:]  # the first text, the empty one, has probability 0
+    ref = scored(default_run[0], "ref")[:, 1:]
+    distance = (base * (base.log() - ref)).sum(-1)
+    assert distance.max() < 0.01
 
 
 def test_a_finished_run_is_asked(default_run):
-    """--sample says what the model says; a prompt of other words, or too long, is refused."""
-    ask = "--out", default_run[0], "--sample"
-    best = model.load(default_run[0] / "ckpt.pt")[0], data.World("bt").tokenizer, data.World("bt").prompts[0]
-    ask_another = "--init_from", default_run[0] / "ckpt.pt", "--temperature", 0, "--sample"
-    assert cli(*ask_another, "review of the pizza:") == f"review of the pizza:{model.generate(*best, 0)}\n"
-    refused(2, "holds words that the model never saw", *ask, "review of the sushi:")
-    refused(2, "a prompt of 5 tokens fills the context of 5", *ask, "review of the pizza: hot hot hot")
+    """--sample prints the prompt and what the model says."""
+    policy, _ = model.load(f"{default_run[0]}/ckpt.pt")
+    expected = model.generate(policy, data.Words(data.WORDS), "pizza review:", 1.0, 3)
+    said = cli("--out", default_run[0], "--seed", 3, "--sample", "pizza review:")
+    assert said == f"pizza review:{expected}\n"
 
 
-@cases("argv, bound", [("--data cyclic --labels soft --tau 0.5 --steps 200", 0.005),
-                       ("--mu ref --tau 1 --steps 150 --noise 0.2", 0.01)])
-def test_a_short_run_reaches_the_optimum_of_its_labels(tmp_path, argv, bound):
-    """Intransitive and soft, or noisy and mu the reference: four fifths of the way, and below the bound."""
+def test_another_file_is_asked_at_temperature_0(default_run):
+    path = default_run[0] / "ref.pt"
+    policy, _ = model.load(str(path))
+    expected = model.generate(policy, data.Words(data.WORDS), "beer review:", 0)
+    said = cli("--init_from", path, "--temperature", 0, "--sample", "beer review:")
+    assert said == f"beer review:{expected}\n"
+
+
+def test_a_prompt_of_other_words_is_refused(default_run):
+    refused("the world has no word 'sushi'", "--out", default_run[0], "--sample", "sushi review:")
+
+
+def test_a_prompt_without_room_for_an_answer_is_refused(default_run):
+    refused("a prompt of 5 tokens fills the context of 5",
+            "--out", default_run[0], "--sample", "pizza review: hot hot hot")
+
+
+@cases("argv, bound", [
+    ("--data cyclic --labels soft --tau 0.5 --steps 200", 0.005),
+    ("--mu ref --tau 1 --steps 150", 0.01),
+    ("--loss dpo --labels soft --tau 2 --steps 200", 0.02),
+])
+def test_a_short_run_reaches_the_optimum(small_world, tmp_path, argv, bound):
+    """Intransitive and soft, mu the reference, or DPO: four fifths of the way, and below the bound."""
     cli(*argv.split(), "--pairs", 50_000, "--sft_steps", 40, "--out", tmp_path)
-    r = report(tmp_path)
-    assert r.after["kl_labels"] < min(bound, r.before["kl_labels"] / 5)
-    assert (r.labels["kl_opt"] > 1e-3) == ("--noise" in argv)
+    ours = report(tmp_path)
+    assert ours["after"]["kl_opt"] < bound
+    assert ours["after"]["kl_opt"] < ours["ref"]["kl_opt"] / 5
 
 
-def test_in_the_deterministic_world_dpo_never_stops(tmp_path):
-    """Its log-ratios grow with the steps towards a limit that no policy attains; IPO's end at pi*."""
-    flags = "--data", "deterministic", "--tau", 1, "--pairs", 30_000, "--sft_steps", 30, "--out", tmp_path
-    short, long, calm = (cli(*flags, "--loss", loss, "--steps", steps) and report(tmp_path)
-                         for loss, steps in (("dpo", 50), ("dpo", 150), ("ipo", 150)))
-    assert [long.opt["ratio"], long.before["kl_opt"], long.opt["kl_opt"]] == [None, None, 0]
-    assert short.after["kl_ref"] + 0.2 < long.after["kl_ref"] < long.opt["kl_ref"]
-    assert calm.after["kl_opt"] < 0.02 and calm.opt["ratio"] < 1 < long.after["ratio"]
+def deterministic(folder, loss, steps):
+    """The report of a run in the deterministic world."""
+    cli("--data", "deterministic", "--tau", 1, "--pairs", 30_000, "--sft_steps", 30,
+        "--loss", loss, "--steps", steps, "--out", folder)
+    return report(folder)
 
 
-@cases("argv", [["--logp", "mean"], ["--dtype", "bfloat16"]])
-def test_the_mean_form_and_bfloat16_are_measured_like_the_others(tmp_path, argv):
-    """Both start where theory says; pi is enumerated with the sum, and scored in the loop's dtype."""
-    assert "step 0: loss 6.25, theory 6.25" in cli(*SHORT, *argv, "--out", tmp_path)
-    (_, ref, pi), (_, _, exact), r = enumerated(tmp_path, *argv), enumerated(tmp_path), report(tmp_path)
-    assert [r.before["kl_ref"], r.after["kl_ref"]] == approx([0, data.kl(pi, ref).item()], rel=1e-3)
-    assert torch.equal(exact, pi) == ("mean" in argv) != hasattr(r, "labels")
+def test_in_the_deterministic_world_dpo_never_stops(small_world, tmp_path):
+    """It goes further from the reference with the steps, towards a limit that no policy attains."""
+    short, long = deterministic(tmp_path, "dpo", 50), deterministic(tmp_path, "dpo", 150)
+    assert long["after"]["kl_ref"] > short["after"]["kl_ref"] + 0.2
+    assert long["opt"]["kl_ref"] > long["after"]["kl_ref"]
+    assert long["opt"]["kl_opt"] == 0
 
 
-def test_an_edit_of_psi_is_trained_and_reported(tmp_path):
-    """q^4, an assignment: target and pi* change; the column `labels` says where soft labels lead."""
-    cli(*SHORT, "--labels", "soft", "--out", tmp_path / "a")
-    ipo.psi = lambda q: q**4
-    cli(*SHORT, "--labels", "soft", "--out", tmp_path / "b")
-    paper, mine = report(tmp_path / "a"), report(tmp_path / "b")
-    assert paper.labels["kl_opt"] < 1e-12 < 0.01 < mine.labels["kl_opt"]
-    assert all(abs(mine.opt[key] - paper.opt[key]) > 0.01 for key in ("kl_ref", "target", "objective"))
+def test_the_distance_to_dpos_limit_is_infinite(small_world, tmp_path):
+    ours = deterministic(tmp_path, "dpo", 10)
+    assert ours["ref"]["kl_opt"] is None
+
+
+def test_in_the_deterministic_world_ipo_ends_at_its_optimum(small_world, tmp_path):
+    ours = deterministic(tmp_path, "ipo", 150)
+    assert ours["after"]["kl_opt"] < 0.02
+
+
+def test_a_run_in_bfloat16_is_scored_in_bfloat16(small_world, tmp_path):
+    """It starts, and its distances are those of the policies as the loop sees them."""
+    assert "step 0: loss 6.25" in cli(*WORLD, "--dtype", "bfloat16", "--out", tmp_path)
+    policies = [scored(tmp_path, name, "--dtype", "bfloat16") for name in ("ckpt", "ref")]
+    distance = data.kl(*policies).item()
+    assert report(tmp_path)["after"]["kl_ref"] == approx(distance, rel=1e-3)
+    assert not torch.equal(policies[0], scored(tmp_path, "ckpt"))
+
+
+def test_weights_stay_float32_in_bfloat16(small_world, tmp_path):
+    cli(*WORLD, "--dtype", "bfloat16", "--out", tmp_path)
+    for p in model.read(f"{tmp_path}/ckpt.pt")["model"].values():
+        assert p.dtype == torch.float32
+
+
+def test_an_edit_of_psi_is_reported(small_world, tmp_path):
+    """An assignment: pi* changes, and with it its numbers."""
+    cli(*WORLD, "--labels", "soft", "--out", tmp_path / "paper")
+    ipo.psi = steep
+    cli(*WORLD, "--labels", "soft", "--out", tmp_path / "mine")
+    paper = report(tmp_path / "paper")["opt"]
+    mine = report(tmp_path / "mine")["opt"]
+    assert mine["kl_ref"] > 2 * paper["kl_ref"]
+    assert mine["h"] > 1.5 * paper["h"]
+
+
+def test_an_edit_of_psi_is_trained(small_world, tmp_path):
+    """Twice the paper's Psi asks for twice the margin, four times the loss at the start."""
+    ipo.psi = lambda q: 2 * q
+    assert "step 0: loss 25," in cli(*WORLD, "--out", tmp_path)
 
 
 def test_an_infinite_target_is_refused_with_the_lesson(tmp_path):
-    """Logit on certain pairs; soft labels of Bradley-Terry train."""
     ipo.psi = torch.logit
-    refused(2, "DPO's over-fitting", *SHORT, "--out", tmp_path)
-    cli(*SHORT, "--labels", "soft", "--overwrite", "--out", tmp_path)
+    refused("infinite at 0 or 1 (as DPO's, which over-fits); use --labels soft", *WORLD, "--out", tmp_path)
+    assert not os.listdir(tmp_path)
 
 
-def test_a_run_starts_from_another_or_from_gpt2(tmp_path):
-    """Its weights are the reference, without SFT unless asked; tokenizer and context are its own."""
-    few = ["--data", some_pairs(tmp_path), "--steps", 2, "--batch_size", 4, "--init_from"]
-    hugging_face().save_pretrained(tmp_path / "hf")
-    assert "sft" not in cli(*few, tmp_path / "hf", "--tokenizer", "bytes", "--out", tmp_path / "a")
-    assert "sft" in cli(*few, tmp_path / "a/ref.pt", "--sft_steps", 1, "--out", tmp_path / "b")
-    a, b = (model.load(tmp_path / name / "ref.pt")[0] for name in "ab")
-    assert same(a, model.GPT.from_pretrained(tmp_path / "hf")) and not same(a, b)
-    assert json.loads((tmp_path / "b/config.json").read_text())["block_size"] == 64
+def test_soft_labels_of_certain_preferences_are_refused_too(tmp_path):
+    ipo.psi = torch.logit
+    argv = "--data", "deterministic", "--labels", "soft"
+    refused("a label asks for an infinite margin", *WORLD, *argv, "--out", tmp_path)
 
 
-@cases("flag, kept", [("--lr", True), ("--sft_lr", False)])
-def test_divergence_stops_the_run_and_keeps_what_was_saved(tmp_path, flag, kept):
+def test_soft_labels_with_logit_train(small_world, tmp_path):
+    ipo.psi = torch.logit
+    cli(*WORLD, "--labels", "soft", "--out", tmp_path)
+
+
+@cases("flag, kept", [("--lr", ["ref.pt"]), ("--sft_lr", ["ref.pt"])])
+def test_divergence_stops_the_run(small_world, tmp_path, flag, kept):
     """Status 1, one line; no weights that are not finite are saved."""
-    refused(1, "lower --lr or --sft_lr", *SHORT, flag, 1e9, "--out", tmp_path)
-    assert (tmp_path / "ref.pt").exists() == kept and not (tmp_path / "ckpt.pt").exists()
+    cli(*WORLD, flag, 1e9, "--out", tmp_path, status=1, says="lower --lr")
+    assert os.listdir(tmp_path) == kept
+    policy, _ = model.load(f"{tmp_path}/ref.pt")
+    for p in policy.parameters():
+        assert p.isfinite().all()
+
+
+def test_divergence_in_the_last_step_stops_the_run(small_world, tmp_path):
+    """Its gradient was finite; its weights are not."""
+    def ruin(policy, *rest):
+        for p in policy.parameters():
+            p.data.fill_(math.nan)
+
+    with mock.patch.object(ipo, "optimizer_step", ruin):
+        cli(*WORLD, "--sft_steps", 0, "--steps", 1, "--out", tmp_path,
+            status=1, says="step 1: the policy is not finite; lower --lr")
+    assert os.listdir(tmp_path) == ["ref.pt"]
+
+
+# ----------------------------------------------------------------------------------------- from other weights
+
+@pytest.fixture
+def offline_gpt2(monkeypatch):
+    """Bytes under the name of GPT-2's tokens, with its number of ids."""
+    ids = {bytes([byte]): byte for byte in range(256)}
+    encoding = data.tiktoken.Encoding("gpt2", pat_str="(?s).", mergeable_ranks=ids,
+                                      special_tokens={data.EOT: 50256})
+    monkeypatch.setattr(data.tiktoken, "get_encoding", {"gpt2": encoding}.get)
+
+
+FEW = ["--steps", "2", "--batch_size", "4"]
+
+
+def test_a_run_from_gpt2_has_it_as_the_reference(tmp_path, offline_gpt2):
+    """Without SFT; its context is kept."""
+    hugging_face().save_pretrained(tmp_path / "hf")
+    flags = "--data", some_pairs(tmp_path), *FEW, "--init_from", tmp_path / "hf"
+    said = cli(*flags, "--out", tmp_path / "a")
+    ref, tokenizer = model.load(f"{tmp_path}/a/ref.pt")
+    assert "SFT" not in said
+    assert same_weights(ref, model.from_gpt2(str(tmp_path / "hf")))
+    assert tokenizer == "gpt2"
+    assert report(tmp_path / "a")["flags"]["block_size"] == 64
+
+
+def first_run(tmp_path):
+    """The flags of a finished run on a file, without --out."""
+    flags = "--data", some_pairs(tmp_path)
+    cli(*flags, *FILE, "--block_size", 50, "--out", tmp_path / "a")
+    return *flags, *FEW, "--log_every", 1
+
+
+def test_a_run_from_another_has_its_policy_as_the_reference(tmp_path):
+    flags = first_run(tmp_path)
+    cli(*flags, "--init_from", tmp_path / "a/ckpt.pt", "--out", tmp_path / "b")
+    b, tokenizer = model.load(f"{tmp_path}/b/ref.pt")
+    assert same_weights(b, model.load(f"{tmp_path}/a/ckpt.pt")[0])
+    assert tokenizer == "bytes"
+    assert report(tmp_path / "b")["flags"]["block_size"] == 50
+
+
+def test_sft_of_other_weights_is_done_when_asked_for(tmp_path):
+    flags = first_run(tmp_path)
+    said = cli(*flags, "--init_from", tmp_path / "a/ckpt.pt", "--sft_steps", 1, "--out", tmp_path / "b")
+    assert "SFT 1/1" in said
+    b, _ = model.load(f"{tmp_path}/b/ref.pt")
+    assert not same_weights(b, model.load(f"{tmp_path}/a/ckpt.pt")[0])
+
+
+def test_a_run_from_another_in_a_world(tmp_path):
+    """Its reference is the other's policy, and its pi* that of this reference."""
+    cli(*WORLD, "--out", tmp_path / "a")
+    cli(*WORLD[:4], "--init_from", tmp_path / "a/ckpt.pt", "--out", tmp_path / "b")
+    a, b = scored(tmp_path / "a", "ckpt"), scored(tmp_path / "b", "ref")
+    assert torch.equal(a, b)
+
+
+def test_weights_that_know_other_tokens_are_refused(tmp_path):
+    flags = first_run(tmp_path)
+    cli(*WORLD, "--out", tmp_path / "w")
+    refused("knows the tokens of bytes, and --data bt has those of words; use weights of the same kind",
+            "--init_from", tmp_path / "a/ckpt.pt", "--out", tmp_path / "b")
+    refused("the world has no word", *flags, "--init_from", tmp_path / "w/ckpt.pt", "--out", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_gpt2_in_a_world_is_refused(tmp_path):
+    hugging_face().save_pretrained(tmp_path / "hf")
+    refused("knows the tokens of gpt2, and --data bt has those of words",
+            "--init_from", tmp_path / "hf", "--out", tmp_path / "b")
 
 
 # ---------------------------------------------------------------------------------------- a run to be trusted
 
+def contents(folder):
+    """{name: bytes} of its files."""
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
 def outcome(folder):
     """What a run leaves, but its flags: bit for bit."""
-    texts = {name: Path(folder, name).read_text() for name in ("metrics.jsonl", "report.json")}
-    states = {name: torch.load(Path(folder, name), weights_only=True) for name in ("ref.pt", "ckpt.pt")}
-    return texts | {name: json.dumps(state, default=torch.Tensor.tolist) for name, state in states.items()}
+    states = {"report.json": report(folder)}
+    for name in ("ref.pt", "ckpt.pt"):
+        states[name] = model.read(f"{folder}/{name}")
+    for state in states.values():
+        state.pop("flags")
+    return json.dumps(states, default=torch.Tensor.tolist)
+
+
+def flags_of(kind, folder, *more):
+    """A short run of this kind that saves every five steps, without --out."""
+    flags = WORLD
+    if kind == "file":
+        flags = ["--data", some_pairs(folder), *FILE]
+    return [*flags, "--steps", 20, "--log_every", 5, "--seed", 3, *more]
+
+
+@cases("kind", ["world", "file"])
+def test_the_same_seed_is_the_same_run(small_world, tmp_path, kind):
+    flags = flags_of(kind, tmp_path)
+    cli(*flags, "--out", tmp_path / "a")
+    cli(*flags, "--out", tmp_path / "b")
+    assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
+
+
+@cases("kind", ["world", "file"])
+def test_another_seed_has_other_weights_at_the_start(small_world, tmp_path, kind):
+    flags = flags_of(kind, tmp_path, "--sft_steps", 0)
+    for seed in (0, 1):
+        cli(*flags, "--seed", seed, "--out", tmp_path / str(seed))
+    one, _ = model.load(f"{tmp_path}/0/ref.pt")
+    other, _ = model.load(f"{tmp_path}/1/ref.pt")
+    assert not same_weights(one, other)
+
+
+def test_what_is_drawn_depends_on_the_seed_and_the_use():
+    """Three uses of ten seeds: thirty different first numbers."""
+    first = set()
+    for seed in range(10):
+        for use in range(3):
+            random = ipo.generator(options("--seed", seed), use)
+            first.add(torch.rand(1, generator=random).item())
+    assert len(first) == 30
 
 
 def stopped(owner, name, n, error=SystemExit):
     """Within this context the nth call of owner.name raises the error instead."""
-    effects = [mock.DEFAULT] * (n - 1) + [error] + [mock.DEFAULT] * 999
+    effects = [mock.DEFAULT] * (n - 1) + [error]
     return mock.patch.object(owner, name, wraps=getattr(owner, name), side_effect=effects)
 
 
-STOPS = [(os, "replace", 1), (os, "replace", 2), (os, "replace", 5), (ipo, "descend", 2),
-         (ipo, "descend", 18), (ipo, "Path", 2), (ipo, "Path", 5)]  # saves, steps of SFT and training, log
+@contextlib.contextmanager
+def stopped_within_save(n):
+    """Within this context the nth file is written to its half."""
+    save, calls = torch.save, itertools.count(1)
+
+    def half(content, path):
+        save(content, path)
+        if next(calls) == n:
+            os.truncate(path, os.path.getsize(path) // 2)
+            raise SystemExit
+
+    with mock.patch.object(torch, "save", half):
+        yield
 
 
-@cases("kind", ["world", "file"])
-def test_a_resumed_run_is_the_same_run(tmp_path, kind):
-    """Stopped half-way in a save, in SFT, in a step, before the log is written: it leaves the same."""
-    flags = SHORT if kind == "world" else ["--data", some_pairs(tmp_path), *SMALL]
-    flags = [*flags, "--steps", 20, "--log_every", 5, "--seed", 3]
-    whole = cli(*flags, "--out", tmp_path / "whole")
-    for i, stop in enumerate(STOPS):
-        with stopped(*stop), pytest.raises(SystemExit):
-            cli(*flags, "--out", tmp_path / str(i))
-        resumed = cli("--resume", "--out", tmp_path / str(i))
-        assert outcome(tmp_path / str(i)) == outcome(tmp_path / "whole"), stop
-        assert resumed.splitlines()[-3:] == whole.splitlines()[-3:]
+STOPS = {
+    "before the flags are in place": (os, "replace", 1),
+    "before the reference is in place": (os, "replace", 2),
+    "before the first checkpoint is in place": (os, "replace", 3),
+    "before the last checkpoint is in place": (os, "replace", 6),
+    "in the first step of SFT": (ipo, "optimizer_step", 1),
+    "in the last step of SFT": (ipo, "optimizer_step", 3),
+    "when the reference is scored": (ipo, "sequence_logp", 5),
+    "in the first step of training": (ipo, "check_start", 1),
+    "in a step before the first checkpoint": (ipo, "optimizer_step", 9),
+    "in a step between two checkpoints": (ipo, "optimizer_step", 15),
+    "between evaluation and log": (ipo, "told", 3),
+    "before the report is written": (json, "dump", 1),
+}
+
+
+@pytest.fixture(scope="module", params=["world", "file"])
+def whole(request, tmp_path_factory):
+    """(flags, folder) of a run that nothing stopped, in the small world or on a file."""
+    folder = tmp_path_factory.mktemp("whole")
+    flags = flags_of(request.param, folder)
+    with mock.patch.object(data.World.__init__, "__defaults__", SMALL_WORLD):
+        with mock.patch.object(ipo, "psi", identity):
+            cli(*flags, "--out", folder / "out")
+    return flags, folder / "out"
+
+
+@cases("moment", list(STOPS)[1:])
+def test_a_resumed_run_is_the_same_run(small_world, whole, tmp_path, moment):
+    """Weights, optimiser, log and report, bit for bit."""
+    flags, folder = whole
+    with stopped(*STOPS[moment]), pytest.raises(SystemExit):
+        cli(*flags, "--out", tmp_path)
+    assert not (tmp_path / "report.json").exists() or not (tmp_path / "report.json").read_text()
+    cli("--resume", "--out", tmp_path)
+    assert outcome(tmp_path) == outcome(folder)
+
+
+@cases("n", [2, 3, 5])
+def test_a_run_that_was_stopped_half_way_in_a_save_is_the_same_run(small_world, whole, tmp_path, n):
+    flags, folder = whole
+    with stopped_within_save(n), pytest.raises(SystemExit):
+        cli(*flags, "--out", tmp_path)
+    cli("--resume", "--out", tmp_path)
+    assert outcome(tmp_path) == outcome(folder)
+
+
+def test_a_run_that_was_stopped_before_it_saved_begins_again(small_world, whole, tmp_path):
+    """There is nothing to resume, and nothing that stands in the way."""
+    flags, folder = whole
+    with stopped(os, "replace", 1), pytest.raises(SystemExit):
+        cli(*flags, "--out", tmp_path)
+    refused("run again without --resume", "--resume", "--out", tmp_path)
+    cli(*flags, "--out", tmp_path)
+    assert outcome(tmp_path) == outcome(folder)
+
+
+def test_a_run_may_be_stopped_and_resumed_many_times(small_world, whole, tmp_path):
+    flags, folder = whole
+    with stopped(ipo, "optimizer_step", 2), pytest.raises(SystemExit):
+        cli(*flags, "--out", tmp_path)
+    for steps in (14, 7, 4):
+        with stopped(ipo, "optimizer_step", steps), pytest.raises(SystemExit):
+            cli("--resume", "--out", tmp_path)
+    cli("--resume", "--out", tmp_path)
+    assert outcome(tmp_path) == outcome(folder)
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(small_world, whole, tmp_path):
+    flags, folder = whole
+    before = outcome(folder)
+    assert "resumed after step 20" in cli("--resume", "--out", folder)
+    assert outcome(folder) == before
+
+
+def test_an_interruption_is_one_line(small_world, whole, tmp_path):
+    """Ctrl-C; status 1."""
+    flags, _ = whole
+    with stopped(ipo, "optimizer_step", 15, KeyboardInterrupt):
+        cli(*flags, "--out", tmp_path, status=1,
+            says="interrupted; --resume goes on where it was saved")
+    assert "resumed after step" in cli("--resume", "--out", tmp_path)
+
+
+def test_a_full_disk_loses_nothing(small_world, whole, tmp_path):
+    """The third file cannot be written: one line; with room again the run ends as any."""
+    flags, folder = whole
+    with stopped(torch, "save", 4, OSError(28, "No space left on device")):
+        refused("ckpt.pt: cannot be written", *flags, "--out", tmp_path)
+    assert "resumed after step 5" in cli("--resume", "--out", tmp_path)
+    assert outcome(tmp_path) == outcome(folder)
+
+
+def test_a_renamed_folder_is_resumed(small_world, whole, tmp_path):
+    flags, folder = whole
+    with stopped(ipo, "optimizer_step", 15), pytest.raises(SystemExit):
+        cli(*flags, "--out", tmp_path / "a")
+    os.rename(tmp_path / "a", tmp_path / "b")
+    assert "resumed after step" in cli("--resume", "--out", tmp_path / "b")
+    assert outcome(tmp_path / "b") == outcome(folder)
+
+
+def test_a_run_of_another_device_is_resumed_on_this_one(small_world, whole, tmp_path):
+    """As a GPU's run on a machine without one: --device is not that of the saved flags."""
+    flags, folder = whole
+    with stopped(ipo, "optimizer_step", 15), pytest.raises(SystemExit):
+        cli(*flags, "--out", tmp_path)
+    for name in ("ref.pt", "ckpt.pt"):
+        edit_flags(tmp_path / name, device="cuda")
+    cli("--resume", "--out", tmp_path)
+    assert outcome(tmp_path) == outcome(folder)
+
+
+def edit_flags(path, **changes):
+    """Saves a run's file anew, sealed, with other flags."""
+    content = model.read(str(path))
+    policy, _ = model.load(str(path))
+    flags = Namespace(**content.pop("flags") | changes)
+    del content["model"], content["sizes"]
+    model.save(str(path), policy, flags, **content)
 
 
 KILLED = """
@@ -890,241 +2425,918 @@ ipo.main(sys.argv[1:])
 
 
 def test_kill_9_loses_nothing(tmp_path):
-    """A process that dies in its fourth save, then goes on: it is the same seed's run, and not another's."""
-    flags = [*SHORT, "--log_every", "4", "--sft_steps", "0", "--device", "cpu"]
-    died = subprocess.run([sys.executable, "-c", KILLED, *flags, "--out", tmp_path / "0"], cwd=HERE)
-    assert died.returncode == -9 and "resumed after step 8" in cli("--resume", "--out", tmp_path / "0")
-    for seed in (0, 1):
-        cli(*flags, "--seed", seed, "--out", tmp_path / "whole")
-        assert (outcome(tmp_path / "whole") == outcome(tmp_path / "0")) == (seed == 0)
+    """A process that dies in its fourth save, then goes on: it is the same seed's run."""
+    flags = [*WORLD, "--log_every", "4", "--sft_steps", "0", "--device", "cpu"]
+    command = [sys.executable, "-c", KILLED, *flags, "--out", tmp_path / "0"]
+    died = subprocess.run(command, cwd=HERE)
+    assert died.returncode == -9
+    assert "resumed after step 4" in cli("--resume", "--out", tmp_path / "0")
+    cli(*flags, "--out", tmp_path / "whole")
+    assert outcome(tmp_path / "0") == outcome(tmp_path / "whole")
 
 
-@cases("error", [OSError(28, "No space left on device"), RuntimeError("No space left on device\n")])
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, error):
-    """A write that fails names the file; what was saved is whole, and the run that goes on ends as any."""
-    with stopped(torch, "save", 3, error):
-        refused(2, "ckpt.pt: cannot be written (No space left on device)", *SHORT, "--out", tmp_path)
-    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] == 10
-    assert "resumed after step 10" in cli("--resume", "--out", tmp_path)
+# ---------------------------------------------------------------------------------------- what is not resumed
+
+def interrupted(folder):
+    """A run on a file, stopped after two of its checkpoints; its data."""
+    flags = flags_of("file", folder)
+    with stopped(ipo, "optimizer_step", 15), pytest.raises(SystemExit):
+        cli(*flags, "--out", folder / "out")
+    return folder / "pairs.jsonl"
 
 
-def test_what_contradicts_a_run_is_refused(tmp_path):
-    """One line each, and the run is as it was; a flag that agrees may be repeated; no run, no --resume."""
-    resume = "--resume", "--out", tmp_path
-    refused(2, f"{tmp_path}/config.json is not that of a run", *resume)
-    cli(*SHORT, "--out", tmp_path)
-    kept = outcome(tmp_path)
-    for flag, value, was in (("tau", 0.5, 0.2), ("steps", 30, 20), ("data", "cyclic", "bt")):
-        refused(2, f"--{flag} {value} contradicts the run in {tmp_path}/: {was}", *resume, f"--{flag}", value)
-    cli(*resume, "--tau", 0.2)
-    assert outcome(tmp_path) == kept
+def swapped_labels(rows):
+    return [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
 
 
-def test_only_a_finished_run_in_a_world_is_replaced(tmp_path):
-    """It takes seconds to make again; an unfinished run, or one on a file, needs --overwrite."""
-    world, file = ([*SHORT, "--out", tmp_path / "w"],
-                   ["--data", some_pairs(tmp_path), *SMALL, "--out", tmp_path / "f"])
-    assert "replaced" not in cli(*world) + cli(*file)
-    assert "is replaced" in cli(*world, "--seed", 1)
-    (tmp_path / "w/report.json").unlink()
-    for flags in (world, file, [*SHORT, "--out", tmp_path / "f"]):
-        refused(2, "holds a run: --resume it, --overwrite it or name another", *flags)
-    with stopped(ipo, "descend", 1, KeyboardInterrupt):
-        refused(1, "interrupted; --resume goes on where it was saved", *file, "--overwrite")
-    assert os.listdir(tmp_path / "f") == ["config.json"]  # nothing of the old run is left
+def another_p(rows):
+    return [rows[0] | {"p": 0.3}, *rows[1:]]
+
+
+CHANGES = {
+    "labels swapped": swapped_labels,
+    "rows reordered": lambda rows: rows[::-1],
+    "two rows exchanged": lambda rows: [rows[1], rows[0], *rows[2:]],
+    "one row more": lambda rows: [*rows, pair("new", "newer")],
+    "one row fewer": lambda rows: rows[:-1],
+    "another p": another_p,
+    "another text": lambda rows: [pair("other", "texts"), *rows[1:]],
+}
+
+
+@cases("change", CHANGES)
+def test_data_that_changed_are_not_trained_on(tmp_path, change):
+    """One line, nothing lost; with the old data the run goes on."""
+    path = interrupted(tmp_path)
+    before, old = contents(tmp_path / "out"), path.read_text()
+    write(path, *CHANGES[change](rows_of_pairs()))
+    refused("is not what it was when this run began; bring it back", "--resume", "--out", tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+    path.write_text(old)
+    assert "resumed after step 10" in cli("--resume", "--out", tmp_path / "out")
+
+
+def test_data_that_are_gone_are_missed(tmp_path):
+    path = interrupted(tmp_path)
+    before = contents(tmp_path / "out")
+    path.unlink()
+    refused("pairs.jsonl: no such file", "--resume", "--out", tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+def cut(path):
+    os.truncate(path, 3000)
+
+
+def foreign(path):
+    torch.save({"step": 1}, path)
+
+
+def saved_again(path):
+    content = torch.load(path, weights_only=True)
+    content["model"]["transformer.ln_f.bias"] += 1
+    torch.save(content, path)
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+@cases("name", ["ref.pt", "ckpt.pt"])
+@cases("damage", [cut, foreign, saved_again, emptied])
+def test_a_damaged_or_foreign_file_is_not_resumed(tmp_path, name, damage):
+    """One line that names it; nothing is changed."""
+    interrupted(tmp_path)
+    damage(tmp_path / "out" / name)
+    before = contents(tmp_path / "out")
+    refused(f"{name}: not what a run saved", "--resume", "--out", tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_checkpoint_of_another_run_is_not_resumed(tmp_path):
+    """It is named; when it is removed, the run goes on from its reference."""
+    path = interrupted(tmp_path)
+    flags = ["--data", path, *FILE, "--tau", 0.5]
+    cli(*flags, "--out", tmp_path / "other")
+    checkpoint = tmp_path / "out/ckpt.pt"
+    checkpoint.write_bytes((tmp_path / "other/ckpt.pt").read_bytes())
+    refused("ckpt.pt is of another run than ref.pt beside it; remove it",
+            "--resume", "--out", tmp_path / "out")
+    checkpoint.unlink()
+    assert "resumed" not in cli("--resume", "--out", tmp_path / "out")
+
+
+def test_a_folder_without_a_run_is_not_resumed(tmp_path):
+    refused("No such file or directory", "--resume", "--out", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+# -------------------------------------------------------------------------------------------- nothing is lost
+
+def test_a_finished_run_in_a_world_is_replaced_by_the_next(small_world, tmp_path):
+    """`python ipo.py` twice in a row; it takes seconds to make again."""
+    cli(*WORLD, "--out", tmp_path)
+    said = cli(*WORLD, "--seed", 1, "--out", tmp_path)
+    assert "ref.pt of an earlier run is removed" in said
+    assert report(tmp_path)["flags"]["seed"] == 1
+
+
+def kept(message, folder, *argv):
+    """The command is refused in one line, and the folder is as it was."""
+    before = contents(folder)
+    refused(message, *argv, "--out", folder)
+    assert contents(folder) == before
+
+
+HOLDS = "holds a run; --resume it, --overwrite it, or name another --out"
+
+
+def test_an_unfinished_run_is_not_replaced(small_world, tmp_path):
+    with stopped(ipo, "optimizer_step", 15), pytest.raises(SystemExit):
+        cli(*WORLD, "--out", tmp_path)
+    kept(HOLDS, tmp_path, *WORLD)
+
+
+def test_a_run_on_a_file_is_not_replaced(tmp_path):
+    path = some_pairs(tmp_path)
+    cli("--data", path, *FILE, "--out", tmp_path / "out")
+    kept(HOLDS, tmp_path / "out", "--data", path, *FILE)
+    kept(HOLDS, tmp_path / "out", *WORLD)
+
+
+def test_what_a_psi_that_is_infinite_finds_is_kept(small_world, tmp_path):
+    """Exercise 3: a finished run, then psi = logit with hard labels."""
+    cli(*WORLD, "--out", tmp_path)
+    ipo.psi = torch.logit
+    kept("a label asks for an infinite margin", tmp_path, *WORLD)
+
+
+@cases("argv", [
+    ["--sample", ""],
+    ["--n_embd", 30, "--n_head", 4],
+    ["--data", "no.jsonl"],
+    ["--init_from", "no.pt"],
+    ["--tau", 0],
+    ["--resume", "--tau", 1],
+])
+def test_a_refused_command_keeps_what_is_there(small_world, tmp_path, argv):
+    """An empty shell variable as --sample neither trains nor replaces."""
+    cli(*WORLD, "--out", tmp_path)
+    kept("", tmp_path, *argv)
+
+
+def test_sizes_beyond_memory_keep_what_is_there(small_world, tmp_path):
+    cli(*WORLD, "--out", tmp_path)
+    error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes")
+    with mock.patch.object(model, "GPT", side_effect=error):
+        kept("can't allocate memory", tmp_path, *WORLD)
+
+
+def test_a_fault_of_ours_is_no_bad_input(small_world, tmp_path):
+    """Its traceback is seen."""
+    with mock.patch.object(model, "GPT", side_effect=RuntimeError("shapes differ")):
+        with pytest.raises(RuntimeError, match="shapes differ"):
+            cli(*WORLD, "--out", tmp_path)
+
+
+@cases("finished", [True, False])
+def test_overwrite_replaces_any_run(tmp_path, finished):
+    path = some_pairs(tmp_path)
+    flags = "--data", path, *FILE, "--out", tmp_path / "out"
+    cli(*flags)
+    if not finished:
+        (tmp_path / "out/report.json").unlink()
+    cli(*flags, "--tau", 0.5, "--overwrite")
+    assert report(tmp_path / "out")["flags"]["tau"] == 0.5
+
+
+def test_of_a_run_that_was_replaced_nothing_is_left(tmp_path):
+    """The new one is stopped in its first step."""
+    flags = "--data", some_pairs(tmp_path), *FILE
+    cli(*flags, "--out", tmp_path / "out")
+    with stopped(ipo, "optimizer_step", 1, KeyboardInterrupt):
+        cli(*flags, "--overwrite", "--out", tmp_path / "out", status=1)
+    assert os.listdir(tmp_path / "out") == ["ref.pt"]
+
+
+def test_a_replaced_run_is_resumed_like_any_other(tmp_path):
+    """--overwrite is no part of the run that is resumed."""
+    flags = "--data", some_pairs(tmp_path), *FILE
+    cli(*flags, "--out", tmp_path / "whole")
+    cli(*flags, "--seed", 5, "--out", tmp_path / "out")
+    with stopped(ipo, "optimizer_step", 7), pytest.raises(SystemExit):
+        cli(*flags, "--overwrite", "--out", tmp_path / "out")
+    assert "resumed after step 2" in cli("--resume", "--out", tmp_path / "out")
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+
+
+def test_other_files_in_the_folder_are_nobodys_business(small_world, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    cli(*WORLD, "--out", tmp_path)
+    cli(*WORLD, "--out", tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+# -------------------------------------------------------------------------------------------------- the flags
+
+# each kind of run, and the flags that do nothing for it
+DOES_NOTHING = """
+                       -> tokenizer holdout block_size temperature
+--data x               -> labels mu pairs temperature
+--init_from x          -> tokenizer holdout block_size n_layer n_head n_embd temperature
+--data x --init_from y -> labels mu pairs tokenizer block_size n_layer n_head n_embd temperature
+--sample x             -> loss tau data labels mu pairs tokenizer holdout block_size
+--sample x             -> steps batch_size lr sft_steps sft_lr log_every n_layer n_head n_embd
+--sample x             -> dtype overwrite
+--resume               -> loss tau data init_from labels mu pairs tokenizer holdout block_size
+--resume               -> steps batch_size lr sft_steps sft_lr log_every n_layer n_head n_embd
+--resume               -> dtype seed sample temperature overwrite
+"""
+# a value of each flag that it takes and that is not its default
+VALUES = {
+    "loss": "dpo", "tau": "0.7", "labels": "soft", "mu": "ref", "pairs": "7", "out": "there",
+    "tokenizer": "bytes", "holdout": "0.3", "block_size": "9", "steps": "8", "batch_size": "6",
+    "lr": "0.01", "sft_steps": "0", "sft_lr": "0.02", "log_every": "3", "n_layer": "2",
+    "n_head": "4", "n_embd": "64", "dtype": "bfloat16", "seed": "5", "temperature": "0.5",
+}
+
+
+def kinds_of_run():
+    """{the argv of a kind of run: names of the flags that do nothing for it}"""
+    useless = {}
+    for line in DOES_NOTHING.strip("\n").splitlines():
+        kind, names = line.split("->")
+        useless.setdefault(kind.strip(), []).extend(names.split())
+    return useless
+
+
+USELESS = [(kind, name) for kind, names in kinds_of_run().items() for name in names]
+
+
+@cases("kind, name", USELESS)
+def test_a_flag_that_does_nothing_is_refused_by_name(kind, name):
+    value = VALUES.get(name, "x")
+    value = [] if name in ("resume", "overwrite") else [value]
+    refused(f"--{name} does nothing here (", *kind.split(), f"--{name}", *value)
+
+
+USEFUL = [(kind, name) for kind in kinds_of_run() for name in VALUES
+          if (kind, name) not in USELESS and kind != "--resume"]
+
+
+@cases("kind, name", USEFUL)
+def test_a_flag_that_does_something_is_taken(kind, name):
+    args = options(*kind.split(), f"--{name}", VALUES[name])
+    assert str(getattr(args, name)) == VALUES[name]
+
+
+def test_a_flag_that_is_repeated_counts_once():
+    """The last one."""
+    assert options("--tau", 1, "--tau", 2).tau == 2
+
+
+def test_defaults_differ_for_a_file():
+    world, file = options(), options("--data", "x")
+    assert [world.tau, world.steps, world.batch_size] == [0.2, 2000, 256]
+    assert [file.tau, file.steps, file.batch_size] == [0.1, 200, 16]
+
+
+def test_weights_of_another_run_get_no_sft_by_default():
+    assert options("--init_from", "x").sft_steps == 0
+    assert options("--data", "x", "--init_from", "y").sft_steps == 0
 
 
 BAD_COMMANDS = """
---tau 0            -> --tau 0.0 is out of range; give a number from
---tau nan          -> --tau nan is out of range
---tau inf          -> --tau inf is out of range
---tau x            -> argument --tau: invalid float value: 'x'
---steps 0          -> --steps 0 is out of range
---steps 1.5        -> argument --steps: invalid int value: '1.5'
---batch_size 0     -> --batch_size 0 is out of range
---pairs 0          -> --pairs 0 is out of range
---seed -1          -> --seed -1 is out of range
---noise 2          -> --noise 2.0 is out of range
---holdout -0.1     -> --holdout -0.1 is out of range
---sft_steps -1     -> --sft_steps -1 is out of range
---sft_lr nan       -> --sft_lr nan is out of range
---log_every 0      -> --log_every 0 is out of range
---temperature -1   -> --temperature -1.0 is out of range
---loss kto         -> invalid choice: 'kto'
---labels maybe     -> invalid choice: 'maybe'
---dtype float16    -> invalid choice: 'float16'
---device tpu       -> invalid choice: 'tpu'
---nonsense         -> unrecognized arguments: --nonsense
---n_embd 30        -> --n_embd 30 is no multiple of --n_head 4; change one
---data no.jsonl    -> --data no.jsonl: No such file or directory; name a JSONL file
---data .           -> --data .: Is a directory
---data empty.jsonl -> no usable pair among 0
---data same.jsonl  -> no usable pair among 1
---data bad.jsonl   -> bad.jsonl:2: 'chosen' is empty
---data good.jsonl --init_from world.pt -> its model knows other words
---data good.jsonl --tokenizer x -> --tokenizer x: neither on disk
---init_from bytes.pt    -> its model knows other words than --data bt
---init_from cut.pt      -> cut.pt: no whole checkpoint
---init_from no.pt       -> no.pt: no whole checkpoint ([Errno 2] No such file
---init_from bad.jsonl   -> --init_from bad.jsonl:
---sample x              -> No such file or directory: 'out/ckpt.pt'); name the ckpt.pt that a run left
---sample x --out cut.pt -> Not a directory: 'cut.pt/ckpt.pt'
---out good.jsonl        -> File exists: 'good.jsonl'
---resume                -> out/config.json is not that of a run
+--tau 0                  -> --tau is '0'; it takes
+--tau -1                 -> --tau is '-1'; it takes
+--tau nan                -> --tau is 'nan'; it takes
+--tau inf                -> --tau is 'inf'; it takes
+--tau x                  -> --tau is 'x'; it takes
+--tau ''                 -> --tau is ''; it takes
+--tau none               -> --tau is 'none'; it takes
+--tau -                  -> --tau is '-'; it takes
+--tau                    -> argument --tau: expected one argument
+--tau 1 2                -> unrecognized arguments: 2
+--lr 0                   -> --lr is '0'; it takes
+--lr nan                 -> --lr is 'nan'; it takes
+--sft_lr nan             -> --sft_lr is 'nan'; it takes
+--steps 0                -> --steps is '0'; it takes
+--steps 1.5              -> --steps is '1.5'; it takes
+--steps 1e3              -> --steps is '1e3'; it takes
+--steps none             -> --steps is 'none'; it takes
+--sft_steps -1           -> --sft_steps is '-1'; it takes
+--batch_size 0           -> --batch_size is '0'; it takes
+--batch_size 1000000000  -> --batch_size is '1000000000'; it takes
+--pairs 0                -> --pairs is '0'; it takes
+--pairs 1000000000       -> --pairs is '1000000000'; it takes
+--n_embd 100000000       -> --n_embd is '100000000'; it takes
+--n_layer 0              -> --n_layer is '0'; it takes
+--seed -1                -> --seed is '-1'; it takes
+--seed 1.5               -> --seed is '1.5'; it takes
+--log_every 0            -> --log_every is '0'; it takes
+--loss kto               -> --loss is 'kto'; it takes ipo
+--loss ''                -> --loss is ''; it takes
+--loss none              -> --loss is 'none'; it takes
+--labels maybe           -> --labels is 'maybe'; it takes hard
+--mu x                   -> --mu is 'x'; it takes uniform
+--dtype float16          -> --dtype is 'float16'; it takes float32
+--device tpu             -> --device is 'tpu'; it takes cpu
+--device ''              -> --device is ''; it takes
+--resume x               -> --resume is 'x'; it takes yes
+--overwrite x            -> --overwrite is 'x'; it takes yes
+--out ''                 -> --out is ''; it takes
+--data ''                -> --data is ''; it takes
+--sample ''              -> --sample is ''; it takes
+--init_from ''           -> --init_from is ''; it takes
+--noise 0.2              -> unrecognized arguments: --noise 0.2
+--logp mean              -> unrecognized arguments: --logp mean
+--nonsense               -> unrecognized arguments: --nonsense
+--sample_ x              -> unrecognized arguments: --sample_ x
+--batch 4                -> unrecognized arguments: --batch 4
+extra                    -> unrecognized arguments: extra
+--n_embd 30 --n_head 4   -> --n_embd 30 is no multiple of --n_head 4; change one
+--sample x --temperature -1           -> --temperature is '-1'; it takes
+--sample x --temperature nan          -> --temperature is 'nan'; it takes
+--data good.jsonl --holdout -0.1      -> --holdout is '-0.1'; it takes
+--data good.jsonl --holdout 1         -> --holdout is '1'; it takes
+--data good.jsonl --block_size 0      -> --block_size is '0'; it takes
+--data good.jsonl --tokenizer ''      -> --tokenizer is ''; it takes
+--data good.jsonl --tokenizer x       -> --tokenizer x: unknown, or neither on disk nor
+--data good.jsonl --tokenizer words   -> the world has no word
+--data no.jsonl --tokenizer bytes     -> --data no.jsonl: no such file; give a JSONL file
+--data BT --tokenizer bytes           -> --data BT: no such file; give a JSONL file or a world (bt,
+--data . --tokenizer bytes            -> --data .: a folder; give a JSONL file
+--data empty.jsonl --tokenizer bytes  -> --data empty.jsonl: the file is empty
+--data same.jsonl --tokenizer bytes   -> every pair was dropped
+--data bad.jsonl --tokenizer bytes    -> bad.jsonl:2: 'p' is 7
+--data table.csv --tokenizer bytes    -> table, perhaps), not JSONL; python -m lab.models.jsonl
+--init_from no.pt        -> no.pt: not what a run saved ([Errno 2] No such file
+--init_from cut.pt       -> cut.pt: not what a run saved
+--init_from bad.jsonl    -> --init_from bad.jsonl:
+--init_from bytes.pt     -> knows the tokens of bytes, and --data bt has those of words
+--sample x               -> out/ckpt.pt: not what a run saved ([Errno 2] No such file
+--sample x --out cut.pt  -> cut.pt/ckpt.pt: not what a run saved ([Errno 20] Not a directory
+--sample x --init_from cut.pt         -> cut.pt: not what a run saved
+--out good.jsonl         -> File exists: 'good.jsonl'
+--resume                 -> out/ref.pt: not what a run saved
 """
 
 
-def test_bad_input_is_one_line_and_status_two(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def folder_of_bad_things(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    write(folder / "good.jsonl", pair())
+    write(folder / "bad.jsonl", pair(), pair(p=7))
+    write(folder / "same.jsonl", pair("a", "a"))
+    write(folder / "empty.jsonl")
+    write(folder / "table.csv", "prompt,chosen,rejected", "q,a,b")
+    whole_file = saved(folder / "bytes.pt")
+    (folder / "cut.pt").write_bytes(whole_file[:3000])
+    return folder
+
+
+@cases("line", BAD_COMMANDS.strip().splitlines())
+def test_bad_input_is_one_line_and_status_two(folder_of_bad_things, monkeypatch, line):
     """No traceback, nothing written."""
-    monkeypatch.chdir(tmp_path)
-    files = {"good": [pair()], "bad": [pair(), pair("")], "same": [pair("a", "a")], "empty": []}
-    for name, lines in files.items():
-        write(tmp_path / f"{name}.jsonl", *lines)
-    saved(tmp_path / "world.pt", tokenizer=data.World("bt").tokenizer.name)
-    (tmp_path / "cut.pt").write_bytes(saved(tmp_path / "bytes.pt", tokenizer="bytes")[:3000])
-    before = sorted(os.listdir())
-    for flags, message in (line.split("->") for line in BAD_COMMANDS.strip().splitlines()):
-        refused(2, message.strip(), "--tokenizer", "bytes", *flags.split())
-    assert sorted(os.listdir()) == before
+    monkeypatch.chdir(folder_of_bad_things)
+    before = contents(".")
+    command, message = line.split(" -> ")
+    refused(message.strip(), *shlex.split(command))
+    assert contents(".") == before
+
+
+def test_a_long_value_is_cut_in_its_complaint():
+    with pytest.raises(data.Refused) as error:
+        ipo.parse(["--tau", LONG])
+    assert "z" * 80 in str(error.value)
+    assert "z" * 81 not in str(error.value)
+
+
+def test_a_hostile_value_reaches_the_screen_as_printable_text():
+    with pytest.raises(data.Refused) as error:
+        ipo.parse(["--tau", RED + "\n"])
+    assert str(error.value).isprintable()
+
+
+def process(*argv):
+    return subprocess.run([sys.executable, "ipo.py", *argv], cwd=HERE, capture_output=True, text=True)
 
 
 def test_the_program_ends_with_its_status():
-    """As a process; --help explains every flag, at most 32, and its default."""
-    bad = subprocess.run([sys.executable, "ipo.py", "--tau", "0"], cwd=HERE, capture_output=True, text=True)
-    assert bad.returncode == 2 and bad.stderr.startswith("ipo.py: --tau 0.0") and bad.stderr.count("\n") == 1
-    flags, text = vars(options()), " ".join(ipo.flags().format_help().split())
-    assert len(flags) <= 32 and all(f"--{flag} " in text for flag in flags)
-    assert ipo.FOR_A_FILE.items() <= vars(options("--data", "x")).items()
-    assert all(f"[{value}]" in text for value in flags.values() if value is not False)
+    bad = process("--tau", "0")
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("ipo.py: --tau is '0'")
+    assert bad.stderr.count("\n") == 1
+    assert bad.stdout == ""
 
 
-# ------------------------------------------------------- what a user's code adds, the core unchanged
+def test_help_explains_every_flag(capsys):
+    """The table, of at most 32."""
+    with pytest.raises(SystemExit) as end:
+        ipo.main(["--help"])
+    said = capsys.readouterr().out
+    assert not end.value.code
+    names = vars(options())
+    assert len(names) <= 32
+    for name in names:
+        assert re.search(rf"^{name} +\S+ +\S+ +\S+ +\S+ +\S+ +\S+ +\S+ ", said, re.M), name
 
-def test_a_loss_of_ones_own_is_trained_and_with_its_worth_measured(tmp_path):
-    """A line; a second one names its Psi: then pi* is known, else that it is not is said."""
-    ipo.LOSSES["mine"] = lambda h, p, tau: (h - torch.logit(p) / tau) ** 2
-    flags = [*SHORT, "--loss", "mine", "--labels", "soft", "--out", tmp_path]
-    assert "pi* is unknown" in cli(*flags) and report(tmp_path).after["kl_opt"] is None
-    ipo.WORTH["mine"] = torch.logit
-    assert "pi* is unknown" not in cli(*flags) and report(tmp_path).after["kl_opt"] > 0
+
+# -------------------------------------------------------------------- a device, pretended where there is none
+
+FAKE = torch.device("xpu")  # torch knows the name; most machines lack the thing
+
+
+def tensors_in(value):
+    """The tensors in a value, or in nested lists, tuples and dicts."""
+    if type(value) in (torch.Tensor, torch.nn.Parameter):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    found = []
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            found += tensors_in(part)
+    return found
+
+
+def on_fake(tensor):
+    return getattr(tensor, "on_fake", False)
+
+
+def mark(value, there=True):
+    for tensor in tensors_in(value):
+        tensor.on_fake = there
+
+
+def moved(tensor, *wanted):
+    """tensor.to(device or dtype or both)"""
+    devices = [torch.device(value) for value in wanted if isinstance(value, (str, torch.device))]
+    dtypes = [value for value in wanted if isinstance(value, torch.dtype)]
+    there = FAKE in devices if devices else on_fake(tensor)
+    result = tensor.to(*dtypes) if dtypes else tensor
+    if there != on_fake(tensor):
+        result = result.clone()
+    mark(result, there)
+    return result
+
+
+def refuse_a_mix(name, args, inputs):
+    """Raises RuntimeError if a tensor of the CPU meets one of FAKE where a real device would not have it.
+
+    It may if it is a single number, an index of a tensor on FAKE, or copied.
+    """
+    if name in ("copy_", "__set__", "_has_compatible_shallow_copy_type"):
+        return
+    if name in ("__getitem__", "__setitem__") and on_fake(args[0]):
+        by_slices = not tensors_in(args[1])
+        inputs = [] if by_slices else tensors_in(args[2:])
+    for tensor in inputs:
+        if not on_fake(tensor) and tensor.dim() > 0:
+            raise RuntimeError(f"{name}: tensors on two devices")
+
+
+class Accelerator(TorchFunctionMode):
+    """Within this context tensors may be moved to FAKE, or made there, and say that they are there.
+
+    All work is done on the CPU. An operation on tensors of both devices is an error.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        name = function.__name__
+        if name == "to":
+            return moved(*args, *kwargs.values())
+        if name == "cpu":
+            return moved(args[0], "cpu")
+        inputs = tensors_in(args) + tensors_in(kwargs)
+        there = any(map(on_fake, inputs))
+        if there:
+            refuse_a_mix(name, args, inputs)
+        if function == torch.Tensor.device.__get__ and there:
+            return FAKE
+        if kwargs.get("device") == FAKE:
+            there, kwargs["device"] = True, "cpu"
+        result = function(*args, **kwargs)
+        if there:
+            mark(result)
+        if function == torch.Tensor.data.__set__:
+            mark(args[0], on_fake(args[1]))
+        return result
+
+
+def test_the_pretended_device_refuses_a_mix():
+    """As a real one does."""
+    with Accelerator():
+        there = torch.arange(3).to(FAKE)
+        made_there = torch.zeros(3, device=FAKE)
+        assert there.device == FAKE
+        assert (there + made_there).device == FAKE
+        for mix in (lambda: there + torch.arange(3), lambda: torch.arange(3)[there]):
+            with pytest.raises(RuntimeError, match="two devices"):
+                mix()
+
+
+def test_the_pretended_device_takes_what_a_real_one_takes():
+    """Single numbers, indices from the CPU, copies; what comes back is on the CPU."""
+    with Accelerator():
+        there = torch.arange(3).to(FAKE)
+        there += torch.tensor(1)
+        there[:2] = torch.tensor([7, 8])
+        assert there[torch.tensor([1])].item() == 8
+        assert (there.cpu() + torch.arange(3)).device.type == "cpu"
+
+
+def on_accelerator(argv, policy=None):
+    """A run with --device FAKE."""
+    args = options(*argv)
+    args.device = str(FAKE)
+    with Accelerator():
+        ipo.run(args, policy)
+
+
+def test_a_run_on_a_device_is_the_run_on_the_cpu(small_world, whole, tmp_path):
+    """No tensor is left behind in SFT, scoring, the start check, the loop, evaluation, saving."""
+    flags, folder = whole
+    on_accelerator([*flags, "--out", tmp_path])
+    assert outcome(tmp_path) == outcome(folder)
+    assert report(tmp_path)["flags"]["device"] == "xpu"
+
+
+def test_a_policy_is_moved_to_the_device(tmp_path):
+    policy = byte_gpt()
+    on_accelerator(["--data", some_pairs(tmp_path), *FILE, "--out", tmp_path], policy)
+    for p in policy.parameters():
+        assert on_fake(p)
+
+
+def test_a_run_on_a_device_is_resumed_there(small_world, whole, tmp_path):
+    flags, folder = whole
+    with stopped(ipo, "optimizer_step", 15), pytest.raises(SystemExit):
+        on_accelerator([*flags, "--out", tmp_path])
+    on_accelerator(["--resume", "--out", tmp_path])
+    assert outcome(tmp_path) == outcome(folder)
+
+
+def test_a_policy_on_a_device_is_asked_there(tmp_path):
+    saved(tmp_path / "a.pt")
+    args = options("--init_from", tmp_path / "a.pt", "--sample", "\1\2")
+    args.device = str(FAKE)
+    with mock.patch.object(model.GPT, "to") as move:
+        ipo.sample(args)
+    assert move.call_args.args == ("xpu",)
+
+
+def test_an_answer_of_a_policy_on_a_device_is_that_on_the_cpu():
+    policy = speaker()
+    expected = model.generate(policy, ABCD, "b c")
+    with Accelerator():
+        policy.to(FAKE)
+        assert model.generate(policy, ABCD, "b c") == expected
+
+
+def test_log_probs_of_a_policy_on_a_device_come_back():
+    """Of short rows and of long ones, for which prefixes are shared."""
+    for n in (6, 40):
+        tokens = torch.randint(257, (4, n), generator=seeded())
+        with Accelerator():
+            logp = ipo.sequence_logp(byte_gpt().to(FAKE), tokens, tokens > 100)
+        assert not on_fake(logp)
+        assert torch.equal(logp, ipo.sequence_logp(byte_gpt(), tokens, tokens > 100))
+
+
+# ---------------------------------------------------------------- what a user's code adds, the core unchanged
+
+def test_the_command_line_may_be_called(small_world, tmp_path):
+    status = ipo.main([*WORLD, "--device", "cpu", "--out", str(tmp_path)])
+    assert status == 0
+    assert report(tmp_path)["after"]["h"] > 0
+
+
+def test_importing_says_and_changes_nothing():
+    """No line on the screen, no switch of torch."""
+    code = "import torch; n = torch.get_num_threads(); import ipo; print(torch.get_num_threads() - n)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert done.stdout == "0\n"
+
+
+def my_loss(h, p, tau):
+    return (h - torch.logit(p) / tau) ** 2
+
+
+MINE = [*WORLD, "--loss", "ipo", "--labels", "soft"]
+
+
+def run_mine(folder):
+    """A run with another loss, by its name in LOSSES."""
+    args = options(*MINE, "--out", folder)
+    args.loss = "mine"
+    ipo.run(args)
+    return report(folder)
+
+
+def test_a_loss_of_ones_own_is_trained(small_world, tmp_path):
+    """Its optimum is unknown."""
+    ipo.LOSSES["mine"] = my_loss
+    ours = run_mine(tmp_path)
+    assert ours["after"]["loss"] < ours["ref"]["loss"]
+    assert "opt" not in ours
+    assert "kl_opt" not in ours["after"]
+
+
+def test_a_loss_of_ones_own_is_measured_with_its_psi(small_world, tmp_path):
+    ipo.LOSSES["mine"] = my_loss
+    ipo.PSI_OF["mine"] = torch.logit
+    ours = run_mine(tmp_path)
+    assert ours["after"]["kl_opt"] < ours["ref"]["kl_opt"]
 
 
 class HuggingFace(torch.nn.Module):
-    """A model of transformers as the policy: hidden, head and sizes."""
+    """A model of transformers as the policy."""
 
-    def __init__(self, hf):
+    def __init__(self, theirs):
         super().__init__()
-        self.hf, self.head = hf.transformer, hf.lm_head
-        self.config = Namespace(block_size=hf.config.n_positions, vocab_size=hf.config.vocab_size)
+        self.theirs, self.head = theirs.transformer, theirs.lm_head
+        self.config = Namespace(block_size=64, vocab_size=50257)
 
-    def hidden(self, tokens, wanted=None):
-        return self.hf(tokens).last_hidden_state
+    def hidden(self, tokens):
+        return self.theirs(tokens).last_hidden_state
 
 
 def test_a_model_of_ones_own_trains_and_resumes_bit_for_bit(tmp_path):
     """transformers' GPT-2, stopped in its third step after SFT."""
-    flags = "--data", some_pairs(tmp_path), *SMALL, "--out"
-    ipo.run(options(*flags, tmp_path / "whole"), policy=HuggingFace(hugging_face()))
-    with stopped(ipo, "descend", 6), pytest.raises(SystemExit):
-        ipo.run(options(*flags, tmp_path / "cut"), policy=HuggingFace(hugging_face()))
-    ipo.run(options("--resume", "--out", tmp_path / "cut"), policy=HuggingFace(hugging_face(1.0)))
-    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+    flags = "--data", some_pairs(tmp_path), *FILE, "--block_size", 64, "--out"
+    whole_run, cut_run = tmp_path / "whole", tmp_path / "cut"
+    ipo.run(options(*flags, whole_run), HuggingFace(hugging_face()))
+    with stopped(ipo, "optimizer_step", 6), pytest.raises(SystemExit):
+        ipo.run(options(*flags, cut_run), HuggingFace(hugging_face()))
+    ipo.run(options("--resume", "--out", cut_run), HuggingFace(hugging_face(1.0)))
+    assert outcome(cut_run) == outcome(whole_run)
 
 
 def test_pairs_of_ones_own_are_a_source(tmp_path):
-    """Any iterable of Pair."""
-    args = options("--data", "sums", *SMALL, "--out", tmp_path)
-    pairs = (data.Pair(f"{i} + {i} =", f" {2 * i}", f" {2 * i + 1}") for i in range(20))
+    args = options("--data", "sums", *FILE, "--out", tmp_path)
+    pairs = [data.Pair(f"{i} + {i} =", f" {2 * i}", f" {2 * i + 1}") for i in range(20)]
     ipo.run(args, source=ipo.FileSource(args, pairs=pairs))
-    assert report(tmp_path).after["h"] > 0
+    assert report(tmp_path)["after"]["h"] > 0
 
 
-def online(policy, source, pairs=torch.arange(64)):
-    """Batches of pairs that the policy, as it is now, says; the reference is looked up."""
-    while True:
-        source.draw(len(pairs), source.enumerate(policy).exp(), "hard", 0.0, torch.Generator())
-        yield source.pairs.batch(pairs), source.ref.flatten()[source.pairs.pair_rows(pairs)].float()
+def test_pairs_of_ones_own_have_a_tokenizer_of_ones_own(tmp_path):
+    args = options("--data", "letters", *FILE, "--out", tmp_path)
+    pairs = [data.Pair("a", "b c", "c b"), data.Pair("b", "d", "a")]
+    source = ipo.FileSource(args, ABCD, pairs)
+    assert source.sizes == (256, ABCD.n_vocab, ABCD.n_vocab)
 
 
-def test_the_loop_takes_pairs_that_are_made_online(tmp_path):
-    """It goes uphill, and evaluate says how far."""
-    source, policy = posed("--out", tmp_path, "--steps", 50, "--log_every", 25, "--loss", "dpo"), gpt(**POSED)
-    ipo.train(policy, online(policy, source), source.args, source.evaluate)
-    first, last = (line["eval"] for line in metrics(tmp_path))
-    assert 0 < first["kl_ref"] < last["kl_ref"] and first["win"] < last["win"]
+def online(policy, source, steps):
+    """Batches of pairs that the policy, as it is now, says."""
+    for step in range(steps):
+        source.draw(64, source.table(policy).exp(), "hard", seeded(step))
+        yield source.pairs.batch(torch.arange(64))
 
 
-# ------------------------------------------------------------------------------------------------- the house
+def test_the_loop_takes_pairs_that_are_made_online(small_world, tmp_path):
+    """It goes uphill."""
+    source, policy = posed("--steps", 50, "--log_every", 25, "--out", tmp_path)
+    ipo.train(policy, online(policy, source, 50), source.args, source.evaluate)
+    before, after = source.exact["ref"].exp(), source.table(policy).exp()
+    worth = data.mean_over_opponents(source.pstar, source.mu)
+    assert (after * worth).sum() > (before * worth).sum() + 0.1
 
-NO_CODE = "COMMENT NL NEWLINE INDENT DEDENT ENDMARKER".split()
-CAPS = {"ipo": 300, "model": 200, "data": 220, "test_ipo": 700, "explore": 160, "exercises": 300}  # else 120
-CORE = [HERE / name for name in ("ipo.py", "model.py", "data.py")]
-LAB = [path for path in sorted(HERE.glob("lab/*.py")) if "test_" not in path.name]
+
+def test_a_world_may_be_enumerated_without_a_run():
+    """pi* of a reference of one's own."""
+    world = data.World("cyclic")
+    ref = world.base.log().clamp(min=-20).expand(4, 400)
+    mu = torch.full((4, 400), 1 / 400).double()
+    best = data.optimum(ref, world.pstar, mu, 0.5)
+    assert data.kl(best, ref) > 0.03
 
 
-@cases("path", [*CORE, HERE / "test_ipo.py", *LAB], ids=lambda path: path.name)
-def test_a_file_is_small_enough_to_be_read(path):
-    """Code lines and width; of the core also tokens a line, lines a function, and that it knows no lab."""
-    text = path.read_text(encoding="utf-8")
-    text = re.sub("# =+ (EXERCISE|ANSWERS).*?# =+ END", "# END", text, flags=re.S)  # theirs to fill
-    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.Expr, ast.FunctionDef))]
-    docs = [node.lineno for node in nodes if isinstance(getattr(getattr(node, "value", 0), "value", 0), str)]
-    tokens = [token.start[0] for token in tokenize.generate_tokens(io.StringIO(text).readline)
-              if tokenize.tok_name[token.type] not in NO_CODE and token.start[0] not in docs]
-    assert len({*tokens}) <= CAPS.get(path.stem, 120) and max(map(len, text.splitlines())) <= 110
-    for node in nodes * (path in CORE):
-        cap = 50 if getattr(node, "name", "") == "run" else 40
-        assert len({*tokens} & {*range(node.lineno, node.end_lineno + 1)}) <= cap, node.name
-    assert path not in CORE or len(tokens) <= 13 * len({*tokens}) and not re.search("(import|from) lab", text)
+# -------------------------------------------------------------------------------------------------- the house
+
+CORE = ["ipo.py", "data.py", "model.py"]
+NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE,
+           tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+
+
+def source_of(name):
+    return (HERE / name).read_text(encoding="utf-8")
+
+
+def without_answers(text):
+    """A file without what stands between the banners of an exercise, which is a student's."""
+    return re.sub("# =+ EXERCISE.*?# =+ END", "# END", text, flags=re.S)
+
+
+def docstring_lines(text):
+    """The numbers of the lines that docstrings take."""
+    lines = set()
+    for node in ast.walk(ast.parse(text)):
+        text_alone = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if text_alone and isinstance(node.value.value, str):
+            lines |= set(range(node.lineno, node.end_lineno + 1))
+    return lines
+
+
+def tokens_by_line(text):
+    """{number of a line of code: its tokens}, without comments and docstrings."""
+    counts, docs = {}, docstring_lines(text)
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        line = token.start[0]
+        if token.type not in NO_CODE and line not in docs:
+            counts[line] = counts.get(line, 0) + 1
+    return counts
+
+
+def code_of(name):
+    return tokens_by_line(without_answers(source_of(name)))
+
+
+@cases("name, most", [("ipo.py", 3200), ("data.py", 2600), ("model.py", 2100)])
+def test_a_file_of_the_core_is_short(name, most):
+    """Tokens of Python."""
+    assert sum(code_of(name).values()) <= most
+
+
+def test_ipo_has_at_most_300_lines_of_code():
+    assert len(code_of("ipo.py")) <= 300
+
+
+@cases("name, mean, most", [
+    ("ipo.py", 11, 25),
+    ("data.py", 11, 25),
+    ("model.py", 11, 25),
+    ("test_ipo.py", 11.5, 30),
+])
+def test_a_line_is_a_step(name, mean, most):
+    """Tokens in a line, on average and at most."""
+    counts = code_of(name)
+    too_long = [line for line, n in counts.items() if n > most and "add_argument(" not in source_of(name)]
+    assert sum(counts.values()) / len(counts) <= mean
+    assert not too_long
+
+
+@cases("name", [*CORE, "test_ipo.py"])
+def test_a_line_fits_the_screen(name):
+    wide = [line for line in source_of(name).splitlines() if len(line) > 110]
+    assert not wide
+
+
+@cases("name", [*CORE, "test_ipo.py"])
+def test_a_function_has_at_most_30_lines_of_code(name):
+    text = without_answers(source_of(name))
+    code = tokens_by_line(text)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            inside = [line for line in code if node.lineno <= line <= node.end_lineno]
+            assert len(inside) <= 30, node.name
+
+
+def imports_of(name):
+    """The names of the modules that a file imports."""
+    modules = set()
+    for node in ast.walk(ast.parse(source_of(name))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            modules.add(node.module)
+    return {module.split(".")[0] for module in modules}
+
+
+@cases("name", CORE)
+def test_the_core_knows_no_lab(name):
+    assert "lab" not in imports_of(name)
+
+
+def test_the_files_of_the_core_stand_on_each_other_in_one_order():
+    assert not imports_of("data.py") & {"ipo", "model"}
+    assert "ipo" not in imports_of("model.py")
+
+
+# -------------------------------------------------------------------------------------------------- README.md
+
+README = source_of("README.md")
+PROSE = re.sub("^```.*?^```", "", README, flags=re.S | re.M)
 
 
 def blocks(kind):
     """Lines of the README's fenced blocks of a kind."""
-    return "".join(re.findall(rf"^```{kind}\n(.*?)^```", README, re.S | re.M)).splitlines()
+    found = re.findall(rf"^```{kind}\n(.*?)^```", README, re.S | re.M)
+    return "".join(found).splitlines()
 
 
-def test_the_readme_is_short_and_quotes_the_code():
-    """16 KB; every line of its Python blocks stands in a source, letter for letter (psi as it was)."""
-    sources = {line.strip() for path in CORE for line in path.read_text(encoding="utf-8").splitlines()}
+def test_the_readme_is_short():
+    assert len(README.encode()) <= 12_288
+
+
+def test_the_readme_quotes_the_code_letter_for_letter():
+    """Every line of its Python blocks; psi may be edited."""
+    lines = {"", "...", "return q"}
+    for name in CORE:
+        lines |= {line.strip() for line in source_of(name).splitlines()}
     quoted = {line.strip() for line in blocks("python")}
-    assert len(README.encode()) <= 16384 and quoted and not quoted - sources - {"", "...", "return q"}
+    assert quoted
+    assert not quoted - lines
 
 
-def test_what_the_readme_names_exists():
-    """Files, pictures, tests; on a line that is linked to stands the code that is quoted beside the link."""
-    prose = re.sub("^```.*?^```", "", README, flags=re.S | re.M)
-    # an edit of psi may have moved the lines
-    edited = "    return q\n\n\n# ===" not in (HERE / "ipo.py").read_text(encoding="utf-8")
-    for line in prose.splitlines():
-        for name, number in re.findall(r"\]\((?!https:|lab/|#)([^)#]+)(?:#L(\d+))?\)", line):
-            source = (HERE / name).read_text(encoding="utf-8", errors="replace").splitlines()
-            shown = source[int(number) - 1] if number and not edited else line
-            assert all(code in shown for code in re.findall("`(.+?)`", line)), line
-    tests = "".join(str(path.read_bytes()) for path in [*HERE.glob("test_*.py"), *HERE.glob("lab/test_*.py")])
-    names = re.findall(r"\btest_\w+\b(?!\.py)", prose)
-    assert names and not [name for name in names if f"def {name}(" not in tests]
+def links():
+    """What the README's links lead to in this folder; lab/ is not the core's business."""
+    targets = re.findall(r"\]\(([^)#]+)", PROSE)
+    return [target for target in targets if not target.startswith(("http", "lab/"))]
 
 
-def test_the_first_command_prints_what_the_readme_says(default_run):
-    """Line by line, every number within 3 % (a batch's: .05); `...` stands for what is left out."""
-    number = r"[-+]?\d+\.?\d*"
-    block = re.search(r"<!-- measured: python ipo.py --loss ipo -->\s*```\w*\n(.*?)```", README, re.S)[1]
-    for line in filter(str.strip, block.splitlines()):
-        words = r"\s*".join(re.escape(word) for word in re.sub(number, "#", line).split())
-        pattern = re.compile(r"\s*" + words.replace(r"\#", f"({number})").replace(re.escape("..."), ".*?"))
-        printed = [match.groups() for match in map(pattern.match, default_run[1].splitlines()) if match]
-        said, slack = list(map(float, re.findall(number, line))), 0.05 if "/" in line else 2e-3
-        assert any([*map(float, found)] == approx(said, rel=0.03, abs=slack) for found in printed), line
+@cases("target", links())
+def test_what_the_readme_links_to_exists(target):
+    assert (HERE / target).exists()
 
 
-def test_readme_commands_run(tmp_path, monkeypatch):
-    """Each `python ipo.py` of the shell blocks, in order, with few steps, on pairs of our own."""
+PAGES = [HERE / "README.md", *sorted(HERE.glob("lab/*.md"))]
+
+
+@cases("page", PAGES, ids=lambda page: page.name)
+def test_the_tests_that_a_page_names_exist(page):
+    """Here, or in the lab."""
+    files = [HERE / "test_ipo.py", *HERE.glob("lab/**/test_*.py")]
+    tests = "".join(path.read_text(encoding="utf-8") for path in files)
+    for name in re.findall(r"\btest_\w+\b(?!\.py)", page.read_text(encoding="utf-8")):
+        assert f"def {name}(" in tests, name
+
+
+def test_the_functions_in_the_readmes_reading_order_exist():
+    """Names with an underscore in the rows of its tables."""
+    rows = "".join(re.findall(r"^\|.*$", PROSE, re.M))
+    core = "".join(source_of(name) for name in CORE)
+    for name in re.findall(r"`([a-z]+_[a-z_]+)`", rows):
+        assert f"def {name}(" in core, name
+
+
+def test_the_pairs_of_the_readme_are_read(tmp_path):
+    pairs, _ = read(tmp_path, *blocks("json"))
+    assert pairs
+
+
+NUMBER = r"[-+]?\d+\.?\d*"
+
+
+def measured_lines():
+    """The lines of the block that stands for the output of the first command."""
+    command = "<!-- measured: python ipo.py --loss ipo -->"
+    block = re.search(rf"{command}\s*```\w*\n(.*?)```", README, re.S)[1]
+    return [line for line in block.splitlines() if re.search(NUMBER, line)]
+
+
+def numbers_like(line, printed):
+    """The numbers of the lines printed that have this line's words; `...` stands for what is left out."""
+    words = [re.escape(word) for word in re.sub(NUMBER, "#", line).split()]
+    pattern = r"\s*".join(words).replace(r"\#", f"({NUMBER})")
+    pattern = pattern.replace(re.escape("..."), ".*?")
+    matches = [re.match(r"\s*" + pattern, line) for line in printed.splitlines()]
+    return [list(map(float, match.groups())) for match in matches if match]
+
+
+@cases("line", measured_lines())
+def test_the_first_command_prints_what_the_readme_says(default_run, line):
+    """Every number within 3 %, or .003."""
+    said = [float(number) for number in re.findall(NUMBER, line)]
+    for printed in numbers_like(line, default_run[1]):
+        if printed == approx(said, rel=0.03, abs=3e-3):
+            return
+    pytest.fail(f"not printed: {line}")
+
+
+def commands():
+    """The words of each command in the README's shell blocks."""
+    parts = []
+    for line in blocks("sh"):
+        parts += line.split("&&")
+    return [shlex.split(part, comments=True) for part in parts]
+
+
+def runs_of_ipo():
+    """What follows `python ipo.py` in them."""
+    return [words[2:] for words in commands() if words[:2] == ["python", "ipo.py"]]
+
+
+def test_the_readme_says_how_to_run_and_test():
+    assert len(runs_of_ipo()) >= 3
+    assert ["pytest", "-q"] in commands()
+
+
+def shortened(words):
+    """The same command on other pairs, with few steps."""
+    words = ["pairs.jsonl" if word.endswith(".jsonl") else word for word in words]
+    if "--sample" in words or "--resume" in words:
+        return words
+    return [*words, *(FILE if "pairs.jsonl" in words else WORLD)]
+
+
+def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
+    """In their order. Those with gpt2, which needs a network, are parsed."""
     monkeypatch.chdir(tmp_path)
     some_pairs(tmp_path)
-    commands = [shlex.split(part, comments=True) for line in blocks("sh") for part in line.split("&&")]
-    programs = [words[2:] for words in commands if words[:2] == ["python", "ipo.py"]]
-    assert len(programs) >= 3 and any("pytest" in words for words in commands)
-    for words in programs:
-        words = ["pairs.jsonl" if word.endswith(".jsonl") else word for word in words]
-        few = [] if {"--sample", "--resume"} & {*words} else SMALL if "pairs.jsonl" in words else SHORT
-        ipo.parse(words) if "gpt2" in words else cli(*words, *few)  # gpt2 needs a network
+    for words in runs_of_ipo():
+        if "gpt2" in words:
+            ipo.parse(words)
+        else:
+            cli(*shortened(words))
