@@ -14,8 +14,8 @@ model, differentiably. On tables:
   mirror     IPO-MD's answer: both responses from the normalised pi^(1-b) ref^b
   rewards    Bradley-Terry's maximum-likelihood fit to endless pairs, also where no reward is true
 
-Trap: the plain iteration pi <- ref exp(P pi / tau) / Z does not converge where tau is small, in cyclic and in
-deterministic at .1; `nash` takes smaller steps.
+Trap: pi <- ref exp(P pi / tau) / Z, iterated plainly, does not converge in cyclic and deterministic at tau
+.1; `nash` takes smaller steps.
 """
 import sys
 
@@ -183,8 +183,8 @@ def run(argv=None):
     mixed = mirror(ref, pstar, args.tau, args.b)[0]
     start.make_folder(args.out)
     far, near = data.kl(offline, online), data.kl(mixed, online)
-    answer = (f"In {args.data} at tau {args.tau:g} offline IPO ends {far:.4f} nats from the Nash policy, where "
-              f"online IPO ends, and IPO-MD {near:.4f}.")
+    answer = (f"In {args.data} at tau {args.tau:g} offline IPO ends {far:.4f} nats from the Nash policy, "
+              f"where online IPO ends, and IPO-MD {near:.4f}.")
     start.finish(args, answer, {
         "KL(Nash||ref)": data.kl(online, ref).item(),
         "win rate of Nash": win(online, pstar, uniform).item(),

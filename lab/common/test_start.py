@@ -1,0 +1,104 @@
+"""Claims of lab/common/start.py, tried with a program that has a flag of its own."""
+import json
+
+import pytest
+
+import data
+import ipo
+from lab.common import start
+
+DOC = "What is this?\n\n  python -m lab.paper.psi --twice 2\n"
+
+
+def parse(*argv, **more):
+    own = start.parser(DOC)
+    own.add_argument("--twice", type=float, default=1.0, help="a flag of its own [1]")
+    return start.parse(own, argv, **more)
+
+
+def test_own_flags_stand_beside_those_of_the_core():
+    args = parse("--twice", "2", "--tau", "0.5")
+    assert args.twice == 2.0
+    assert args.tau == 0.5
+
+
+def test_a_run_s_flags_name_its_program():
+    assert parse().program == "lab.paper.psi"
+
+
+def test_a_program_has_defaults_of_its_own():
+    assert parse(defaults="--tau 0.7").tau == 0.7
+    assert parse("--tau", "0.3", defaults="--tau 0.7").tau == 0.3
+
+
+REFUSED = [
+    (["--loss", "dpo"], {"without": ["loss"]}, "--loss does nothing in this program"),
+    (["--loss=dpo"], {"without": ["loss"]}, "--loss does nothing in this program"),
+    (["--resume"], {}, "--resume does nothing in this program"),
+    (["--holdout", "0.1"], {"world": True}, "--holdout does nothing in this program"),
+    (["--data", "pairs.jsonl"], {"world": True}, "only a world has exact answers"),
+    (["--twice", "-1"], {}, "--twice is -1.0; it takes 0 to 1e9"),
+    (["--nope", "1"], {}, "--nope"),
+]
+
+
+@pytest.mark.parametrize("argv, more, why", REFUSED)
+def test_what_does_not_fit_is_refused(argv, more, why):
+    with pytest.raises(data.Refused, match=why):
+        parse(*argv, **more)
+
+
+def test_help_lists_the_flags_that_count(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help", without=["mu"])
+    text = capsys.readouterr().out
+    assert "--twice" in text and "--tau" in text
+    assert "--mu" not in text and "--sample" not in text
+
+
+def test_a_flag_s_values_are_given_once():
+    with pytest.raises(data.Refused, match="--tau: 0.1 is given twice"):
+        start.refuse_twice("--tau", [0.1, 0.2, 0.1])
+
+
+def test_the_folder_of_a_run_is_left_alone(tmp_path):
+    (tmp_path / "ref.pt").touch()
+    with pytest.raises(data.Refused, match="name another folder"):
+        start.make_folder(tmp_path)
+
+
+def test_start_begins_where_ipo_run_begins(tmp_path):
+    """The same reference, and its log-probs are those of the policy that comes back."""
+    short = ["--sft_steps", "3", "--pairs", "100", "--steps", "2", "--batch_size", "8"]
+    ipo.run(ipo.parse([*short, "--out", str(tmp_path / "core")]))
+    _, source = start.start(parse(*short, "--out", str(tmp_path / "lab")))
+    core = ipo.model.read(f"{tmp_path}/core/ref.pt")["ref_logp"]
+    assert core.equal(source.pairs.ref_logp)
+
+
+def test_finish_says_the_answer_before_the_figures(tmp_path, capsys):
+    args = parse("--out", str(tmp_path))
+    start.finish(args, "It is so.", {"distance": 0.25, "kind": "small", "far": None}, table=[1])
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "It is so.",
+        "  distance                 0.2500",
+        "  kind                     small",
+        "  far                      -",
+    ]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["answer"] == "It is so."
+    assert report["table"] == [1]
+
+
+ENDS = [(data.Refused("no such thing"), 2), (ipo.Stopped("not finite"), 1),
+        (OSError("disk full"), 2), (KeyboardInterrupt(), 1)]
+
+
+@pytest.mark.parametrize("error, status", ENDS)
+def test_what_went_wrong_is_one_line(error, status, capsys):
+    def run(argv):
+        raise error
+
+    assert start.main("name", run, []) == status
+    said = capsys.readouterr().err
+    assert said.startswith("name: ") and said.count("\n") == 1
