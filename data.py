@@ -23,8 +23,9 @@ class Refused(ValueError):
 
     def __init__(self, message):
         # a line break or a terminal's escape code in somebody's file name must not reach the screen: ascii
-        # makes '\\n' of it
-        safe = [c if c.isprintable() else ascii(c) for c in message]
+        # makes '\\n' of it, quotes included
+        safe = [c if c.isprintable()
+                else ascii(c)[1:-1] for c in message]
         super().__init__("".join(safe))
 
 
@@ -352,8 +353,8 @@ def parse_pair(item, notes):
             raise Refused(f"{key!r} is not among its keys ({short(', '.join(item))}); {NEEDED}; for other "
                           f"keys, whole dialogues or KTO's labels {CONVERT}")
         if not isinstance(item[key], str):
-            raise Refused(f"{key!r} is {short(json.dumps(item[key]))}, not a text; write a text, or, for "
-                          "lists of messages, use python -m lab.models.hf")
+            raise Refused(f"{key!r} is {short(json.dumps(item[key]))}, not a text; write a text; lists of "
+                          f"messages run with python -m lab.models.hf; of lists of texts {CONVERT}")
         texts.append(item[key])
     p = item.get("p", 1.0)
     # type, since isinstance takes True for an int

@@ -228,9 +228,9 @@ def last_checkpoint(policy, optimizer, args):
     if not os.path.exists(path):
         return 0, []
     saved = model.read(path)
-    if at_present(saved["flags"], args) != vars(args):
+    if at_present(saved["flags"], args) != vars(args) or "step" not in saved:
         raise Refused(f"{path} is of another run than ref.pt beside it; remove it, then --resume")
-    policy.load_state_dict(saved["model"])
+    model.restore(policy, saved)
     optimizer.load_state_dict(saved["optimizer"])
     print(f"resumed after step {saved['step']}")
     return saved["step"], saved["log"]
@@ -511,7 +511,7 @@ def make_reference(policy, source, args):
     args.resume = args.overwrite = None  # from here on a resumed run is like any other
     saved = model.read(path) if os.path.exists(path) else {}
     if "ref_logp" in saved:
-        policy.load_state_dict(saved["model"])
+        model.restore(policy, saved)
     else:
         model.save(path, policy, args)  # its flags are what --resume needs if SFT is interrupted
         finetune(policy, source, args)
@@ -527,9 +527,8 @@ def sample(args):
     """--sample: the prompt, and what the policy says after it."""
     policy, name = model.load(args.init_from or f"{args.out}/ckpt.pt")
     policy.to(args.device)
-    tokenizer = data.get_tokenizer(name)
-    said = model.generate(policy, tokenizer, args.sample, args.temperature, args.seed)
-    print(args.sample + said)
+    print(args.sample + model.generate(policy, data.get_tokenizer(name), args.sample,
+                                       args.temperature, args.seed))
 
 
 def main(argv=None):
@@ -544,8 +543,8 @@ def main(argv=None):
         # torch says in a RuntimeError that it has no memory for such sizes; any other is a fault of ours
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        why = Refused(str(error) or "interrupted; --resume goes on where it was saved")
-        print("ipo.py:", why, file=sys.stderr)
+        print("ipo.py:", Refused(str(error) or "interrupted; --resume goes on where it was saved"),
+              file=sys.stderr)
         return 1 if isinstance(error, (Stopped, KeyboardInterrupt)) else 2
 
 

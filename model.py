@@ -74,8 +74,7 @@ class Block(nn.Module):
 
     def forward(self, x):  # (R,T,C) -> (R,T,C)
         x = x + self.attn(self.ln_1(x))
-        x = x + self.mlp(self.ln_2(x))
-        return x
+        return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
@@ -161,7 +160,7 @@ def seal(file):
     testzip finds an entry that was damaged; the seal finds one that was exchanged, added or removed.
     """
     checksums = [(entry.filename, entry.CRC) for entry in file.infolist()]
-    return hashlib.sha256(repr(checksums).encode()).hexdigest().encode()
+    return hashlib.sha256(repr(checksums).encode()).digest()
 
 
 def save(path, policy, flags, **more):
@@ -189,8 +188,8 @@ def read(path):
                 raise ValueError("damaged, or not written by this program")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file makes zipfile and torch raise a dozen kinds
-        raise Refused(f"{path}: not what a run saved ({short(error)}); name the ckpt.pt or ref.pt of a run, "
-                      "or run again without --resume") from None
+        raise Refused(f"{path}: not what a run saved ({short(error)}); name the ckpt.pt or ref.pt of a run; "
+                      "to begin anew in its folder, leave --resume out and give --overwrite") from None
 
 
 def load(path):
@@ -199,8 +198,17 @@ def load(path):
         return from_gpt2(path), "gpt2"
     saved = read(path)
     policy = GPT(GPTConfig(**saved["sizes"]))
-    policy.load_state_dict(saved["model"])
+    restore(policy, saved)
     return policy, saved["flags"]["tokenizer"]
+
+
+def restore(policy, saved):
+    """Gives the policy the weights that `read` has found. Raises Refused if they are those of another model."""
+    try:
+        policy.load_state_dict(saved["model"])
+    except RuntimeError as error:
+        raise Refused(f"the saved weights are those of another model ({short(error)}); if lab.models.hf made "
+                      "them, that goes on with them, and its OUT/export is for transformers") from None
 
 
 # ---------------------------------------------------------------------------------------- GPT-2's own weights
@@ -223,8 +231,8 @@ def from_gpt2(name):
         # transformers makes up weights that a file lacks; a variant of GPT-2 (another activation, scale or
         # head) has the same names, and other logits; one with other ids has other tokens
         tokens = torch.arange(8)[None]
-        logits = theirs(tokens).logits
-        same = torch.allclose(policy(tokens), logits, rtol=1e-4, atol=1e-3)
+        same = torch.allclose(policy(tokens), theirs(tokens).logits,
+                              rtol=1e-4, atol=1e-3)
         if info["missing_keys"] or c.vocab_size != 50257 or not same:
             raise ValueError(f"not GPT-2 but a {c.model_type} of {c.vocab_size} ids")
     except Exception as error:  # transformers passes on what its HTTP library and safetensors raise
@@ -286,9 +294,8 @@ class Prefixes:
             self.where[row, :n] = torch.tensor(numbers)
             if len(number) > before:
                 self.rows.append((self.where[row, :n], len(number) - before))
-        last_tokens = [token for _, token in number]
-        self.tokens = torch.tensor(last_tokens, device=tokens.device)
-        self.position = torch.tensor(position, device=tokens.device)
+        self.tokens = tokens.new_tensor([token for _, token in number])  # on the device of `tokens`
+        self.position = tokens.new_tensor(position)
 
     def attend(self, attention, x):  # (U,C) -> (U,C)
         """Attention, a row at a time: its new prefixes ask, all of its prefixes answer."""
