@@ -203,7 +203,7 @@ def load(path):
 
 
 def restore(policy, saved):
-    """Gives the policy the weights that `read` has found. Raises Refused if they are those of another model."""
+    """Gives the policy the weights that `read` has found. Raises Refused if another model had them."""
     try:
         policy.load_state_dict(saved["model"])
     except RuntimeError as error:
