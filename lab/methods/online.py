@@ -140,8 +140,8 @@ def run(argv):
     if args.pairs_from == "rejection":
         mu = accepted(ref, r, args)
     logp, end = train(policy, world, judge, mu, args)
-    figures = {"KL to its exact answer": data.kl(logp, end), "kl_ref": data.kl(logp, ref),
-               "win": exact.win(logp, world.pstar, world.mu)}
+    figures = {"KL to its exact answer": data.kl(logp, end), "KL to the reference": data.kl(logp, ref),
+               "win rate": exact.win(logp, world.pstar, world.mu)}
     text = f"{METHODS[args.pairs_from]} ends {data.kl(logp, end):.4f} nats from its exact answer"
     if args.offline:
         own = data.kl(theirs, their_end)

@@ -90,8 +90,9 @@ def train(policy, world, r, args):
         loss(*drawn, args).backward()
         ipo.optimizer_step(policy, optimizer, step, args.steps, args.lr)
         if step % args.log_every == 0:
-            numbers = {"reward": (logp.exp() * r).sum(-1), "kl_answer": data.kl(logp, end)}
-            ipo.told(f"RLHF {step}/{args.steps}", ipo.means(numbers))
+            reward = (logp.exp() * r).sum(-1)
+            numbers = ipo.means({"reward": reward, "kl_answer": data.kl(logp, end)})
+            ipo.told(f"RLHF {step}/{args.steps}", numbers)
     model.save(f"{args.out}/ckpt.pt", policy, args, step=args.steps)
 
 
@@ -163,6 +164,7 @@ def said(figures, args):
 def run(argv):
     args = parse(argv)
     policy, world = start.start(args)
+    args.loss = None  # RLHF has none on a margin, and its files should not name one
     tables = others(policy, world, args) if args.compare else {}
     ref, r = world.exact["ref"], taught(world)
     right = best_policy(ref, r, args.tau)
@@ -178,7 +180,8 @@ def run(argv):
         "KL to its own answer": data.kl(logp, answer(ref, r, args)),
         "KL to ref exp(r/tau)/Z": data.kl(logp, best_policy(ref, r, args.tau)),
         "... of the true reward": data.kl(logp, right),
-        "kl_ref": data.kl(logp, ref), "win": exact.win(logp, world.pstar, world.mu),
+        "KL to the reference": data.kl(logp, ref),
+        "win rate": exact.win(logp, world.pstar, world.mu),
         "mass on the best": (logp.exp() * best).sum(-1),
     })
     start.finish(args, said(figures, args), figures)
