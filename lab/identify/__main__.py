@@ -47,7 +47,10 @@ def examined(args):
     if args.trl and (args.loss or args.tokens) or args.loss_type and not args.trl:
         raise Refused("--loss_type does nothing without --trl, which takes no other loss and no --tokens")
     if args.trl:
-        from lab.identify import trl_loss  # here, since TRL is needed for nothing else
+        try:
+            from lab.identify import trl_loss  # here, since TRL is needed for nothing else
+        except ImportError as error:
+            raise Refused(f"{error}; --trl needs pip install -r lab/requirements.txt") from None
         function, tau = with_tau(trl_loss.load(args.loss_type or "ipo"), args.tau or "beta")
     else:
         function, tau = with_tau(probe.load(args.loss), args.tau)

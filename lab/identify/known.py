@@ -31,7 +31,7 @@ def name_it(loss):
     """(verdict, tau or beta, factor) of a loss of the margin."""
     values, slope = loss(GRID), probe.slope(loss, GRID)
     guesses = [as_square(values, slope)]
-    guesses += [as_known(name, values, slope[ZERO].item()) for name in KNOWN]
+    guesses += [as_known(f, name, values, slope) for name, f in KNOWN.items()]
     guesses.append(("none", None, None))
     return next(guess for guess in guesses if guess)
 
@@ -44,27 +44,26 @@ def as_square(values, slope):
         return None
     asked = -at_zero / (2 * factor)
     square = factor * (GRID - asked) ** 2
-    difference = (values - values.min()) - (square - square.min())
-    if not fits(difference, square, factor):
+    if not alike(values - values.min(), square - square.min(), factor):
         return None
     name = "ipo" if abs(factor - 1) < 1e-6 else "ipo scaled"
     return name, 1 / (2 * asked), factor
 
 
-def as_known(name, values, slope_at_zero):
-    """name_it's answer if this is a factor times the known f(beta h); None if it is not."""
-    f, zero = KNOWN[name], GRID[[ZERO]]
+def as_known(f, name, values, slope):
+    """name_it's answer if this is a factor times f(beta h); None if it is not."""
+    zero = GRID[[ZERO]]
     factor = (values[ZERO] / f(zero)).item()
-    beta = slope_at_zero / factor / probe.slope(f, zero).item() if factor else 0.0
-    curve = factor * f(beta * GRID)
-    if not beta or not fits(values - curve, curve, values[ZERO]):
+    if not abs(factor * slope[ZERO]) > 0:  # a nan is not
         return None
-    return name, beta, factor
+    beta = (slope[ZERO] / factor / probe.slope(f, zero)).item()
+    curve = factor * f(beta * GRID)
+    return (name, beta, factor) if alike(values, curve, factor) else None
 
 
-def fits(difference, curve, unit):
-    """At most 1e-5 of the curve at each point, and of a unit where the curve is 0?"""
-    return bool((difference.abs() <= 1e-5 * (curve.abs() + abs(unit))).all())
+def alike(values, curve, unit):
+    """Equal to 1e-5 of the curve at each point, and to 1e-5 of a unit where the curve is 0?"""
+    return torch.allclose(values, curve, rtol=1e-5, atol=1e-5 * abs(unit))
 
 
 def nearest(loss, of_means=False):
@@ -73,7 +72,7 @@ def nearest(loss, of_means=False):
     of_means: its margin is of means over tokens.
     """
     world = data.World("bt")
-    ref = (world.base + 1e-4).log().expand_as(world.reward).log_softmax(-1)
+    ref = exact.of_base(world)
     mu = torch.full_like(ref, 1 / ref.shape[1])
     length = world.pairs.length - world.pairs.prompt_len
     each = length.view_as(ref) if of_means else 1
@@ -86,18 +85,19 @@ def nearest(loss, of_means=False):
     found = {}
     for psi, worth in (("identity", world.pstar), ("logit", world.pstar.logit())):
         taus = torch.logspace(-2, 1, 61).tolist()
-        optima = [data.optimum(ref, worth, mu, tau) for tau in taus]
-        gap, tau = min((data.kl(best, optimum).item(), tau) for optimum, tau in zip(optima, taus))
-        found[f"nearest pi* of {psi}"] = f"its minimiser in bt is {gap:z.4f} nats from that of tau {tau:.3g}"
+        gaps = [data.kl(best, data.optimum(ref, worth, mu, tau)).item() for tau in taus]
+        gap, tau = min(zip(gaps, taus))
+        words = f"its minimiser in bt is {gap:z.4f} nats from that of tau {tau:.3g}"
+        found[f"nearest pi* of {psi}"] = words
     return found
 
 
 def examine(loss, tau):
     """All that can be said of a loss of the margin, by name. tau: what the caller named, or None."""
     zero = GRID[[ZERO]]
+    slopes = probe.slope(loss, probe.WIDE)
     large = probe.WIDE[probe.WIDE.abs() < 1e4].float()
     on_large = loss(large) + probe.slope(loss, large)
-    slopes = probe.slope(loss, probe.WIDE)
     ignored = torch.allclose(loss(GRID, 0.7), loss(GRID, 1.0))
     return {
         **dict(zip(("verdict", "tau", "factor"), name_it(loss))),
@@ -108,6 +108,6 @@ def examine(loss, tau):
         "eq. 17 asks for": 1 / (2 * tau) if tau else None,
         "link": probe.name_link(slopes),
         "convex": bool((probe.slope(loss, GRID).diff() >= -1e-9).all()),
-        "finite to |h| = 10,000": bool((loss(large) + probe.slope(loss, large)).isfinite().all()),
-        "takes p": loss.takes_p and ("no: it ignores it" if ignored else "yes"),
+        "finite to |h| = 10,000": bool(on_large.isfinite().all()),  # in float32
+        "takes p": "and ignores it" if loss.takes_p and ignored else loss.takes_p,
     }
