@@ -121,15 +121,20 @@ def row(loss, args):  # -> descent.Row
     print(f"\n{loss}, in {args.out}")
     policy, source = start.start(args)
     # only now, since the core knows neither this loss nor one without tau; the saved flags are to say so
-    args.loss, args.tau = loss, args.tau if "tau" in OWN[loss] else None
+    args.loss = loss
+    if "tau" not in OWN[loss]:
+        args.tau = None
 
     def evaluate(policy):
         logp = source.table(policy)
-        win = exact.win(logp, source.pstar, source.mu)
-        return ipo.means({"kl_ref": data.kl(logp, source.exact["ref"]), "win rate": win})
+        return ipo.means({
+            "kl_ref": data.kl(logp, source.exact["ref"]),
+            "win rate": exact.win(logp, source.pstar, source.mu),
+        })
 
     descent.fit(policy, losses(policy, source, args), args, evaluate)
-    mine, _ = descent.measured(expectation(source, args), source.table(policy), source, source.pstar)
+    mean, logp = expectation(source, args), source.table(policy)
+    mine, _ = descent.measured(mean, logp, source, source.pstar)
     flags = " ".join(f"{flag} {getattr(args, flag):g}" for flag in OWN[loss])
     return descent.Row({"           flags": flags, **mine})
 
@@ -144,7 +149,8 @@ def run(argv):
     args = start.parse(own, argv, "--out out/beyond_the_margin")
     descent.need_world(args)
     start.refuse_twice("--loss", args.loss)
-    given = {flag: value for flag, value in vars(args).items() if flag in FLAGS and value is not None}
+    given = {flag: getattr(args, flag) for flag in FLAGS}
+    given = {flag: value for flag, value in given.items() if value is not None}
     read = {flag for loss in args.loss for flag in OWN[loss]}
     for flag in given.keys() - read:
         raise data.Refused(f"--{flag} does nothing for {', '.join(args.loss)}; leave it out")

@@ -1,7 +1,7 @@
 """How is a policy trained on any loss, and how far does it end from the exact minimiser of that loss?
 
-This is no program itself; margin_losses, beyond_the_margin and kto import it. A world's policy is a table
-of 400 log-probs for each prompt, so the mean of a loss over all pairs and labels is a sum, and LBFGS finds the
+This is no program itself; margin_losses, beyond_the_margin and kto import it. A world's policy is a table of
+400 log-probs for each prompt, so the mean of a loss over all pairs and labels is a sum, and LBFGS finds the
 table that minimises it. Trap: a loss that falls without end has no minimiser. If log pi/ref passes 100 nats
 this is taken to be so, and the row shows a dash.
 """

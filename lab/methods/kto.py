@@ -42,8 +42,10 @@ def parse(item, notes):  # -> a list of data.Pair
     """One line of a file: TRL's unpaired form, or a pair, which is two rows. A row's p is its label."""
     if "completion" not in item and "label" not in item:
         pair = data.parse_pair(item, notes)
-        return [data.Pair(pair.prompt, pair.chosen, UNREAD, pair.p),
-                data.Pair(pair.prompt, pair.rejected, UNREAD, 1 - pair.p)]
+        return [
+            data.Pair(pair.prompt, pair.chosen, UNREAD, pair.p),
+            data.Pair(pair.prompt, pair.rejected, UNREAD, 1 - pair.p),
+        ]
     for key, kind in {"prompt": str, "completion": str, "label": bool}.items():
         if not isinstance(item.get(key), kind):
             raise data.Refused(f"{key!r} is {data.short(item.get(key))}; {NEEDED}")
@@ -72,8 +74,9 @@ class Thumbs(ipo.FileSource):
         """Means of log pi/ref over the held-out rows that are liked, and over the others."""
         rows, label = self.labelled(self.held_out)
         f = ipo.score(policy, self.pairs, self.args, rows) - self.pairs.ref_logp[rows]
-        no_label = 1 - label
-        return ipo.means({"liked": f @ label / label.sum(), "disliked": f @ no_label / no_label.sum()})
+        liked = f @ label / label.sum()
+        disliked = f @ (1 - label) / (1 - label).sum()
+        return ipo.means({"liked": liked, "disliked": disliked})
 
 
 class World(ipo.WorldSource):
@@ -104,15 +107,14 @@ class World(ipo.WorldSource):
 def answer(world):  # -> log pi (X,Y)
     """The minimiser at the z0 that it has itself, from the reference."""
     g, ref, args = world.liked(), world.exact["ref"], world.args
-    logp, z0, last = ref, torch.zeros(()), 1.0
+    logp, z0 = ref, torch.zeros(())
 
     def mean(logp):
         return (world.mu * cost(logp - ref, z0, g, args)).sum(-1).mean()
 
-    while abs(z0 - last) > 1e-6:
-        logp, last = exact.minimise(mean, logp, 500), z0
-        if args.z0 == "policy":
-            z0 = data.kl(logp, ref)
+    for _ in range(20 if args.z0 == "policy" else 1):  # z0 is the same to 1e-6 after that
+        logp = exact.minimise(mean, logp, 500)
+        z0 = data.kl(logp, ref)
     return logp
 
 
@@ -122,8 +124,9 @@ def mismatched(pairs, block_size):
     """PairData of as many rows: each response, after the prompt that stands half of all rows further on."""
     prompts, responses = [], []
     n = len(pairs.length)
-    for row, other in enumerate(torch.arange(n).roll(-(n // 2)).tolist()):
+    for row in range(n):
         response = pairs.tokens[row, pairs.prompt_len[row]:pairs.length[row]].tolist()
+        other = (row + n // 2) % n
         prompt = pairs.tokens[other, :pairs.prompt_len[other]].tolist()
         prompts.append(prompt[-(block_size - len(response)):])
         responses.append(response)
@@ -152,7 +155,8 @@ def losses(policy, source, args):
     """Yields the mean cost of 2 x --batch_size rows for each step."""
     rows, label = source.labelled(source.train)
     z0 = anchor(policy, source, args)
-    for index in data.shuffled(len(rows), 2 * args.batch_size, args.steps, ipo.generator(args, 1)):
+    random = ipo.generator(args, 1)
+    for index in data.shuffled(len(rows), 2 * args.batch_size, args.steps, random):
         part = rows[index]
         with ipo.precision(args):
             logp = ipo.sequence_logp(policy, *source.pairs.padded(part))

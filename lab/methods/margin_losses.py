@@ -9,9 +9,10 @@ minimiser is pi* of eq. 7 with Psi = link. Elsewhere it is another policy.
   python -m lab.methods.margin_losses --loss savage --lr 3e-4  one of them; flags of ipo.py count
   python -m lab.methods.margin_losses --noise 0.1              ipo, dpo, cdpo, robust with flipped labels
 
+cdpo and robust assume the share of flips that --noise makes, or .1 if it makes none.
 Each row says where the policy ended: against pi* of the Psi named, for the true preferences, and against the
-exact minimiser of this very loss on endless labels of the run's kind, flips included. A Psi in brackets is not
-the loss's own link: cdpo and robust are meant to find DPO's pi* behind noise, and discopop has no link.
+exact minimiser of this very loss on endless labels of the run's kind, flips included. A Psi in brackets is
+not the loss's own link: cdpo and robust are meant to find DPO's pi* behind noise, and discopop has no link.
 Traps: discopop's slope at z = 0 is +.784, so its first step leads away from the chosen response. Savage's
 slope vanishes where coin flips have pushed z. rebel needs --labels soft, since logit of 1 is infinite.
 """
@@ -124,7 +125,7 @@ def add_losses(label_noise):
 
 
 class Flipped(ipo.WorldSource):
-    """The world with a share --noise of its labels flipped: pstar is of the labels, true is what they hide."""
+    """The world with a share --noise of its labels flipped: pstar is of the labels, true what they hide."""
 
     def __init__(self, args):
         super().__init__(args)
@@ -188,7 +189,7 @@ def answer(rows, args):
     same = [name for name, kl in known.items() if kl < 1e-4]
     other = [f"{name} ({kl:.4f} nats from it)" for name, kl in known.items() if kl >= 1e-4]
     endless = found.keys() - known.keys()
-    return (f"World {args.data}, tau {args.tau:g}, {args.labels} labels, a share {args.noise:g} of them flipped. "
+    return (f"World {args.data}, tau {args.tau:g}, {args.labels} labels, {args.noise:.0%} of them flipped. "
             f"These optimise pi* of their Psi: {', '.join(same) or 'none'}. "
             f"These optimise another policy: {', '.join(other) or 'none'}. "
             f"These have no finite optimum: {', '.join(endless) or 'none'}.")
@@ -197,7 +198,7 @@ def answer(rows, args):
 def run(argv):
     own = start.parser(__doc__)
     own.add_argument("--loss", nargs="+", choices=PSI, help="which losses [all]")
-    own.add_argument("--noise", type=float, default=0.0, help="share of flipped labels; cdpo, robust assume it, or 0.1 [0]")
+    own.add_argument("--noise", type=float, default=0.0, help="share of labels that are flipped [0]")
     args = start.parse(own, argv, "--tau 1 --out out/margin_losses")
     descent.need_world(args)
     names = args.loss or ["ipo", "dpo", *NEW]

@@ -8,8 +8,8 @@ the highest win rate at each KL(pi||ref): no policy lies above it. `lost` is how
   python -m lab.methods.margin_losses --out out/all                  this makes such a folder
   python -m lab.methods.kto --out out/all/kto                        and this adds a run to it
 
-Traps: a method's tau says where along the frontier it stops, so rows of different taus are no ranking. Runs of
-another world or from another reference (another seed) have another frontier; they are skipped, and named.
+Traps: a method's tau says where along the frontier it stops, so rows of different taus are no ranking. Runs
+of another world or from another reference (another seed) have another frontier; they are skipped, and named.
 """
 import sys
 from pathlib import Path

@@ -1,0 +1,226 @@
+"""The claims of beyond_the_margin and on_the_frontier: against sums by hand, and short runs."""
+import itertools
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import data
+import ipo
+import model
+from lab.common import start
+from lab.methods import beyond_the_margin, descent, on_the_frontier
+from lab.methods.beyond_the_margin import COSTS, OWN, Side
+
+pytestmark = pytest.mark.usefixtures("bt3")
+SMALL = ["--data", "bt3", "--sft_steps", "20", "--pairs", "40000", "--device", "cpu"]
+
+
+def flags_of(loss, **own):
+    return SimpleNamespace(**{"loss": loss, "lam": 0.7, "tau": 0.5, "delta": 1.0, "gamma": 0.3} | own)
+
+
+def small(seed):
+    """A random world of 2 prompts x 4 responses of 1 to 3 tokens, its preferences intransitive."""
+    random = torch.Generator().manual_seed(seed)
+    upper = torch.rand(2, 4, 4, dtype=torch.float64, generator=random).triu(1)
+    pstar = upper + (1 - upper.mT).tril(-1)
+    pstar.diagonal(dim1=1, dim2=2).fill_(0.5)
+    ref = torch.randn(2, 4, dtype=torch.float64, generator=random).log_softmax(-1)
+    responses = [[1] * (1 + row % 3) for row in range(8)]
+    return SimpleNamespace(
+        pstar=pstar,
+        exact={"ref": ref},
+        mu=torch.full((2, 4), 0.25).double(),
+        base=torch.tensor([0.0, 0.2, 0.3, 0.5]).double(),
+        pairs=data.PairData([[9]] * 8, responses))
+
+
+def log_s(z):
+    return -math.log1p(math.exp(-z))
+
+
+def odds(m):
+    return math.log(math.exp(m) / (1 - math.exp(m)))
+
+
+def by_hand(loss, w, l, n, m):
+    """w, l: log-probs of winner and loser, n, m: their lengths; the reference's log-probs are -1 and -2."""
+    if loss == "cpo":
+        return -log_s(0.5 * (w - l)) - 0.7 * w
+    if loss == "orpo":
+        return -w / n - 0.7 * log_s(odds(w / n) - odds(l / m))
+    if loss == "slic_hf":
+        return max(0.0, 1 - w + l)
+    if loss == "simpo":
+        return -log_s(0.5 * (w / n - l / m) - 0.3)
+    h = (w + 1) - (l + 2)
+    return -log_s(0.5 * (h - 0.7 * max(0, -1 - w)))
+
+
+CASES = [
+    (-1.2, -3.4, 2, 3),
+    (-4.0, -0.3, 3, 1),
+    (-0.5, -2.1, 1, 1),
+]
+
+
+@pytest.mark.parametrize("w, l, n, m", CASES)
+@pytest.mark.parametrize("loss", COSTS)
+def test_a_cost_is_its_papers_formula(loss, w, l, n, m):
+    winner = Side(*torch.tensor([w, -1.0, n]).double())
+    loser = Side(*torch.tensor([l, -2.0, m]).double())
+    cost = COSTS[loss](winner, loser, flags_of(loss))
+    assert cost.item() == pytest.approx(by_hand(loss, w, l, n, m), abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", COSTS)
+def test_the_expectation_is_a_sum_over_pairs_and_outcomes(loss):
+    """Equal pairs are drawn, too; for slic_hf the mean over SFT responses is added."""
+    world, args, total = small(1), flags_of(loss), 0.0
+    logp = torch.randn(2, 4, dtype=torch.float64).log_softmax(-1)
+    ref = world.exact["ref"]
+    length = torch.tensor([[1, 2, 3, 1], [2, 3, 1, 2]])
+    for x, y, z in itertools.product(range(2), range(4), range(4)):
+        first = Side(logp[x, y], ref[x, y], length[x, y])
+        second = Side(logp[x, z], ref[x, z], length[x, z])
+        p = world.pstar[x, y, z]
+        cost = beyond_the_margin.both_orders(first, second, p, args)
+        total += cost / 16 / 2
+    if loss == "slic_hf":
+        total -= 0.7 * (world.base * logp).sum() / 2
+    found = beyond_the_margin.expectation(world, args)(logp)
+    assert found.item() == pytest.approx(total.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["cpo", "slic_hf", "dpop"])
+def test_what_is_convex_has_one_minimum(loss):
+    """LBFGS from the reference and from a far policy: the same loss; less well where there are kinks."""
+    world = small(2)
+    far = (3 * torch.randn(2, 4, dtype=torch.float64)).log_softmax(-1)
+    mean = beyond_the_margin.expectation(world, flags_of(loss))
+    row, _ = descent.measured(mean, far, world, world.pstar)
+    assert row["two starts apart"] < (1e-6 if loss == "cpo" else 1e-3)
+
+
+@pytest.fixture
+def begun(tmp_path):
+    args = ipo.parse([*SMALL, "--pairs", "6", "--labels", "soft", "--steps", "1", "--out", str(tmp_path)])
+    args.batch_size = 6
+    policy, source = start.start(args)
+    with torch.no_grad():
+        policy.transformer.wte.weight[0] += 0.1
+    return args, policy, source
+
+
+@pytest.mark.parametrize("loss", sorted(COSTS.keys() - {"slic_hf"}))
+def test_a_step_descends_the_mean_of_its_pairs(loss, begun):
+    """All six pairs in one batch, with soft labels; lengths are 1 in so small a world."""
+    args, policy, source = begun
+    vars(args).update(vars(flags_of(loss)))
+    logp, total = source.table(policy).flatten(), 0.0
+    ref = source.pairs.ref_logp
+    for y, z, p in zip(source.pairs.chosen, source.pairs.rejected, source.pairs.p):
+        first, second = (Side(logp[i], ref[i], 1) for i in (y, z))
+        total += beyond_the_margin.both_orders(first, second, p, args) / 6
+    found, = beyond_the_margin.losses(policy, source, args)
+    assert found.item() == pytest.approx(total.item(), abs=1e-5)
+
+
+def test_slic_hf_descends_the_likelihood_of_sft_responses(begun):
+    """delta 0 and the pairs' term is a hinge; with lam twice as large the rest is, too."""
+    args, policy, source = begun
+    values = []
+    for lam in (0.0, 1.0, 2.0):
+        vars(args).update(vars(flags_of("slic_hf", lam=lam)))
+        loss, = beyond_the_margin.losses(policy, source, args)
+        values.append(loss.item())
+    assert values[2] - values[0] == pytest.approx(2 * (values[1] - values[0]), abs=1e-4)
+    assert values[1] - values[0] > 0.1
+
+
+def status(tmp_path, *argv):
+    argv = [*argv, "--out", str(tmp_path / "b")]
+    return start.main("beyond_the_margin", beyond_the_margin.run, argv)
+
+
+def test_training_ends_at_the_minimiser(tmp_path):
+    """200 steps in a world of 4 responses."""
+    assert status(tmp_path, *SMALL, "--steps", "200", "--lr", "3e-3") == 0
+    report = json.loads((tmp_path / "b/report.json").read_text())
+    for loss in COSTS:
+        assert report[loss]["KL to its minimiser"] < 0.005
+
+
+def test_dpop_with_lam_5_does_not_leave_the_reference():
+    """Among coin flips every winner is a loser elsewhere, and to lower it costs five times what it gains."""
+    world = small(3)
+    mean = beyond_the_margin.expectation(world, flags_of("dpop", lam=5.0))
+    _, best = descent.measured(mean, world.exact["ref"], world, world.pstar)
+    assert data.kl(best, world.exact["ref"]) < 1e-4
+
+
+def test_saved_flags_name_the_loss_and_what_it_reads(tmp_path):
+    assert status(tmp_path, *SMALL, "--steps", "1", "--loss", "orpo", "--lam", "0.2") == 0
+    flags = model.read(f"{tmp_path}/b/orpo/ckpt.pt")["flags"]
+    assert flags["loss"] == "orpo"
+    assert flags["lam"] == 0.2
+    assert flags["tau"] is None
+
+
+@pytest.mark.parametrize("argv, why", [
+    (["--loss", "ppo"], "--loss"),
+    (["--loss", "cpo", "--gamma", "1"], "--gamma does nothing for cpo"),
+    (["--loss", "orpo", "--tau", "1"], "--tau does nothing for orpo"),
+    (["--lam", "-1"], "--lam"),
+    (["--data", "nosuch.jsonl", "--tokenizer", "bytes"], "world")])
+def test_bad_input_is_one_line(argv, why, tmp_path, capsys):
+    assert status(tmp_path, *argv) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("beyond_the_margin: ")
+    assert why in said
+    assert said.count("\n") == 1
+
+
+def test_every_flag_is_read_by_a_loss():
+    assert {flag for own in OWN.values() for flag in own} == set(beyond_the_margin.FLAGS)
+
+
+# ------------------------------------------------------------------------------------------ on_the_frontier
+
+@pytest.fixture
+def runs(tmp_path):
+    """A finished run of ipo.py, one that is hardly trained, and one of another seed."""
+    few = [*SMALL[2:], "--data", "bt3", "--tau", "0.5", "--lr", "5e-3"]
+    for name, own in {
+        "end": ["--steps", "300"],
+        "begin": ["--steps", "1"],
+        "other": ["--steps", "1", "--seed", "1"],
+    }.items():
+        assert ipo.main([*few, *own, "--out", f"{tmp_path}/all/{name}"]) == 0
+    return tmp_path
+
+
+def test_runs_lie_on_the_frontier_or_below(runs, figures, capsys):
+    folders = [f"{runs}/all/{name}" for name in ("end", "begin", "other")]
+    argv = [*folders, "--out", f"{runs}/picture"]
+    assert start.main("on_the_frontier", on_the_frontier.run, argv) == 0
+    report = json.loads((runs / "picture/report.json").read_text())
+    known = json.loads((runs / "all/end/report.json").read_text())
+    assert report["end"]["KL to ref"] == pytest.approx(known["after"]["kl_ref"], abs=1e-9)
+    assert report["end"]["  lost"] > -1e-6
+    assert report["begin"]["win rate"] < report["end"]["win rate"]
+    assert "all/other: skipped" in capsys.readouterr().out
+    assert "other" not in report
+    assert list(figures) == [f"{runs}/picture/family.png"]
+
+
+def test_a_row_says_what_made_the_run(runs):
+    assert on_the_frontier.made_by(f"{runs}/all/end") == "ipo.py, loss ipo, tau 0.5, labels hard"
+
+
+def test_a_folder_without_runs_is_one_line(tmp_path, capsys):
+    assert start.main("on_the_frontier", on_the_frontier.run, [str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
