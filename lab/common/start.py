@@ -44,9 +44,11 @@ def parse(own, argv, defaults="", without=(), world=False):
         name = word.partition("=")[0]
         if name.removeprefix("--") in useless:
             raise data.Refused(f"{name} does nothing in this program; leave it out")
-    given = ipo.parse(rest).data
-    if world and given not in data.WORLDS:
-        raise data.Refused(f"--data {given}: only a world has exact answers ({', '.join(data.WORLDS)})")
+    only_data = ipo.Parser(allow_abbrev=False, add_help=False)
+    only_data.add_argument("--data", default="bt")
+    given, _ = only_data.parse_known_args(rest)
+    if world and given.data not in data.WORLDS:
+        raise data.Refused(f"--data {given.data}: only a world has exact answers ({', '.join(data.WORLDS)})")
     args = ipo.parse([*defaults.split(), *rest])
     for name, value in vars(mine).items():
         if type(value) in (int, float) and not 0 <= value < 1e9:
