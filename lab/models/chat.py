@@ -39,15 +39,11 @@ def refused(name, error, remedy):
 
 class Text(str):
     """A text with what stands before it, and whether control tokens in both are parsed."""
-    before = ""
-    control = False
 
-
-def mark(text, before, control):
-    """The same text, as a Text."""
-    text = Text(text)
-    text.before, text.control = before, control
-    return text
+    def __new__(cls, text, before="", control=False):
+        self = super().__new__(cls, text)
+        self.before, self.control = before, control
+        return self
 
 
 class Tokenizer:
@@ -78,12 +74,13 @@ class Tokenizer:
     def encode_ordinary(self, text):
         """Ids of a text as if nothing preceded it. Of a Text, those that it has behind what stands before it,
         or at the start of a line where the tokenizer would join the two. Raises Refused."""
-        before, control = getattr(text, "before", ""), getattr(text, "control", False)
+        if not isinstance(text, Text):
+            text = Text(text)
         # what stands before takes the space
-        leads = [before, "\n", ".", ":"] if self.spaced else [""]
+        leads = [text.before, "\n", ".", ":"] if self.spaced else [""]
         for lead in leads:
-            first = self.ids(lead, control)
-            whole = self.ids(lead + text, control)
+            first = self.ids(lead, text.control)
+            whole = self.ids(lead + text, text.control)
             joined = self.hf.unk_token_id in first[-1:]  # perhaps: one token stands for any unknown letters
             if whole[:len(first)] == first and not joined:
                 return whole[len(first):]
@@ -113,12 +110,12 @@ def parse_pair(item, notes, tokenizer):
     values = [item[key] for key in KEYS if key in item]
     if all(isinstance(value, str) for value in values):
         pair = data.parse_pair(item, notes)
-        responses = [mark(text, pair.prompt, False) for text in (pair.chosen, pair.rejected)]
+        responses = [Text(text, pair.prompt, False) for text in (pair.chosen, pair.rejected)]
         return data.Pair(pair.prompt, *responses, pair.p)
     before, *texts = render(*conversation(item), notes, tokenizer)
     pair = data.parse_pair(item | dict(zip(KEYS, texts)), notes)
-    prompt = mark(pair.prompt, before, True)
-    responses = [mark(text, before + prompt, True) for text in (pair.chosen, pair.rejected)]
+    prompt = Text(pair.prompt, before, True)
+    responses = [Text(text, before + prompt, True) for text in (pair.chosen, pair.rejected)]
     return data.Pair(prompt, *responses, pair.p)
 
 
@@ -132,7 +129,8 @@ def messages(item, key):
         if {"from", "value"} <= names:
             raise Refused(f"{key!r} holds ShareGPT's keys 'from' and 'value'; {data.CONVERT}")
         if len(texts) < 2 or not all(isinstance(text, str) for text in texts):
-            raise Refused(f"{key!r} holds {short(json.dumps(message))}, which is no message; write {MESSAGES}")
+            shown = short(json.dumps(message))
+            raise Refused(f"{key!r} holds {shown}, which is no message; write {MESSAGES}")
     if not isinstance(value, list):
         raise Refused(f"{key!r} is one message, not a list of messages; write {MESSAGES}")
     return [{"role": message["role"], "content": message["content"]} for message in found]

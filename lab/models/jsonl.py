@@ -39,12 +39,16 @@ SPACE = re.compile(r"\s*")
 
 def load(source, split):
     """(what it is, its rows). Raises what the readers raise."""
+    address = source.startswith(("http://", "https://"))
+    if split and (address or os.path.isfile(source)):
+        raise ValueError("--split does nothing for a file; leave it out")
+    if address:
+        with urllib.request.urlopen(source, timeout=60) as reply:
+            return read_bytes(reply.read())
     if os.path.isfile(source):
         with open(source, "rb") as file:
             return read_bytes(file.read())
-    if source.startswith(("http://", "https://")):
-        with urllib.request.urlopen(source, timeout=60) as reply:
-            return read_bytes(reply.read())
+    split = split or "train"
     import datasets  # here, since it takes seconds
     datasets.disable_progress_bars()
     if os.path.exists(f"{source}/dataset_dict.json") or os.path.exists(f"{source}/state.json"):
@@ -170,10 +174,15 @@ def names_of(keys, args):
         print(f"{others[0]!r} is taken for the prompt")
     for key, name in names.items():
         # whole dialogues need no prompt
-        if name not in keys and (key != "prompt" or args.prompt or others):
+        if keys and name not in keys and (key != "prompt" or args.prompt or others):
             raise Refused(f"{args.source}: no key {short(name)!r} among {short(', '.join(keys))!r}; give "
                           f"--{key} and the key that holds it")
     return names
+
+
+def tell(text):
+    """Prints a line. A key or a name from outside may hold a terminal's codes, which Refused escapes."""
+    print(Refused(text))
 
 
 def parse(argv):
@@ -183,7 +192,7 @@ def parse(argv):
     own.add_argument("--out", default="pairs.jsonl", help="the file to write, a new one [pairs.jsonl]")
     for key in chat.KEYS:
         own.add_argument(f"--{key}", help=f"the key that holds it [{key}]")
-    own.add_argument("--split", default="train", help="of a data set [train]")
+    own.add_argument("--split", help="of a data set [train]")
     args = own.parse_args(argv)
     if os.path.exists(args.out):
         raise Refused(f"--out {args.out} is there already; name another file, or remove it")
@@ -198,7 +207,7 @@ def run(argv):
         raise Refused(f"{args.source}: cannot be read ({short(error) or type(error).__name__}); give a file, "
                       "a folder, an address, or a hub's OWNER/NAME, which needs a network") from None
     keys = dict.fromkeys(str(key) for row in rows if isinstance(row, dict) for key in row)
-    print(f"{kind}, {len(rows):,} rows with the keys {short(', '.join(keys))}")
+    tell(f"{kind}, {len(rows):,} rows with the keys {short(', '.join(keys))}")
     names = names_of(keys, args)
     items, reasons = [], Counter()
     for row in rows:
@@ -214,8 +223,9 @@ def run(argv):
         file.writelines(json.dumps(item) + "\n" for item in items)
     lists = any(not isinstance(item["chosen"], str) for item in items)
     program = "python -m lab.models.hf --init_from MODEL" if lists else "python ipo.py"
-    print(f"\n{len(rows):,} rows = {len(items):,} pairs in {args.out} + {sum(reasons.values()):,} left out. "
-          f"Now train: {program} --data {args.out}")
+    print()
+    tell(f"{len(rows):,} rows = {len(items):,} pairs in {args.out} + {sum(reasons.values()):,} left out. "
+         f"Now train: {program} --data {args.out}")
 
 
 if __name__ == "__main__":

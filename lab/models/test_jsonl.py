@@ -225,8 +225,8 @@ WRONG = {
     "\n \n": "empty, a web page",
     "<html>": "a web page",
     "a,b\n1,2\n": "no key 'chosen' among 'a, b'; give --chosen",
-    "[]": "no key 'chosen' among ''",
-    "[1, 2]": "no key 'chosen' among ''",
+    "[]": "no row is a pair",
+    "[1, 2]": "no row is a pair",
     '{"prompt": "a", "completion": "b", "label": true}': "python -m lab.methods.kto --data takes them",
     '{"chosen": "a", "rejected": "b"}': "no row is a pair",
     "\x00\x01": "of a kind that this program does not know",
@@ -259,6 +259,20 @@ def test_a_file_is_not_replaced(tmp_path, capsys):
     assert convert(tmp_path, tmp_path / "none") == 2
     assert "made.jsonl is there already; name another file" in capsys.readouterr().err
     assert (tmp_path / "made.jsonl").read_text() == "mine"
+
+
+def test_a_split_of_a_file_is_refused(tmp_path, capsys):
+    """A flag that would do nothing."""
+    (tmp_path / "source").write_text(LINES)
+    assert convert(tmp_path, tmp_path / "source", "--split", "test") == 2
+    assert "--split does nothing for a file; leave it out" in capsys.readouterr().err
+
+
+def test_a_key_cannot_write_to_the_terminal(tmp_path, capsys):
+    """Its codes are shown, not sent."""
+    (tmp_path / "source").write_text(json.dumps(ROWS[0] | {"\x1b[31m": 1}))
+    assert convert(tmp_path, tmp_path / "source") == 0
+    assert "\x1b" not in capsys.readouterr().out
 
 
 # each piece of advice of data.py, followed once

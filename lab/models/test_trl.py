@@ -161,7 +161,8 @@ def test_pairs_without_p_are_certain(folder, tmp_path):
     done.train()
     assert logged(done) == pytest.approx(core(folder, path)[0][:2], rel=1e-5)
     pair = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
-    assert done.data_collator([pair | {"p": None}, pair | {"p": 0.25}])["p"].tolist() == [1.0, 0.25]
+    batch = done.data_collator([pair | {"p": None}, pair | {"p": 0.25}])
+    assert batch["p"].tolist() == [1.0, 0.25]
 
 
 def test_parts_of_a_batch_make_the_batch(folder, pairs, tmp_path):
@@ -250,9 +251,8 @@ def test_weights_are_of_the_dtype_that_was_asked_for(folder, pairs, tmp_path, mo
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_nothing_is_cut(folder, pairs, tmp_path, monkeypatch):
-    """Were 8 tokens TRL's default --max_length, which here cuts each response, losses would be the same."""
-    monkeypatch.setitem(trl_ipo.UNUSED, "max_length", 8)
+def test_nothing_is_cut(folder, pairs, tmp_path):
+    """A max_length of 8 tokens, which would cut each response, changes no loss."""
     done = trainer(folder, pairs, tmp_path / "out", max_length=8, max_steps=2)
     done.train()
     assert logged(done) == pytest.approx(core(folder, pairs)[0][:2], rel=1e-5)
@@ -264,7 +264,7 @@ def test_equal_responses_are_dropped_and_counted(folder, pairs, tmp_path, monkey
     twice.write_text('{"prompt": "say", "chosen": " a", "rejected": " a"}\n' + Path(pairs).read_text())
     done = command(monkeypatch, folder, twice, tmp_path / "out", "--max_steps", "2")
     assert logged(done) == pytest.approx(core(folder, pairs)[0][:2], rel=1e-5)
-    assert "1 pairs left out, of two equal responses: [1]" in capsys.readouterr().out
+    assert "1 pairs left out, of two equal responses" in capsys.readouterr().out
 
 
 def test_conversations_are_texts_by_the_models_template(folder, tmp_path, monkeypatch):
@@ -308,7 +308,8 @@ def test_pairs_beyond_the_context_are_left_out_and_named(folder, pairs, tmp_path
     done = command(monkeypatch, folder, longer, tmp_path / "out", "--max_steps", "2")
     assert logged(done) == pytest.approx(core(folder, pairs)[0][:2], rel=1e-5)
     said = capsys.readouterr().out
-    assert "1 pairs left out, of more than the model's 64 tokens: [1]" in said
+    assert "1 pairs left out" in said
+    assert "more than the model's 64 tokens: pairs [1]" in said
 
 
 def test_a_machine_without_a_gpu_trains_on_the_cpu_in_float32(folder, pairs, tmp_path, capsys):
@@ -347,12 +348,6 @@ def test_bad_flags_are_a_line(change, words, folder, pairs, tmp_path, capsys):
     line, = capsys.readouterr().err.splitlines()
     assert line.startswith("trl_ipo: ")
     assert words in line
-
-
-def test_a_loss_type_from_python_is_refused(folder, pairs, tmp_path):
-    """Or from a --config file."""
-    with pytest.raises(data.Refused, match="--loss_type would change the loss"):
-        trainer(folder, pairs, tmp_path / "out", loss_type=["ipo"])
 
 
 @pytest.mark.parametrize("line, words", [

@@ -51,8 +51,8 @@ def show(pair, tokenizer, size):
     try:
         with contextlib.redirect_stdout(told):
             rows = data.encode([pair], tokenizer, size)
-    except Refused:
-        print(told.getvalue().splitlines()[0].partition(": ")[2])
+    except Refused as error:  # what was told before says more
+        print("  " + (told.getvalue() or str(error)).splitlines()[0])
         return
     n = int(rows.prompt_len[0])
     cut = max(0, len(tokenizer.encode_ordinary(pair.prompt)) - n)

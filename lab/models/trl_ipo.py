@@ -5,8 +5,8 @@
   accelerate launch --num_processes 2 -m lab.models.trl_ipo ...    also FSDP, DeepSpeed: --config_file
 
 TRL trains, and the loss is the core's. h comes from sums over tokens, where TRL's own loss_type "ipo" divides
-by lengths. p comes from a column "p" (1 where there is none), Psi from ipo.psi, --loss from ipo.LOSSES.
-Other flags are TRL's (DPOConfig, ModelConfig), and its --beta is --tau. Those that change the loss are refused.
+by lengths. p comes from a column "p" (1 where there is none), Psi from ipo.psi, --loss from ipo.LOSSES. Other
+flags are TRL's (DPOConfig, ModelConfig), and its --beta is --tau. What would change the loss is refused.
 Pairs are read as lab/models/hf.py reads them, and tokenised by TRL. The reference is scored once, before
 training, into OUTPUT_DIR/cache. Before the first step all margins must be 0, or it stops.
 
@@ -24,7 +24,7 @@ import torch
 
 import data
 import ipo
-from data import Refused
+from data import Refused, short
 from lab.common import start
 from lab.models import chat, hf
 
@@ -33,13 +33,9 @@ import accelerate  # noqa: E402: after transformers is quiet
 import datasets  # noqa: E402
 import trl  # noqa: E402
 
-# TRL's defaults of what would change its loss or cut responses, and would do nothing here
-UNUSED = {"loss_type": ["sigmoid"], "loss_weights": None, "ld_alpha": None, "f_divergence_type": "reverse_kl",
-          "label_smoothing": 0.0, "use_weighting": False, "router_aux_loss_coef": None, "max_length": 1024}
-
-
-def refusal(flag):
-    return Refused(f"--{flag} would change the loss or do nothing here; leave it out")
+# what would change TRL's loss or cut responses, and would do nothing here, and --config, which might hold it
+UNUSED = ("loss_type", "loss_weights", "ld_alpha", "f_divergence_type", "label_smoothing", "use_weighting",
+          "router_aux_loss_coef", "max_length", "precompute_ref_log_probs", "remove_unused_columns", "config")
 
 
 def with_p(pad, pairs):
@@ -52,9 +48,6 @@ class IPOTrainer(trl.DPOTrainer):
     """DPOTrainer with the core's margin and losses; args: a DPOConfig, whose beta is tau."""
 
     def __init__(self, model, args, train_dataset, loss="ipo", **more):
-        for flag, usual in UNUSED.items():  # from Python or a --config file
-            if getattr(args, flag) not in (usual, None):
-                raise refusal(flag)
         args.max_length, args.precompute_ref_log_probs = None, True
         args.remove_unused_columns = False  # p would be one
         super().__init__(model, args=args, train_dataset=train_dataset, **more)
@@ -98,7 +91,7 @@ def parse(argv):
     given = {word.split("=")[0] for word in argv}
     for flag in UNUSED:
         if f"--{flag}" in given:
-            raise refusal(flag)
+            raise Refused(f"--{flag} would change the loss or do nothing here; leave it out")
     if {"--tau", "--beta"} <= given:
         raise Refused("--tau and --beta are one flag; give one of them")
     argv = ["--beta" + word[5:] if word.split("=")[0] == "--tau" else word for word in argv]
@@ -116,22 +109,20 @@ def parse(argv):
 
 
 def read(path, name):
-    """The pairs of a file that the model can hold; says which are left out. Raises Refused."""
+    """The pairs of a file that can be trained on, as dicts; says which are left out. Raises Refused."""
     tokenizer = chat.Tokenizer(name)
     found = data.read_jsonl(path, partial(chat.parse_pair, tokenizer=tokenizer))
     size = tokenizer.context(10**9)
-    kept, equal, long = [], [], []
+    kept, left = [], []
     for number, pair in enumerate(found, 1):
-        length = [len(tokenizer.encode_ordinary(text)) for text in pair[:3]]
-        if pair.chosen == pair.rejected:
-            equal.append(number)
-        elif length[0] + max(length[1:]) + 1 > size:
-            long.append(number)
+        prompt, *responses = (len(tokenizer.encode_ordinary(text)) for text in pair[:3])
+        if pair.chosen == pair.rejected or prompt + max(responses) + 1 > size:
+            left.append(number)
         else:
             kept.append(pair._asdict())
-    for numbers, why in (equal, "two equal responses"), (long, f"more than the model's {size} tokens"):
-        if numbers:
-            print(f"{path}: {len(numbers):,} pairs left out, of {why}: {data.short(numbers)}")
+    if left:
+        print(f"{len(left):,} pairs left out, of two equal responses or more than the model's {size:,} "
+              f"tokens: pairs {short(left)}")
     if not kept:
         raise Refused(f"--data {path}: no usable pair; give pairs of two different responses that fit")
     return kept
@@ -164,7 +155,7 @@ def one_line(argv):
     except Refused:
         raise
     except (ValueError, RuntimeError) as error:
-        raise Refused(data.short(error)) from None
+        raise Refused(short(error)) from None
 
 
 if __name__ == "__main__":
