@@ -1,6 +1,10 @@
 """Can any Hugging Face causal language model be trained by the core's own loop?
 
-  python -m lab.models.hf --init_from MODEL --data FILE.jsonl [flags of ipo.py]     trains; leaves OUT/export
+  python -m lab.models.hf --init_from MODEL --data FILE.jsonl --out OUT     trains; leaves OUT/export
+  python -m lab.models.hf --resume --out OUT                                goes on with an interrupted run
+
+Flags of python ipo.py --help that count, too: --loss --tau --holdout --steps --batch_size --lr --sft_steps
+--sft_lr --log_every --device --dtype --seed --overwrite.
 
 MODEL is a folder that transformers saved, or an id of its hub. The core asks a policy for hidden(tokens),
 head(x) and its context, so a model of transformers is a policy in a dozen lines. Texts, conversations and the

@@ -643,6 +643,18 @@ def done(tmp_path_factory):
 
 
 @pytest.mark.parametrize("argv, words", WRONG)
+def test_help_names_the_flags_that_count():
+    """Those that ipo.py takes with --init_from and --data, but for samples."""
+    useful = set()
+    for cells in ipo.ROWS:
+        row = dict(zip(ipo.NAMES, cells))
+        kinds = [row["init_from"], row["file"]]
+        if "-" not in kinds and row["flag"] not in ("sample", "temperature"):
+            useful.add(f"--{row['flag']}")
+    named = set(hf.__doc__.replace(".", " ").replace("\n", " ").split(" "))
+    assert useful == {word for word in named if word.startswith("--")} - {"--help"}
+
+
 def test_command_lines_that_make_no_sense_are_refused(done, tmp_path, argv, words, capsys):
     """In one line, before anything is trained."""
     names = {"PAIRS": done / "pairs.jsonl", "DONE": done / "out", "CORE": done / "core",
