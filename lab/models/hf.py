@@ -14,8 +14,7 @@ business: `hidden` puts it before every row.
 At load its logits are compared with the model's own, since some models scale them outside the head. They are
 also compared with those that it has without later tokens: padding on the right is harmless only if no token
 sees what follows. What differs is refused. Dropout is off, or pi would not be ref at step 0.
-Trap: weights are float32, and Adam keeps two more copies: 16 bytes a parameter, and the reference's log-probs
-are computed before.
+Trap: weights, gradients and Adam's two averages are float32, 16 bytes a parameter together.
 """
 import os
 import sys

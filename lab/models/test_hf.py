@@ -642,7 +642,6 @@ def done(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("argv, words", WRONG)
 def test_help_names_the_flags_that_count():
     """Those that ipo.py takes with --init_from and --data, but for samples."""
     useful = set()
@@ -655,6 +654,7 @@ def test_help_names_the_flags_that_count():
     assert useful == {word for word in named if word.startswith("--")} - {"--help"}
 
 
+@pytest.mark.parametrize("argv, words", WRONG)
 def test_command_lines_that_make_no_sense_are_refused(done, tmp_path, argv, words, capsys):
     """In one line, before anything is trained."""
     names = {"PAIRS": done / "pairs.jsonl", "DONE": done / "out", "CORE": done / "core",
