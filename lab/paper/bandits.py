@@ -107,6 +107,7 @@ def draw_actions(runs, path, rows):
             axis.fill_between(steps, low[action], high[action], color=colour, alpha=0.3)
             axis.axhline(best, color=colour, **pictures.DASHED)
         axis.set(title=one.name, xlabel="step", ylabel="probability")
+        axis.set_ylim(-0.03, 1.03)
     axes[0, 0].legend(title="action")
     pictures.save(figure, path)
 
