@@ -3,9 +3,9 @@
   python -m lab.course        the list: number, minutes, title, and solved, open or wrong
   python -m lab.course 7      question 7; then whether the answer that stands there is right, or a hint
 
-Answers to 4, 5 and 7 are psi, between the banners of ipo.py. To keep one when you go on, copy it to psi_4, psi_5
-or psi_7 there, since a psi must remain. All other answers are lines of lab/course/answers.py. Questions and
-hints are read from lab/course/EXERCISES.md.
+Answers to 4, 5 and 7 are psi, between the banners of ipo.py. To keep one when you go on, copy it to psi_4,
+psi_5 or psi_7 there, since a psi must remain. All other answers are lines of lab/course/answers.py. Questions
+and hints are read from lab/course/EXERCISES.md.
 Trap: the list checks all answers, and a bug of question 13 takes some seconds.
 """
 import re

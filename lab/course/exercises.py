@@ -39,11 +39,12 @@ def numbers(value, *shape):
     try:
         return torch.as_tensor(value).double().reshape(shape)
     except (TypeError, ValueError, RuntimeError):
-        raise Wrong("shape", {"shape": list(shape), "yours": repr(value)[:50]}) from None
+        shown = {"shape": list(shape), "yours": data.short(value)}
+        raise Wrong("shape", shown) from None
 
 
-def scalars(*values):
-    return [torch.tensor(value, dtype=torch.float64) for value in values]
+def exact(value):
+    return torch.tensor(value, dtype=torch.float64)
 
 
 def close(found, due):
@@ -53,8 +54,9 @@ def close(found, due):
 def compare(answer, cases, due):
     """answer(*case) is to be due(*case), for cases of plain numbers."""
     for case in cases:
-        right = due(*scalars(*case))
-        found = numbers(answer(*scalars(*case)), *right.shape)
+        given = [exact(value) for value in case]
+        right = due(*given)
+        found = numbers(answer(*given), *right.shape)
         need(close(found, right), "value", case=case)
 
 
@@ -74,41 +76,47 @@ def curve(psi):  # -> (1001,), (1001,)
     need(not torch.equal(value, q), "open")
     need(value.shape == q.shape, "one shape")
     need(not value.isnan().any(), "nan")
-    need((value.diff() > -1e-6).all(), "falls")
+    need(value.diff().min() > -1e-6, "falls")
     need(psi(q[:9]).allclose(value[:9]), "alone")
     return q, value.double()
 
 
 def on_curve(q, value, due):
-    at = (value - due).abs().argmax()
-    need(abs(value[at] - due[at]) < 1e-3, "value", q=q[at], value=value[at], due=due[at])
+    off = (value - due).abs()
+    at = off.argmax()
+    shown = {"q": q[at], "value": value[at], "due": due[at]}
+    need(off[at] < 1e-3, "value", **shown)
 
 
 def optimum(ref, p, tau, mu=None, worth=identity):  # (Y,), (Y,Y) -> (Y,)
     """pi* of one prompt; mu is uniform unless given."""
-    mu = torch.full_like(ref, 1 / len(ref)) if mu is None else mu
-    return data.optimum(ref.log()[None], worth(p)[None], mu[None], tau).exp()[0]
+    if mu is None:
+        mu = torch.full_like(ref, 1 / len(ref))
+    logp = data.optimum(ref.log()[None], worth(p)[None], mu[None], tau)
+    return logp.exp()[0]
 
 
 def problems():
-    """[ref (5,), p (5,5), tau ()] of one prompt with five responses, p intransitive; three of them."""
+    """(ref (5,), p (5,5), tau ()) of one prompt with five responses, p intransitive; three of them."""
     random = torch.Generator().manual_seed(0)
-    made = []
-    for tau in scalars(0.1, 0.3, 1.0):
-        ref = torch.randn(5, generator=random).double().softmax(0)
-        gap = 3 * torch.randn(5, 5, generator=random).double()
-        made.append([ref, (gap - gap.T).sigmoid(), tau])
-    return made
+    for tau in (0.1, 0.3, 1.0):
+        draws = torch.randn(6, 5, generator=random).double()
+        gap = 3 * draws[:5]
+        p = (gap - gap.T).sigmoid()
+        yield draws[5].softmax(0), p, exact(tau)
 
 
 # ---------------------------------------------------------------------------------- a check for each question
 
 TAUS = (0.05,), (0.1,), (0.5,), (2.0,)
+CASES = (0.9, 0.1), (0.6, 0.5), (0.5, 0.1)  # p, tau
 
 
 def check_1(answer):
-    cases = (0.9, 0.1), (0.6, 0.5), (1.0, 0.2)
-    compare(answer, cases, lambda p, tau: ((2 * p - 1) / (2 * tau)) ** 2)
+    def due(p, tau):
+        return ((2 * p - 1) / (2 * tau)) ** 2
+
+    compare(answer, CASES, due)
 
 
 def check_2(answer):
@@ -125,34 +133,42 @@ def check_3(answer):
 def check_4(psi):
     q, value = curve(psi)
     on_curve(q, asks(psi, q), asks(identity, q))
-    need(value[::37].diff(n=3).abs().max() > 1e-5, "bend")  # differences of neighbours would be rounding
+    bend = value[::37].diff(n=3)  # of neighbours it would be rounding
+    need(bend.abs().max() > 1e-5, "bend")
 
 
 def check_5(psi):
     q, value = curve(psi)
-    on_curve(q, value, (torch.sign(q - 0.5) + 1) / 2)
+    majority = (torch.sign(q - 0.5) + 1) / 2
+    on_curve(q, value, majority)
 
 
 def check_6(answer):
     def ask(p, tau):
         return answer(torch.exp, p, tau)
 
-    cases = (0.6, 0.5), (0.9, 0.1), (0.5, 0.1)
-    compare(ask, cases, lambda p, tau: (2 * p - 1) * (math.e - 1) / (2 * tau))
+    def due(p, tau):
+        return (2 * p - 1) * (math.e - 1) / (2 * tau)
+
+    compare(ask, CASES, due)
 
 
 def check_7(psi):
     q, _ = curve(psi)
     beyond = ((q - 0.5).abs() - 0.1).clamp(min=0)
-    on_curve(q, asks(psi, q), 5 * torch.sign(q - 0.5) * beyond / 0.4)
+    due = 5 * torch.sign(q - 0.5) * beyond / 0.4
+    on_curve(q, asks(psi, q), due)
 
 
 def check_8(answer):
     p = numbers(answer(), 3, 3)
-    need(close(p + p.T, torch.ones_like(p)) and p.min() >= 0, "sum")
-    need(min(p[0, 1], p[1, 2], p[2, 0]) > 0.5, "cycle")
-    pi = optimum(torch.full_like(p[0], 1 / 3), p, 0.1)
-    need(pi[0] > 0.75, "favourite", pi=[round(x, 3) for x in pi.tolist()])
+    need(close(p + p.T, torch.ones_like(p)), "sum")
+    need(p.min() >= 0, "sum")
+    around = p.diagonal(1).min(), p[2, 0]
+    need(min(around) > 0.5, "cycle")
+    third = torch.full_like(p[0], 1 / 3)
+    pi = optimum(third, p, 0.1)
+    need(pi[0] > 0.75, "favourite", pi=pi.numpy().round(3))
 
 
 def check_9(answer):
@@ -160,42 +176,47 @@ def check_9(answer):
 
 
 def check_10(answer):
-    wins = torch.tensor([2.5, 1.5, 0.5], dtype=torch.float64)  # over three opponents, the action itself too
+    wins = exact([2.5, 1.5, 0.5])  # over three opponents, the action itself too
     compare(answer, TAUS, lambda tau: (wins / 3 / tau).softmax(0))
 
 
 def check_11(answer):
     loss, psi = answer()
-    h = torch.linspace(-12, 12, 4801, dtype=torch.float64, requires_grad=True)
+    h = torch.linspace(-12, 12, 4801, dtype=torch.float64)
+    h.requires_grad_()
     value = numbers(loss(h, torch.ones_like(h), 1.0), 4801)
     need(value.isfinite().all(), "finite")
-    slope, = torch.autograd.grad(value.sum(), h)
+    [slope] = torch.autograd.grad(value.sum(), h)
     need(slope[2400] < 0, "slope", slope=slope[2400])
     both = slope + slope.flip(0)
-    need(both.max() - both.min() > 1e-6, "known")
-    for p in torch.linspace(0.05, 0.95, 19, dtype=torch.float64):
+    need(both.std() > 1e-6, "known")
+    for p in torch.linspace(0.05, 0.95, 19)[:, None].double():
         value = loss(h, p.expand(4801), 1.0)
-        need(close(value, loss(-h, 1 - p.expand(4801), 1.0)), "swap")
-        asked, best = asks(psi, p[None], 1.0), h[value.argmin()]
-        least = loss(asked, p[None], 1.0)
-        need(abs(asked) < 12 and least < value.min() + 1e-6, "psi", p=p, best=best, asked=asked.item())
+        swapped = loss(-h, 1 - p.expand(4801), 1.0)
+        need(close(value, swapped), "swap")
+        asked = asks(psi, p, 1.0)
+        off = loss(asked, p, 1.0) - value.min()
+        shown = {"p": p.item(), "best": h[value.argmin()], "asked": asked.item()}
+        need(abs(asked) < 12, "psi", **shown)
+        need(off < 1e-6, "psi", **shown)
 
 
 def check_12(answer):
     psi = answer()
-    r = torch.tensor([-1.0, -0.3, 0.2, 0.9, 1.5], dtype=torch.float64)
+    r = exact([-1.0, -0.3, 0.2, 0.9, 1.5])
     ref = (r.flip(0) / 2).softmax(0)
     p = (r[:, None] - r).sigmoid()
     pi = optimum(ref, p, 0.5, worth=psi)
     other = optimum(ref, p, 0.5, r.softmax(0), psi)
-    need((pi - ref).abs().max() > 1e-3, "nothing")
-    need((other - pi).abs().max() < 1e-5, "moves", gap=(other - pi).abs().max())
+    gap = (other - pi).abs().max()
+    need(not close(pi, ref), "nothing")
+    need(gap < 1e-5, "moves", gap=gap)
 
 
 def check_13(answer):
     named = answer()
-    known = isinstance(named, dict) and named.keys() <= set(range(1, 9))
-    need(known and named, "dict")
+    need(isinstance(named, dict) and named, "dict")
+    need(named.keys() <= set(range(1, 9)), "dict")
     for number, name in named.items():
         need(passes(0, name), "clean", name=name)
         need(not passes(number, name), "passes", number=number, name=name)
@@ -203,7 +224,8 @@ def check_13(answer):
 
 def bugs():
     """[file, line, what it becomes] of each, from the table of question 13."""
-    return re.findall(r"^\| \d \| .*? \| (\S+) \| `(.+?)` \| `(.+?)` \|$", PAGE.read_text(), re.M)
+    row = r"^\| \d \| .*? \| (\S+) \| `(.+?)` \| `(.+?)` \|$"
+    return re.findall(row, PAGE.read_text(encoding="utf-8"), re.M)
 
 
 def passes(number, name):
@@ -216,12 +238,13 @@ def passes(number, name):
             file, line, becomes = bugs()[number - 1]
             path = Path(folder, file)
             path.write_text(path.read_text().replace(line, becomes, 1))
-        command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", f"test_ipo.py::{name}"]
-        return subprocess.run(command, cwd=folder, capture_output=True).returncode == 0
+        command = f"-m pytest -qx -p no:cacheprovider test_ipo.py::{name}".split()
+        done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True)
+        return done.returncode == 0
 
 
 def check_14(answer):
-    odds = torch.tensor([9.0, 1999.0], dtype=torch.float64)
+    odds = exact([9.0, 1999.0])
     compare(answer, TAUS, lambda tau: odds.log() / tau)
 
 
@@ -233,24 +256,28 @@ def check_15(answer):
 
 
 def check_16(answer):
-    length = torch.tensor([1.0, 2.0, 3.0, 5.0, 7.0], dtype=torch.float64)
+    length = exact([1.0, 2.0, 3.0, 5.0, 7.0])
     for ref, p, tau in problems():
-        pi = numbers(answer(ref, p.mean(1), length, tau), 5)
-        need(close(pi.sum(), *scalars(1)), "sum", sum=pi.sum())
-        score = (pi / ref).log() / length - p.mean(1) / tau
-        need(score.max() - score.min() < 1e-3, "score")
+        g = p.mean(1)
+        pi = numbers(answer(ref, g, length, tau), 5)
+        need(abs(pi.sum() - 1) < 1e-3, "sum", sum=pi.sum())
+        score = (pi / ref).log() / length - g / tau
+        need(score.std() < 1e-3, "score")
 
 
 def check_17(answer):
-    args = ipo.parse(["--batch_size", "2000", "--steps", "10", "--device", "cpu"])
+    args = ipo.parse("--batch_size 2000 --steps 10 --device cpu".split())
     source = ipo.WorldSource(args)
-    vars(source).update(vars(data.World("bt", ["good", "dull", "hot"], 1)))
+    small = data.World("bt", ["good", "dull", "hot"], 1)
+    vars(source).update(vars(small))
     source.pairs.ref_logp = torch.arange(16.0)  # so that a row's number is seen
-    policy = model.GPT(model.GPTConfig(*source.sizes, 1, 1, 8))
+    sizes = model.GPTConfig(*source.sizes, 1, 1, 8)
+    policy = model.GPT(sizes)
     batches = answer(source, policy, args)
     for first in (1, 6):
+        random = torch.Generator().manual_seed(first)
         for weight in policy.parameters():
-            torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(first))
+            torch.nn.init.normal_(weight, generator=random)
         drawn = [next(batches, None) for _ in range(5)]
         pi = source.table(policy).exp()
         look_at(drawn, pi, source, first=first, last=first + 4)
@@ -262,32 +289,35 @@ def look_at(drawn, pi, source, **when):
     need(None not in drawn, "steps")
     for batch in drawn:
         need(isinstance(batch, data.Batch), "batch")
-        need(batch.p.shape == (2000,) and batch.ref_logp.shape == (4000,), "batch")
+        need(len(batch.p) == 2000 and len(batch.ref_logp) == 4000, "batch")
         rows = batch.ref_logp.long()
         tokens, mask = source.pairs.padded(rows)
         need(torch.equal(batch.tokens, tokens), "rows")
-        need(batch.mask.dtype == torch.bool and torch.equal(batch.mask, mask), "rows")
+        need(torch.equal(batch.mask, mask), "rows")
         chosen, rejected = rows.chunk(2)
         need(torch.equal(chosen // 4, rejected // 4), "prompt")
     rows = torch.stack([batch.ref_logp.long() for batch in drawn])
     share = torch.bincount(rows.flatten(), minlength=16) / rows.numel()
-    need((share - pi.flatten() / 4).abs().max() < 0.01, "policy", **when)
+    off = share - pi.flatten() / 4
+    need(off.abs().max() < 0.01, "policy", **when)
     chosen, rejected = rows.chunk(2, 1)
-    agree = source.pstar[chosen // 4, chosen % 4, rejected % 4] - 0.5
-    labels = torch.stack([batch.p for batch in drawn]) - 0.5
-    due = pi[:, :, None] * pi[:, None] / 4 * (source.pstar - 0.5) ** 2
-    need((agree * labels).mean() > due.sum() / 2, "label")
+    said = torch.stack([batch.p for batch in drawn]) - 0.5
+    true = source.pstar[chosen // 4, chosen % 4, rejected % 4] - 0.5
+    both = pi[:, :, None] * pi[:, None]  # how often each pair is drawn
+    due = (both * (source.pstar - 0.5) ** 2).sum() / 4
+    need((said * true).mean() > due / 2, "label")
 
 
 def check_18(answer):
     for ref, p, tau in problems():
         pi = numbers(answer(ref, p, tau), 5)
         need(not close(pi, optimum(ref, p, tau)), "offline")
-        off = (optimum(ref, p, tau, mu=pi) - pi).abs().max()
+        again = optimum(ref, p, tau, mu=pi)
+        off = (again - pi).abs().max()
         need(off < 1e-4, "fixed", off=off, sum=pi.sum())
 
 
-# ------------------------------------------------------------------------------- the state of a student's work
+# ----------------------------------------------------------------------------- the state of a student's work
 
 def hints(number):
     """The hints to a question, by name, and those to all."""
@@ -324,7 +354,7 @@ def grade(number, answer):
 
 
 def state(number):
-    """The grade of what stands there. One psi does not answer three questions, so it is open to the others."""
+    """The grade of what stands there. One psi answers one question, and leaves the others open."""
     found = grade(number, written(number))
     if number in SHARED and found[0] == "wrong" and written(number) is ipo.psi:
         if any(grade(other, ipo.psi)[0] == "solved" for other in SHARED):

@@ -4,8 +4,8 @@
   marimo run lab/course/page.py --headless --port 2718     on a server
 
 Choose a Psi (yours is what stands between the banners of ipo.py), tau, a world, labels. At once, by
-enumeration: the margin that a pair asks for, the best policy pi*, and how often it wins. The button trains the
-GPT for some hundred steps by the core's loop, and draws it beside the exact answer.
+enumeration: the margin that a pair asks for, the best policy pi*, and how often it wins. The button trains
+the GPT for some hundred steps by the core's loop, and draws it beside the exact answer.
 Trap: after an edit of ipo.py start the page again. Readers of one server train in turn.
 """
 import marimo
@@ -66,9 +66,10 @@ def margins(psi, tau):
     axis.plot(p, asked(torch.logit, p, tau), "--", label="logit (DPO)")
     axis.plot(p, asked(PSI["q (IPO)"], p, tau), ":", label="q (IPO)")
     axis.set_ylim(-15, 15)
-    sure = asked(psi, torch.tensor([0.9, 0.999, 1.0]).double(), tau).tolist()
-    return shown(axis, "The more people prefer a response, the larger the margin that Psi asks for: {:.2f} nats at "
-                       "p = .9, {:.2f} at .999, and {:.2f} if all agree.".format(*sure))
+    most = torch.tensor([0.9, 0.999, 1.0]).double()
+    at_9, at_999, at_1 = asked(psi, most, tau).tolist()
+    return shown(axis, "The more people prefer a response, the larger the margin that Psi asks for: "
+                       f"{at_9:.2f} nats at p = .9, {at_999:.2f} at .999, and {at_1:.2f} if all agree.")
 
 
 @app.function
@@ -76,9 +77,10 @@ def likeliest(made, best, ref):
     top = best[0].argsort(descending=True)[:8].flip(0)
     words = [made.responses[y] or "(nothing)" for y in top]
     axis = axes('The likeliest answers to "pizza review:"', "probability")
-    axis.barh(words, best[0, top].exp().tolist(), label="pi*, the best policy")
-    axis.barh(words, ref[0, top].exp().tolist(), 0.3, color="0.7", label="reference")
-    return shown(axis, "The best policy takes the reference and moves it to the responses that are preferred.")
+    after, before = best[0, top].exp(), ref[0, top].exp()
+    axis.barh(words, after.tolist(), label="pi*, the best policy")
+    axis.barh(words, before.tolist(), 0.3, color="0.7", label="reference")
+    return shown(axis, "The best policy takes the reference and moves it to what is preferred.")
 
 
 @app.function
@@ -86,8 +88,9 @@ def prices(made, policies, ref, mu):
     axis = axes("Win rate, and its price", "distance to the reference, KL in nats")
     axis.plot(*exact.frontier(ref, made.pstar, mu), color="0.6", label="best possible")
     for (name, logp), mark in zip(policies.items(), "os+x"):
-        axis.plot(data.kl(logp, ref), exact.win(logp, made.pstar, mu), mark, ms=9, label=name)
-    return shown(axis, "No policy lies above the grey curve, so a Psi can only choose a place on it or below it.")
+        far, often = data.kl(logp, ref), exact.win(logp, made.pstar, mu)
+        axis.plot(far, often, mark, ms=9, label=name)
+    return shown(axis, "No policy lies above the grey curve. A Psi chooses a place on it or below it.")
 
 
 @app.class_definition
@@ -111,23 +114,27 @@ class Live(ipo.WorldSource):
             values = [numbers[name] for numbers in self.seen]
             axis.plot(steps, values, ".-", color=colour, label=name)
             axis.axhline(due[name] or 0, color=colour, ls="--")
-        return shown(axis, f"At the end the policy is {last['kl_ref']:.4f} nats from the reference (kl_ref), and "
-                           f"{last['kl_opt']:.4f} from pi* (kl_opt). Dashed: where pi* itself is.")
+        return shown(axis, f"By now the policy is {last['kl_ref']:.4f} nats from the reference (kl_ref), "
+                           f"and {last['kl_opt']:.4f} from pi* (kl_opt). Dashed: where pi* itself is.")
 
 
 @app.cell
 def controls():
     kind = mo.ui.dropdown(PSI, value="q (IPO)", label="Psi")
-    tau = mo.ui.slider(steps=[0.05, 0.1, 0.2, 0.5, 1, 2], value=0.2, label="tau", show_value=True)
+    taus = [0.05, 0.1, 0.2, 0.5, 1, 2]
+    tau = mo.ui.slider(steps=taus, value=0.2, label="tau", show_value=True)
     place = mo.ui.dropdown(data.WORLDS, value="bt", label="world")
     labels = mo.ui.dropdown(["hard", "soft"], value="hard", label="labels")
     loss = mo.ui.dropdown(["ipo", "dpo"], value="ipo", label="loss")
-    pairs = mo.ui.slider(steps=[300, 3000, 10_000, 100_000], value=10_000, label="pairs", show_value=True)
+    numbers = [300, 3000, 10_000, 100_000]
+    pairs = mo.ui.slider(steps=numbers, value=10_000, label="pairs", show_value=True)
     steps = mo.ui.slider(100, 1000, 100, value=400, label="steps", show_value=True)
     button = mo.ui.run_button(label="train the GPT")
+    shown_first = [kind, tau, place, labels, loss, pairs, steps, button]
     mo.vstack([
-        mo.md("# What does Psi ask for?\nPsi says what it is worth to be preferred by a share q of all people."),
-        mo.hstack([kind, tau, place, labels, loss, pairs, steps, button], wrap=True, justify="start"),
+        mo.md("# What does Psi ask for?\n"
+              "Psi says what it is worth to be preferred by a share q of all people."),
+        mo.hstack(shown_first, wrap=True, justify="start"),
     ])
     return button, kind, labels, loss, pairs, place, steps, tau
 

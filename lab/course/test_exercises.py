@@ -24,6 +24,11 @@ def flat(q):  # question 7
     return torch.sign(q - 0.5) * beyond / 0.8
 
 
+def of_hard_labels(psi, p, tau):  # question 6
+    certain = psi(torch.ones(1)) - psi(torch.zeros(1))
+    return (p - 0.5) * certain / tau
+
+
 def squared_hinge(h, p, tau):
     preferred, opposite = (1 - tau * h).clamp(min=0), (1 + tau * h).clamp(min=0)
     return p * preferred ** 2 + (1 - p) * opposite ** 2
@@ -65,11 +70,13 @@ def online(draws="policy", label="hard", steps=10):
             if draws == "uniform":
                 pi = torch.full((X, Y), 1 / Y)
             x = torch.arange(args.batch_size) % X
-            y, lost = torch.multinomial(pi[x], 2, replacement=True).T
+            drawn = torch.multinomial(pi[x], 2, replacement=True)
+            y, lost = drawn.T
             p = source.pstar[x, y, lost].float()
             if label == "hard":
                 wins = torch.rand(len(p)) < p
-                y, lost = torch.where(wins, y, lost), torch.where(wins, lost, y)
+                flipped = drawn.flip(1)
+                y, lost = torch.where(wins[:, None], drawn, flipped).T
             if label in ("hard", "none"):
                 p = torch.ones(len(p))
             if label == "swapped":
@@ -107,14 +114,14 @@ RIGHT = [
     (4, lambda q: q + 0.5 * (q - 0.5).abs() + 7),
     (5, lambda q: (torch.sign(q - 0.5) + 1) / 2),
     (5, lambda q: (q > 0.5) + 0.5 * (q == 0.5)),
-    (6, lambda psi, p, tau: (p - 0.5) * (psi(torch.ones(1)) - psi(torch.zeros(1))) / tau),
+    (6, of_hard_labels),
     (7, flat),
     (7, lambda q: (flat(q) + 3).float()),
     (8, constant(CYCLE)),
     (8, constant([[0.5, 1, 0.45], [0, 0.5, 0.6], [0.55, 0.4, 0.5]])),
     (9, lambda tau, L: tau * L),
     (9, lambda tau, L: float(tau) * float(L)),
-    (10, lambda tau: torch.softmax(torch.tensor([2.5, 1.5, 0.5]).double() / (3 * tau), 0)),
+    (10, lambda tau: torch.softmax(exercises.exact([2.5, 1.5, 0.5]) / (3 * tau), 0)),
     (10, lambda tau: tuple(torch.softmax(-torch.arange(3) / (3 * tau), 0))),
     (11, constant((squared_hinge, lambda q: q * 2 - 1))),
     (11, constant((savage, torch.logit))),
@@ -163,7 +170,7 @@ WRONG = [  # and a piece of the hint
     (11, constant((ipo.dpo_loss, torch.logit)), "one sum"),
     (11, constant((squared_hinge, torch.logit)), "slope of the loss zero"),
     (11, constant((lambda h, p, tau: -savage(h, p, tau), torch.logit)), "raise h"),
-    (11, constant((lambda h, p, tau: savage(h, torch.ones(()), tau), torch.logit)), "-h and 1 - p"),
+    (11, constant((lambda h, p, tau: savage(h, p / p, tau), torch.logit)), "-h and 1 - p"),
     (11, constant((lambda h, p, tau: exponential(99 * h, p, tau), torch.logit)), "overflows"),
     (12, constant(lambda q: q), "moves by"),
     (12, constant(lambda q: 0 * q), "asks for nothing"),
@@ -287,7 +294,8 @@ def in_a_copy(folder, psi):
             copy = folder / path.relative_to(HERE)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes())
-    return subprocess.run([sys.executable, "-m", "lab.course", "7"], cwd=folder, capture_output=True, text=True)
+    command = [sys.executable, "-m", "lab.course", "7"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
 def test_a_psi_half_typed_is_one_line(tmp_path):

@@ -113,11 +113,12 @@ def test_readers_of_one_server_train_in_turn():
 
 def test_an_export_holds_the_page_and_leaves_nothing(tmp_path):
     """A picture's sentence is in the HTML; git sees no new file."""
-    command = [sys.executable, "-m", "marimo", "export", "html", "lab/course/page.py", "-o", f"{tmp_path}/page.html"]
+    made = tmp_path / "page.html"
+    command = ["-m", "marimo", "export", "html", "lab/course/page.py", "-o", str(made)]
     before = untracked()
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *command], cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "No policy lies above the grey curve" in (tmp_path / "page.html").read_text()
+    assert "No policy lies above the grey curve" in made.read_text()
     assert untracked() == before
 
 

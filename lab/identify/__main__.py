@@ -7,8 +7,8 @@
 
 The function takes chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, or h, or h and p, all
 tensors. With --tokens it takes log-probs (B,T) of chosen, rejected and the reference's of both, then the
-masks of chosen and rejected, 1 at the response's tokens. It is asked for values, and nothing is guessed. What fits
-nothing is "none of these", with its numbers. The first line is the answer.
+masks of chosen and rejected, 1 at the response's tokens. It is asked for values, and nothing is guessed. What
+fits nothing is "none of these", with its numbers. The first line is the answer.
 
 Trap: a loss without a reference looks like one of the margin until the reference moves, so it is moved here.
 """

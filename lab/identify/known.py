@@ -85,7 +85,8 @@ def nearest(loss, of_means=False):
     found = {}
     for psi, worth in (("identity", world.pstar), ("logit", world.pstar.logit())):
         taus = torch.logspace(-2, 1, 61).tolist()
-        gaps = [data.kl(best, data.optimum(ref, worth, mu, tau)).item() for tau in taus]
+        optima = [data.optimum(ref, worth, mu, tau) for tau in taus]
+        gaps = [data.kl(best, optimum).item() for optimum in optima]
         gap, tau = min(zip(gaps, taus))
         words = f"its minimiser in bt is {gap:z.4f} nats from that of tau {tau:.3g}"
         found[f"nearest pi* of {psi}"] = words
@@ -98,9 +99,12 @@ def examine(loss, tau):
     slopes = probe.slope(loss, probe.WIDE)
     large = probe.WIDE[probe.WIDE.abs() < 1e4].float()
     on_large = loss(large) + probe.slope(loss, large)
+    verdict, its_tau, factor = name_it(loss)
     ignored = torch.allclose(loss(GRID, 0.7), loss(GRID, 1.0))
     return {
-        **dict(zip(("verdict", "tau", "factor"), name_it(loss))),
+        "verdict": verdict,
+        "tau": its_tau,
+        "factor": factor,
         "margin alone": probe.margin_only(loss),
         "value at h = 0": loss(zero).item(),
         "slope at h = 0": probe.slope(loss, zero).item(),

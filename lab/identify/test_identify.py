@@ -341,7 +341,8 @@ def test_the_stand_in_costs_what_models_cost(trl_loss, loss_type):
     due = made.compute_loss(made.model.eval(), batch).item()
     ids, mask = batch["input_ids"], batch["completion_mask"]
     policy, reference = token_logp(made.model, ids), token_logp(made.ref_model, ids)
-    found = trl_loss.load(loss_type)(*policy.chunk(2), *reference.chunk(2), *mask[:, 1:].chunk(2))
+    loss = trl_loss.load(loss_type)
+    found = loss(*policy.chunk(2), *reference.chunk(2), *mask[:, 1:].chunk(2))
     assert found.item() == pytest.approx(due, rel=1e-4)
 
 

@@ -93,7 +93,8 @@ def difference(token_loss, kind):
         mask = masks(lengths, width)
         tokens = draw(mask, scale)
         ratio = (tokens[:2] - tokens[2:]).repeat(2, 1, 1)
-        numbers = [kind.number(tokens[i], ratio[i], mask[i % 2]) for i in range(4)]
+        twice = mask.repeat(2, 1)
+        numbers = [kind.number(*row) for row in zip(tokens, ratio, twice)]
         costs = probe.values(lambda *rows: token_loss(*rows, *mask[:, None]), *tokens)
         same = probe.values(of_numbers(token_loss, kind), *numbers)
         off = (costs - same).abs().max() / (costs.max() - costs.min())
@@ -115,4 +116,5 @@ def fixture(token_loss):
     mask = masks((4, 2), 7)
     reference = torch.full((2, 1, 7), -2.0)
     policy = reference + pad(RATIOS, (2, 1))[:, None]
-    return probe.values(lambda *four: token_loss(*four, *mask[:, None]), *policy, *reference).item()
+    rows = *policy, *reference
+    return probe.values(lambda *four: token_loss(*four, *mask[:, None]), *rows).item()
