@@ -34,7 +34,7 @@ def refused(name, error, remedy):
     """The Refused that says why a model or its tokenizer cannot be used; remedy: for a folder."""
     if not os.path.isdir(name):
         remedy = "there is no such folder, and an id of the hub needs a network once"
-    return Refused(f"--init_from {name}: {short(error) or type(error).__name__}; {remedy}")
+    return Refused(f"model {name}: {short(error) or type(error).__name__}; {remedy}")
 
 
 class Text(str):

@@ -285,6 +285,7 @@ ADVICE = {
     "a JSON array, not JSONL": FILES["array"],
     "JSON over several lines, not JSONL": FILES["objects over lines"],
     "(of a CSV or TSV table, perhaps), not JSONL": FILES["CSV"],
+    "'prompt' is [\"Say 0:\", \"Say 1:\", \"Say 2:\"], not a text": FILES["columns"],
     "'prompt' is not among its keys (question,": b'{"question": "Q", "chosen": "a", "rejected": "b"}',
     "'prompt' is not among its keys (chosen,":
         b'{"chosen": "\\n\\nHuman: a\\n\\nAssistant: b", "rejected": "\\n\\nHuman: a\\n\\nAssistant: c"}',

@@ -339,7 +339,8 @@ def test_the_cache_is_the_runs_own(folder, pairs, tmp_path, monkeypatch):
 @pytest.mark.parametrize("change, words", [
     (["--loss_type", "sigmoid"], "--loss_type would change the loss"), (["--loss_type=ipo"], "--loss_type"),
     (["--label_smoothing", "0.0"], "--label_smoothing"), (["--max_length", "512"], "--max_length"),
-    (["--tau", "1", "--beta", "1"], "--tau and --beta"), (["--loss", "kto"], "kto"),
+    (["--max-length", "9"], "--max_length"), (["--loss_typ", "ipo"], "loss_typ"),
+    (["--tau", "0"], "--tau is 0.0; it takes 1e-3 to 1e9"), (["--tau", "1", "--beta", "1"], "--tau and --beta"), (["--loss", "kto"], "kto"),
     (["--nonsense", "1"], "nonsense"), (["--data", "absent.jsonl"], "absent.jsonl"),
     (["--model", "absent"], "there is no such folder")])
 def test_bad_flags_are_a_line(change, words, folder, pairs, tmp_path, capsys):
@@ -348,6 +349,12 @@ def test_bad_flags_are_a_line(change, words, folder, pairs, tmp_path, capsys):
     line, = capsys.readouterr().err.splitlines()
     assert line.startswith("trl_ipo: ")
     assert words in line
+
+
+def test_a_run_that_diverges_stops(folder, pairs, tmp_path, capsys):
+    """Its model is no result."""
+    assert main(argv(folder, pairs, tmp_path / "out", "--learning_rate", "1e30")) == 1
+    assert "the loss is not finite; lower --learning_rate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line, words", [

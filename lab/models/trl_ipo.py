@@ -63,6 +63,8 @@ class IPOTrainer(trl.DPOTrainer):
         ref_logp = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])  # (2B,) sums, too
         h = ipo.margin(logp, ref_logp)                                                    # (B,)
         loss = self.loss(h, inputs["p"], self.args.beta).mean()                           # ()
+        if not loss.isfinite():
+            raise ipo.Stopped("the loss is not finite; lower --learning_rate, or raise --tau")
         if self.state.global_step == 0:  # of every part of the first batch
             self.check_start(h, mask.sum(1), loss)
         chosen, rejected = self.accelerator.gather((logp - ref_logp).detach().chunk(2))  # of all processes
@@ -88,21 +90,24 @@ class Parser(ipo.Parser, trl.TrlParser):
 
 def parse(argv):
     """(DPOConfig, ModelConfig, own flags). Raises Refused."""
-    given = {word.split("=")[0] for word in argv}
+    given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv}  # TRL takes --loss-type, too
     for flag in UNUSED:
-        if f"--{flag}" in given:
+        if flag in given:
             raise Refused(f"--{flag} would change the loss or do nothing here; leave it out")
-    if {"--tau", "--beta"} <= given:
+    if {"tau", "beta"} <= given:
         raise Refused("--tau and --beta are one flag; give one of them")
     argv = ["--beta" + word[5:] if word.split("=")[0] == "--tau" else word for word in argv]
     if not torch.accelerator.is_available():
         print("no GPU here: the CPU trains, in float32 (--use_cpu True --bf16 False)")
         argv += ["--use_cpu", "True", "--bf16", "False"]
-    parser = Parser((trl.DPOConfig, trl.ModelConfig), description=__doc__.splitlines()[0])
+    parser = Parser((trl.DPOConfig, trl.ModelConfig), description=__doc__.splitlines()[0],
+                    allow_abbrev=False)
     parser.add_argument("--data", required=True, help="JSONL file: prompt, chosen, rejected, perhaps p")
     parser.add_argument("--loss", default="ipo", choices=ipo.LOSSES, help="loss on the margin [ipo]")
     parser.add_argument("--model", dest="model_name_or_path", required=True, help="folder or hub id")
     args, m, own = parser.parse_args_and_config(argv)
+    if not 1e-3 <= args.beta <= 1e9:
+        raise Refused(f"--tau is {args.beta}; it takes 1e-3 to 1e9")
     kwargs = {"dtype": m.dtype, "attn_implementation": m.attn_implementation, "revision": m.model_revision}
     args.model_init_kwargs = kwargs | (args.model_init_kwargs or {})
     return args, m, own
