@@ -92,7 +92,8 @@ def optimum(ref, p, tau, mu=None, worth=identity):  # (Y,), (Y,Y) -> (Y,)
     """pi* of one prompt; mu is uniform unless given."""
     if mu is None:
         mu = torch.full_like(ref, 1 / len(ref))
-    logp = data.optimum(ref.log()[None], worth(p)[None], mu[None], tau)
+    one = [ref.log()[None], worth(p)[None], mu[None]]  # prompt
+    logp = data.optimum(*one, tau)
     return logp.exp()[0]
 
 
@@ -133,8 +134,8 @@ def check_3(answer):
 def check_4(psi):
     q, value = curve(psi)
     on_curve(q, asks(psi, q), asks(identity, q))
-    bend = value[::37].diff(n=3)  # of neighbours it would be rounding
-    need(bend.abs().max() > 1e-5, "bend")
+    bend = value[::37].diff(n=3).abs()  # of neighbours it would be rounding
+    need(bend.max() > 1e-5, "bend")
 
 
 def check_5(psi):
@@ -168,11 +169,13 @@ def check_8(answer):
     need(min(around) > 0.5, "cycle")
     third = torch.full_like(p[0], 1 / 3)
     pi = optimum(third, p, 0.1)
-    need(pi[0] > 0.75, "favourite", pi=pi.numpy().round(3))
+    shown = pi.numpy().round(3)
+    need(pi[0] > 0.75, "favourite", pi=shown)
 
 
 def check_9(answer):
-    compare(answer, ((0.2, 4.0), (0.5, 7.0)), lambda tau, L: tau * L)
+    cases = (0.2, 4.0), (0.5, 7.0)
+    compare(answer, cases, lambda tau, L: tau * L)
 
 
 def check_10(answer):
@@ -196,7 +199,8 @@ def check_11(answer):
         need(close(value, swapped), "swap")
         asked = asks(psi, p, 1.0)
         off = loss(asked, p, 1.0) - value.min()
-        shown = {"p": p.item(), "best": h[value.argmin()], "asked": asked.item()}
+        best = h[value.argmin()]
+        shown = {"p": p.item(), "best": best, "asked": asked.item()}
         need(abs(asked) < 12, "psi", **shown)
         need(off < 1e-6, "psi", **shown)
 
@@ -252,7 +256,8 @@ def check_15(answer):
     for ref, p, tau in problems():
         pi = numbers(answer(ref, p, tau), 5)
         need(not close(pi, optimum(ref, p, tau)), "ref")
-        need(close(pi, optimum(0 * ref + 0.2, p, tau)), "value")
+        uniform = 0 * ref + 0.2
+        need(close(pi, optimum(uniform, p, tau)), "value")
 
 
 def check_16(answer):
@@ -289,7 +294,8 @@ def look_at(drawn, pi, source, **when):
     need(None not in drawn, "steps")
     for batch in drawn:
         need(isinstance(batch, data.Batch), "batch")
-        need(len(batch.p) == 2000 and len(batch.ref_logp) == 4000, "batch")
+        need(len(batch.p) == 2000, "batch")
+        need(len(batch.ref_logp) == 4000, "batch")
         rows = batch.ref_logp.long()
         tokens, mask = source.pairs.padded(rows)
         need(torch.equal(batch.tokens, tokens), "rows")
@@ -297,8 +303,8 @@ def look_at(drawn, pi, source, **when):
         chosen, rejected = rows.chunk(2)
         need(torch.equal(chosen // 4, rejected // 4), "prompt")
     rows = torch.stack([batch.ref_logp.long() for batch in drawn])
-    share = torch.bincount(rows.flatten(), minlength=16) / rows.numel()
-    off = share - pi.flatten() / 4
+    often = torch.bincount(rows.flatten(), minlength=16)
+    off = often / rows.numel() - pi.flatten() / 4
     need(off.abs().max() < 0.01, "policy", **when)
     chosen, rejected = rows.chunk(2, 1)
     said = torch.stack([batch.p for batch in drawn]) - 0.5
@@ -321,8 +327,10 @@ def check_18(answer):
 
 def hints(number):
     """The hints to a question, by name, and those to all."""
-    parts = re.findall("<!-- hints\n(.*?)-->", PAGE.read_text(encoding="utf-8"), re.S)
-    return dict(re.findall("^(.+?): (.+)$", parts[0] + parts[number], re.M))
+    text = PAGE.read_text(encoding="utf-8")
+    parts = re.findall("<!-- hints\n(.*?)-->", text, re.S)
+    both = parts[0] + parts[number]
+    return dict(re.findall("^(.+?): (.+)$", both, re.M))
 
 
 def written(number):
@@ -356,7 +364,8 @@ def grade(number, answer):
 def state(number):
     """The grade of what stands there. One psi answers one question, and leaves the others open."""
     found = grade(number, written(number))
-    if number in SHARED and found[0] == "wrong" and written(number) is ipo.psi:
-        if any(grade(other, ipo.psi)[0] == "solved" for other in SHARED):
+    if number in SHARED and written(number) is ipo.psi:
+        others = [grade(other, ipo.psi)[0] for other in SHARED]
+        if found[0] == "wrong" and "solved" in others:
             return "open", ""
     return found

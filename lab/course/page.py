@@ -34,6 +34,8 @@ with app.setup:
         "majority": lambda q: (torch.sign(q - 0.5) + 1) / 2,
         "yours, from ipo.py": ipo.psi,
     }
+    TAUS = [0.05, 0.1, 0.2, 0.5, 1, 2]
+    PAIRS = [300, 3000, 10_000, 100_000]
     TURN = vars(ipo).setdefault("TURN", threading.Lock())  # one lock for all readers
 
 
@@ -77,7 +79,8 @@ def likeliest(made, best, ref):
     top = best[0].argsort(descending=True)[:8].flip(0)
     words = [made.responses[y] or "(nothing)" for y in top]
     axis = axes('The likeliest answers to "pizza review:"', "probability")
-    after, before = best[0, top].exp(), ref[0, top].exp()
+    after = best[0, top].exp()
+    before = ref[0, top].exp()
     axis.barh(words, after.tolist(), label="pi*, the best policy")
     axis.barh(words, before.tolist(), 0.3, color="0.7", label="reference")
     return shown(axis, "The best policy takes the reference and moves it to what is preferred.")
@@ -88,8 +91,8 @@ def prices(made, policies, ref, mu):
     axis = axes("Win rate, and its price", "distance to the reference, KL in nats")
     axis.plot(*exact.frontier(ref, made.pstar, mu), color="0.6", label="best possible")
     for (name, logp), mark in zip(policies.items(), "os+x"):
-        far, often = data.kl(logp, ref), exact.win(logp, made.pstar, mu)
-        axis.plot(far, often, mark, ms=9, label=name)
+        far = data.kl(logp, ref)
+        axis.plot(far, exact.win(logp, made.pstar, mu), mark, ms=9, label=name)
     return shown(axis, "No policy lies above the grey curve. A Psi chooses a place on it or below it.")
 
 
@@ -107,7 +110,8 @@ class Live(ipo.WorldSource):
         return self.seen[-1]
 
     def progress(self):
-        steps = [line * self.args.log_every for line in range(1, len(self.seen) + 1)]
+        lines = range(1, len(self.seen) + 1)
+        steps = [line * self.args.log_every for line in lines]
         last, due = self.seen[-1], self.numbers(self.exact["opt"])
         axis = axes("The run: how far it went, KL in nats", "step")
         for name, colour in (("kl_ref", "C0"), ("kl_opt", "C1")):
@@ -121,20 +125,18 @@ class Live(ipo.WorldSource):
 @app.cell
 def controls():
     kind = mo.ui.dropdown(PSI, value="q (IPO)", label="Psi")
-    taus = [0.05, 0.1, 0.2, 0.5, 1, 2]
-    tau = mo.ui.slider(steps=taus, value=0.2, label="tau", show_value=True)
+    tau = mo.ui.slider(steps=TAUS, value=0.2, label="tau", show_value=True)
     place = mo.ui.dropdown(data.WORLDS, value="bt", label="world")
     labels = mo.ui.dropdown(["hard", "soft"], value="hard", label="labels")
     loss = mo.ui.dropdown(["ipo", "dpo"], value="ipo", label="loss")
-    numbers = [300, 3000, 10_000, 100_000]
-    pairs = mo.ui.slider(steps=numbers, value=10_000, label="pairs", show_value=True)
+    pairs = mo.ui.slider(steps=PAIRS, value=10_000, label="pairs", show_value=True)
     steps = mo.ui.slider(100, 1000, 100, value=400, label="steps", show_value=True)
     button = mo.ui.run_button(label="train the GPT")
-    shown_first = [kind, tau, place, labels, loss, pairs, steps, button]
     mo.vstack([
         mo.md("# What does Psi ask for?\n"
               "Psi says what it is worth to be preferred by a share q of all people."),
-        mo.hstack(shown_first, wrap=True, justify="start"),
+        mo.hstack([kind, tau, place, labels], wrap=True, justify="start"),
+        mo.hstack([loss, pairs, steps, button], wrap=True, justify="start"),
     ])
     return button, kind, labels, loss, pairs, place, steps, tau
 

@@ -58,7 +58,9 @@ def as_known(f, name, values, slope):
         return None
     beta = (slope[ZERO] / factor / probe.slope(f, zero)).item()
     curve = factor * f(beta * GRID)
-    return (name, beta, factor) if alike(values, curve, factor) else None
+    if not alike(values, curve, factor):
+        return None
+    return name, beta, factor
 
 
 def alike(values, curve, unit):
