@@ -340,7 +340,8 @@ def test_the_cache_is_the_runs_own(folder, pairs, tmp_path, monkeypatch):
     (["--loss_type", "sigmoid"], "--loss_type would change the loss"), (["--loss_type=ipo"], "--loss_type"),
     (["--label_smoothing", "0.0"], "--label_smoothing"), (["--max_length", "512"], "--max_length"),
     (["--max-length", "9"], "--max_length"), (["--loss_typ", "ipo"], "loss_typ"),
-    (["--tau", "0"], "--tau is 0.0; it takes 1e-3 to 1e9"), (["--tau", "1", "--beta", "1"], "--tau and --beta"), (["--loss", "kto"], "kto"),
+    (["--tau", "0"], "--tau is 0.0; it takes 1e-3 to 1e9"), (["--loss", "kto"], "kto"),
+    (["--tau", "1", "--beta", "1"], "--tau and --beta"),
     (["--nonsense", "1"], "nonsense"), (["--data", "absent.jsonl"], "absent.jsonl"),
     (["--model", "absent"], "there is no such folder")])
 def test_bad_flags_are_a_line(change, words, folder, pairs, tmp_path, capsys):
