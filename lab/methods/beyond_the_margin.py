@@ -136,7 +136,7 @@ def row(loss, args):  # -> descent.Row
     mean, logp = expectation(source, args), source.table(policy)
     mine, _ = descent.measured(mean, logp, source, source.pstar)
     flags = " ".join(f"{flag} {getattr(args, flag):g}" for flag in OWN[loss])
-    return descent.Row({"           flags": flags, **mine})
+    return descent.Row({"flags": flags, **mine})
 
 
 def run(argv):
@@ -146,7 +146,7 @@ def run(argv):
     own.add_argument("--lam", type=float, help="weight of the other term [1, slic_hf 0.5, dpop 5]")
     own.add_argument("--delta", type=float, help="slic_hf: the margin it asks for [1]")
     own.add_argument("--gamma", type=float, help="simpo: asked for beyond z > 0 [0.5]")
-    args = start.parse(own, argv, "--out out/beyond_the_margin")
+    args = start.parse(own, argv, "--out out/beyond_the_margin", descent.USELESS)
     descent.need_world(args)
     start.refuse_twice("--loss", args.loss)
     given = {flag: getattr(args, flag) for flag in FLAGS}

@@ -35,20 +35,31 @@ def mean_over_pairs(cost, mu):  # (X,Y,Y), (X,Y) -> ()
 
 
 class Row(dict):
-    """A row of a table: numbers by name, shown as cells as wide as the names, as start.finish prints it."""
+    """A row of a table, {column: number, text or None}; `table` sets the widths that it is shown with."""
+
+    def cells(self):
+        shown = {}
+        for name, value in self.items():
+            shown[name] = f"{value:z.4f}" if isinstance(value, float) else value or "-"
+        return shown
 
     def __str__(self):
-        shown = ""
-        for name, value in self.items():
-            cell = f"{value:z.4f}" if isinstance(value, float) else value or "-"
-            shown += cell.rjust(len(name)) + "  "
-        return shown
+        padded = [cell.rjust(self.widths[name]) for name, cell in self.cells().items()]
+        return "  ".join(padded)
 
 
 def table(first, rows):  # a name for the first column, {name: Row} -> figures for start.finish
     """The rows with their head."""
-    head = "  ".join(next(iter(rows.values())))
-    return {first: head, **rows}
+    head = Row({name: name for name in next(iter(rows.values()))})
+    every = [head, *rows.values()]
+    widths = {name: max(len(row.cells()[name]) for row in every) for name in head}
+    for row in every:
+        row.widths = widths
+    return {first: str(head), **rows}
+
+
+# flags of ipo.py for its own losses and for files, which do nothing in a program that has its own in a world
+USELESS = ["loss", "tokenizer", "holdout", "block_size"]
 
 
 def need_world(args):

@@ -171,7 +171,7 @@ def row(source):  # -> descent.Row
     mine, best = descent.measured(expectation(source, one), trained, source, source.true)
     ref, opt = source.exact["ref"], source.exact["opt"]
     known = {
-        "       Psi": PSI[one.loss][0],
+        "Psi": PSI[one.loss][0],
         **ipo.means({
             "pi* to ref": data.kl(opt, ref),
             "policy to pi*": data.kl(trained, opt),
@@ -199,7 +199,7 @@ def run(argv):
     own = start.parser(__doc__)
     own.add_argument("--loss", nargs="+", choices=PSI, help="which losses [all]")
     own.add_argument("--noise", type=float, default=0.0, help="share of labels that are flipped [0]")
-    args = start.parse(own, argv, "--tau 1 --out out/margin_losses")
+    args = start.parse(own, argv, "--tau 1 --out out/margin_losses", descent.USELESS)
     descent.need_world(args)
     names = args.loss or ["ipo", "dpo", *NEW]
     if args.noise and args.loss is None:

@@ -38,7 +38,7 @@ class World:
         kl = data.kl(logp, self.ref).item()
         win = exact.win(logp, self.source.pstar, self.uniform).item()
         below = float(numpy.interp(kl, self.kls, self.wins)) - win
-        return descent.Row({"KL to ref": kl, "win rate": win, "  lost": below, " made by": made_by(folder)})
+        return descent.Row({"KL to ref": kl, "win rate": win, "lost": below, "made by": made_by(folder)})
 
 
 def made_by(folder):
@@ -96,7 +96,7 @@ def run(argv):
     world, rows = read([found for given in args.folders for found in pictures.folders(given)])
     start.make_folder(args.out)
     draw(rows, world, f"{args.out}/family.png")
-    lost = {name: row["  lost"] for name, row in rows.items()}
+    lost = {name: row["lost"] for name, row in rows.items()}
     near = sum(below < 0.0025 for below in lost.values())
     above = sum(below < -1e-6 for below in lost.values())
     lowest = max(lost, key=lost.get)
