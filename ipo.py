@@ -359,7 +359,7 @@ DEVICE = str(torch.accelerator.current_accelerator(check_available=True) or "cpu
 # the same (=) or another. Where - stands the flag does nothing, so it is refused. none: not set.
 FLAGS = f"""
 flag         world    file     init_from  sample  resume  takes         meaning
-loss         ipo      ipo      =          -       -       {'|'.join(LOSSES)}       the loss on the margin, of LOSSES
+loss         ipo      ipo      =          -       -       {'|'.join(LOSSES)}  the loss on the margin
 tau          0.2      0.1      =          -       -       1e-3..1e9     pull to the reference; DPO's beta
 data         bt       bt       =          -       -       text          bt, deterministic, cyclic, or a file
 init_from    none     none     =          =       -       text          a run's .pt file, or GPT-2's weights
