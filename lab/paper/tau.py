@@ -97,7 +97,7 @@ def answer(runs, table):
         parts.append(f"{loss} ends {' to '.join(ends)}")
     below = max(numbers["below"] for numbers in table.values())
     return (f"tau buys distance. In nats from the reference {' and '.join(parts)}. At its own distance "
-            f"no run wins more than {below:.4f} less often than the best policy there.")
+            f"of each run the best policy wins at most {below:.4f} more often.")
 
 
 def run(argv=None):
