@@ -68,6 +68,15 @@ def need_world(args):
         raise data.Refused(f"--data {args.data}: exact answers need a world: {', '.join(data.WORLDS)}")
 
 
+def lowest(mean, logp, ref):  # -> log pi (X,Y)
+    """The minimiser, by LBFGS from logp; or a policy 100 nats from ref, where the search is given up."""
+    for _ in range(5):
+        logp = exact.minimise(mean, logp, 100)
+        if (logp - ref).abs().max() > 100:
+            break
+    return logp
+
+
 def measured(mean, trained, source, true):  # -> Row, log pi (X,Y)
     """Of one run: where its policy lies, and its distance from the minimiser of mean(log pi).
 
@@ -75,7 +84,7 @@ def measured(mean, trained, source, true):  # -> Row, log pi (X,Y)
     true (X,Y,Y): the preferences that the win rate is of.
     """
     ref = source.exact["ref"]
-    found = [exact.minimise(mean, start, 500) for start in (ref, trained)]
+    found = [lowest(mean, start, ref) for start in (ref, trained)]
     values = torch.stack([mean(logp) for logp in found])
     best = found[values.argmin()]
     numbers = {"KL to ref": data.kl(trained, ref), "win rate": exact.win(trained, true, source.mu)}
