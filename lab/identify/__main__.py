@@ -18,7 +18,7 @@ import sys
 
 from data import Refused
 from lab.common import start
-from lab.identify import known, probe, tokens
+from lab.identify import margin, tokens
 
 MEANS = ". But it is of MEANS over tokens, where eq. 17 has sums. If all lengths are L, that is tau / L"
 UNITS = {"sum": "", "mean": MEANS}  # what to add where h is of these
@@ -27,37 +27,29 @@ WORDS = {"None": "-", "True": "yes", "False": "no", "nan": "-"}
 
 def run(argv=None):
     own = start.parser(__doc__)
-    own.epilog = None
     own.add_argument("loss", nargs="?", default="", help="module:function or file.py:function")
     own.add_argument("--tau", default="", help="NAME or NAME=VALUE of the argument that carries tau")
     own.add_argument("--tokens", action="store_true", help="it takes token log-probs and masks")
     own.add_argument("--trl", action="store_true", help="ask the installed TRL's DPOTrainer instead")
     own.add_argument("--loss_type", help="with --trl, TRL's name of the loss [ipo]")
-    report, loss = examined(own.parse_args(argv))
-    print(sentence(report), flush=True)
-    if report["margin alone"] and report["over tokens"] in UNITS:
-        report |= known.nearest(loss, report["over tokens"] == "mean")
+    report = examined(own.parse_args(argv))
+    print(sentence(report))
     for name, value in report.items():
         number = f"{value:.6g}" if isinstance(value, float) else value
         print(f"  {name:23} {WORDS.get(str(value), number)}")
 
 
 def examined(args):
-    """(report, loss) of the loss that the flags name. Raises Refused."""
+    """What is found of the loss that the flags name, by name. Raises Refused."""
     if args.trl and (args.loss or args.tokens) or args.loss_type and not args.trl:
         raise Refused("--loss_type does nothing without --trl, which takes no other loss and no --tokens")
     if args.trl:
-        try:
-            from lab.identify import trl_loss  # here, since TRL is needed for nothing else
-        except ImportError as error:
-            raise Refused(f"{error}; --trl needs pip install -r lab/requirements.txt") from None
-        function, tau = with_tau(trl_loss.load(args.loss_type or "ipo"), args.tau or "beta")
+        function, tau = with_tau(tokens.of_trl(args.loss_type or "ipo"), args.tau or "beta")
     else:
-        function, tau = with_tau(probe.load(args.loss), args.tau)
+        function, tau = with_tau(margin.load(args.loss), args.tau)
     if args.trl or args.tokens:
         return of_tokens(function, tau)
-    loss = probe.Loss(function)
-    return {"over tokens": "sum", **known.examine(loss, tau)}, loss
+    return {"over tokens": "sum", **margin.examine(margin.Loss(function), tau)}
 
 
 def with_tau(function, text):
@@ -65,7 +57,7 @@ def with_tau(function, text):
     if not text:
         return function, None
     name, _, value = text.partition("=")
-    arguments = probe.parameters(function)
+    arguments = margin.parameters(function)
     if name not in arguments:
         raise Refused(f"--tau {text}: write NAME=VALUE; the loss's arguments are {', '.join(arguments)}")
     try:
@@ -76,19 +68,16 @@ def with_tau(function, text):
 
 
 def of_tokens(function, tau):
-    """(report, loss) of a loss of token log-probs: the loss of the numbers that it makes of rows."""
-    names = probe.needed(function)
+    """The same of a loss of token log-probs: of the loss of the numbers that it makes of rows."""
+    names = margin.needed(function)
     if len(names) != 6:
         raise Refused(f"--tokens needs six arguments, see --help; its own are ({', '.join(names)})")
     kind, off = tokens.find(function)
-    loss = probe.Loss(tokens.of_numbers(function, kind))
-    report = known.examine(loss, tau)
+    report = margin.examine(margin.Loss(tokens.of_numbers(function, kind)), tau)
     report["over tokens"] = kind.name if off < 1e-3 else "neither"
-    report["at the fixture"] = tokens.fixture(function)
     if off >= 1e-3:  # the numbers are of responses of one token, and name nothing
         report |= {"margin alone": False, "verdict": "none", "tau": None}
-        report["nearest kind"] = f"{kind.name}, off by {off:.2g} of the spread"
-    return report, loss
+    return report
 
 
 def sentence(report):
@@ -100,7 +89,7 @@ def sentence(report):
     if not report["margin alone"]:
         text = "no function of the margin alone: neither IPO nor DPO (no reference, lengths, or more terms)"
     elif name == "none":
-        text = "none of these: neither IPO nor DPO, hinge, exponential, Savage"
+        text = "none of these: neither IPO nor DPO, hinge, squared hinge"
     elif name.startswith("ipo"):
         asked, due = 1 / (2 * tau), report["eq. 17 asks for"]
         text = f"this is IPO with tau = {tau:.4g}, times {report['factor']:.4g}: it asks for {asked:.4g} nats"

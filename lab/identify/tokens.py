@@ -1,20 +1,30 @@
-"""Does a loss of token log-probs sum or average over tokens? This is no program; lab.identify uses it.
+"""Does a loss of token log-probs sum or average over tokens, and which does TRL's? No program.
 
 The loss takes log-probs (B,T) of chosen, rejected and the reference's of both, then the masks of chosen and
 rejected, integers, 1 at the response's tokens. Prompt and padding have log-probs, too, so whoever reads them
 is found out. A Kind makes one number of a row. It is the loss's own if random tokens, of several lengths and
 widths, cost what responses of one token with the same numbers cost. It must be the only such kind. So the
-loss is one of four numbers, and probe.py asks it.
+loss is one of four numbers, and margin.py asks it.
+
+`of_trl` makes such a loss of the installed TRL's DPOTrainer. A stand-in takes the model's place in TRL's
+compute_loss. It returns the log-probs that are given, and 0 outside the response, as TRL's head does.
+test_identify.py lets two random GPT-2s go through TRL's own tokens, collator, head and reference, and
+compares. TRL and what it needs are imported there alone.
 
 Trap: some losses count only the tokens whose log-ratio is not 0. The first of each random response is 0.
+And TRL reads its metrics out as Python numbers, which torch.vmap forbids, so meanwhile `item` gives 0.
 """
+import tempfile
+import warnings
 from itertools import product
+from types import SimpleNamespace
 from typing import Callable, NamedTuple
+from unittest import mock
 
 import torch
-from torch.nn.functional import pad
 
-from lab.identify import probe
+from data import Refused, short
+from lab.identify import margin
 
 SCORED = {  # which tokens count
     "": lambda mask: mask,
@@ -26,19 +36,15 @@ DIVIDED = {  # and what their sum is divided by
     "sum": lambda scored, ratio: 1,
     "mean": lambda scored, ratio: scored.sum(-1),
     "mean where the ratio is not 0": lambda scored, ratio: (scored * ratio != 0).sum(-1),
-    "sum over the padded width": lambda scored, ratio: scored.shape[-1],
 }
-TWICE = "sum over the padded width, prompt and padding, too"  # that is the mean of all
 SHAPES = [  # lengths of both responses, width of the batch
     ((4, 2), 8),
     ((2, 5), 9),
     ((3, 3), 12),
     ((6, 2), 10),
 ]
-RATIOS = torch.tensor([  # margin 1.6 of sums, .55 of means
-    [0.5, 0.25, 0.25, 0.0],
-    [-0.2, -0.4, 0.0, 0.0],
-])
+WORDS = {"<eos>": 0, "p": 1, "a": 2, "b": 3, "c": 4, "d": 5}
+PAIR = {"prompt": "p", "chosen": " a b c", "rejected": " d"}
 
 
 class Kind(NamedTuple):
@@ -59,8 +65,7 @@ class Kind(NamedTuple):
 
 
 KINDS = [Kind(divided + scored, SCORED[scored], DIVIDED[divided])
-         for scored, divided in product(SCORED, DIVIDED)
-         if divided + scored != TWICE]
+         for scored, divided in product(SCORED, DIVIDED)]
 
 
 def masks(lengths, width):  # -> (2,T) a prompt of two tokens, the response, padding
@@ -95,8 +100,8 @@ def difference(token_loss, kind):
         ratio = (tokens[:2] - tokens[2:]).repeat(2, 1, 1)
         twice = mask.repeat(2, 1)
         numbers = [kind.number(*row) for row in zip(tokens, ratio, twice)]
-        costs = probe.values(lambda *rows: token_loss(*rows, *mask[:, None]), *tokens)
-        same = probe.values(of_numbers(token_loss, kind), *numbers)
+        costs = margin.values(lambda *rows: token_loss(*rows, *mask[:, None]), *tokens)
+        same = margin.values(of_numbers(token_loss, kind), *numbers)
         off = (costs - same).abs().max() / (costs.max() - costs.min())
         worst = max(worst, off.item() if off.isfinite() else float("inf"))
     return worst
@@ -111,10 +116,64 @@ def find(token_loss):
     return kind, best if second > 1e-3 else float("inf")
 
 
-def fixture(token_loss):
-    """The loss where the log-ratios of chosen and rejected are RATIOS, after a prompt of two tokens."""
-    mask = masks((4, 2), 7)
-    reference = torch.full((2, 1, 7), -2.0)
-    policy = reference + pad(RATIOS, (2, 1))[:, None]
-    rows = *policy, *reference
-    return probe.values(lambda *four: token_loss(*four, *mask[:, None]), *rows).item()
+def random_gpt2(seed):
+    import transformers
+    torch.manual_seed(seed)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=len(WORDS), n_positions=8, n_embd=8, n_layer=1, n_head=1, initializer_range=0.5,
+        bos_token_id=0, eos_token_id=0)).eval()
+
+
+class Given:
+    """Stands for a model whose log-probs of tokens (R,T) are given."""
+
+    def __init__(self, logp):
+        self.logp = logp
+
+    def __call__(self, labels, **more):
+        scored = labels[:, 1:] != -100
+        zero = torch.zeros(scored.shape)
+        return SimpleNamespace(log_probs=self.logp * scored, entropy=zero, mean_logits=zero,
+                               log_sum_sq_probs=zero, is_top1=zero > 0)
+
+
+def trainer(loss_type):
+    """TRL's, with two models and one pair. Raises Refused if TRL does not know the loss, or is not there."""
+    try:
+        import datasets
+        import tokenizers
+        import transformers
+        import trl
+    except ImportError as error:
+        raise Refused(f"{error}; --trl needs pip install -r lab/requirements.txt") from None
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    splits = tokenizers.Tokenizer(tokenizers.models.WordLevel(WORDS, "p"))
+    splits.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=splits, eos_token="<eos>", pad_token="<eos>")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            args = trl.DPOConfig(folder, loss_type=[loss_type], bf16=False, use_cpu=True, disable_tqdm=True,
+                                 gradient_checkpointing=False, report_to="none")
+            return trl.DPOTrainer(random_gpt2(0), random_gpt2(1), args, processing_class=tokenizer,
+                                  train_dataset=datasets.Dataset.from_list([PAIR]))
+        except ValueError as error:
+            raise Refused(f"--loss_type {loss_type}: {short(error)}") from None
+
+
+def of_trl(loss_type):
+    """TRL's loss of token log-probs and masks, as `find` asks for it."""
+    made = trainer(loss_type)
+
+    def loss(chosen, rejected, ref_chosen, ref_rejected, chosen_mask, rejected_mask, beta=made.beta):
+        mask = torch.cat([chosen_mask, rejected_mask])
+        mask = torch.nn.functional.pad(mask, (1, 0))  # nothing predicts the first token
+        ones = torch.ones_like(mask)
+        batch = {"input_ids": ones, "attention_mask": ones, "completion_mask": mask}
+        made.beta = beta
+        made.ref_model = Given(torch.cat([ref_chosen, ref_rejected]))
+        with mock.patch.object(torch.Tensor, "item", lambda tensor: 0.0):
+            return made.compute_loss(Given(torch.cat([chosen, rejected])), batch)
+    return loss

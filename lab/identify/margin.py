@@ -1,6 +1,11 @@
-"""How does one ask any loss for its values, slope, stop and link? This is no program; lab.identify uses it.
+"""Which known loss of the margin is this one, and what does it optimise? No program; lab.identify uses it.
 
 Each value comes from a batch of one pair, through torch.vmap, so that a mean over the batch hides nothing.
+"ipo" is f(h) = (h - 1/(2 tau))^2 plus any constant, "ipo scaled" that times a factor. The others are a
+factor times f(beta h). Slopes at h = 0, -50 and 50 give the numbers. A verdict needs that all values on h =
+-50 .. 50 are then right to 1e-5. A negative tau or beta is a wrong sign.
+
+Trap: a loss without a reference looks like one of the margin until the reference moves, so it is moved.
 """
 import importlib
 import inspect
@@ -8,10 +13,18 @@ import runpy
 import sys
 
 import torch
+import torch.nn.functional as F
 
 from data import Refused, short
 
 WIDE = (torch.arange(-30_000, 30_001).double() / 2000).sinh()  # h from -1.6e6 to 1.6e6, closest at 0
+GRID = torch.arange(-2000, 2001, dtype=torch.float64) / 40
+ZERO = len(GRID) // 2  # GRID[ZERO] is 0, exactly
+KNOWN = {  # f(z), for z = beta h
+    "dpo": lambda z: -F.logsigmoid(z),
+    "hinge": lambda z: F.relu(1 - z),
+    "squared hinge": lambda z: F.relu(1 - z) ** 2,
+}
 
 
 def load(spec):
@@ -121,3 +134,63 @@ def name_link(slopes):  # of WIDE
         if spread < 1e-3 * ratio.mean().abs():
             return name
     return "none"
+
+
+def name_it(loss):
+    """(verdict, tau or beta, factor) of a loss of the margin."""
+    costs, slopes = loss(GRID), slope(loss, GRID)
+    guesses = [as_square(costs, slopes)]
+    guesses += [as_known(f, name, costs, slopes) for name, f in KNOWN.items()]
+    guesses.append(("none", None, None))
+    return next(guess for guess in guesses if guess)
+
+
+def as_square(costs, slopes):
+    """name_it's answer if this is a square, up to a constant; None if it is not."""
+    at_zero = slopes[ZERO].item()
+    factor = (slopes[-1] - slopes[0]).item() / 200
+    if not at_zero or not factor > 1e-9 * abs(at_zero):
+        return None
+    asked = -at_zero / (2 * factor)
+    square = factor * (GRID - asked) ** 2
+    if not alike(costs - costs.min(), square - square.min(), factor):
+        return None
+    name = "ipo" if abs(factor - 1) < 1e-6 else "ipo scaled"
+    return name, 1 / (2 * asked), factor
+
+
+def as_known(f, name, costs, slopes):
+    """name_it's answer if this is a factor times f(beta h); None if it is not."""
+    zero = GRID[[ZERO]]
+    factor = (costs[ZERO] / f(zero)).item()
+    if not abs(factor * slopes[ZERO]) > 0:  # a nan is not
+        return None
+    beta = (slopes[ZERO] / factor / slope(f, zero)).item()
+    if not alike(costs, factor * f(beta * GRID), factor):
+        return None
+    return name, beta, factor
+
+
+def alike(costs, curve, unit):
+    """Equal to 1e-5 of the curve at each point, and to 1e-5 of a unit where the curve is 0?"""
+    return torch.allclose(costs, curve, rtol=1e-5, atol=1e-5 * abs(unit))
+
+
+def examine(loss, tau):
+    """All that can be said of a loss of the margin, by name. tau: what the caller named, or None."""
+    zero = GRID[[ZERO]]
+    slopes = slope(loss, WIDE)
+    verdict, its_tau, factor = name_it(loss)
+    ignored = torch.allclose(loss(GRID, 0.7), loss(GRID, 1.0))
+    return {
+        "verdict": verdict,
+        "tau": its_tau,
+        "factor": factor,
+        "margin alone": margin_only(loss),
+        "value at h = 0": loss(zero).item(),
+        "slope at h = 0": slope(loss, zero).item(),
+        "stops at": turn(slopes, several=True),  # nan: a certain pair always asks for more
+        "eq. 17 asks for": 1 / (2 * tau) if tau else None,
+        "link": name_link(slopes),
+        "takes p": "and ignores it" if loss.takes_p and ignored else loss.takes_p,
+    }
