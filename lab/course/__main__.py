@@ -1,11 +1,11 @@
-"""What have I understood? Eighteen questions, each with a place to write the answer, and a check.
+"""What have I understood? Fifteen questions, each with a place to write the answer, and a check.
 
   python -m lab.course        the list: number, minutes, title, and solved, open or wrong
   python -m lab.course 7      question 7; then whether the answer that stands there is right, or a hint
 
 Answers to 4, 5 and 7 are psi, between the banners of ipo.py. To keep one when you go on, copy it to psi_4,
-psi_5 or psi_7 there, since a psi must remain. All other answers are lines of lab/course/answers.py. Questions
-and hints are read from lab/course/EXERCISES.md.
+psi_5 or psi_7 there, since a psi must remain. All other answers are lines between the banners of
+lab/course/exercises.py. Questions and hints are read from lab/course/EXERCISES.md.
 Trap: the list checks all answers, and a bug of question 13 takes some seconds.
 """
 import re
@@ -45,7 +45,7 @@ def run(argv=None):
         raise data.Refused(f"there is no question {number}; give a number from 1 to {len(questions())}")
     else:
         state, hint = exercises.state(number)
-        place = "ipo.py, psi" if number in exercises.SHARED else f"lab/course/answers.py, answer_{number}"
+        place = "ipo.py, psi" if number in exercises.SHARED else f"lab/course/exercises.py, answer_{number}"
         print(f"{place}: {state}{'. Hint: ' if hint else ''}{hint}")
 
 
@@ -55,6 +55,7 @@ if __name__ == "__main__":
         show(int(given[0]))
     try:
         from lab.common import start
-    except (Exception, SystemExit) as broken:  # psi, half typed
-        sys.exit(f"course: ipo.py does not run ({broken}); mend what stands between its banners")
+        import lab.course.exercises  # noqa: F401
+    except (Exception, SystemExit) as broken:  # an answer, half typed
+        sys.exit(f"course: what you edited does not run ({broken}); mend what stands between the banners")
     sys.exit(start.main("course", run))

@@ -13,7 +13,7 @@ import data
 import ipo
 from lab.common import start
 from lab.course import __main__ as course
-from lab.course import answers, exercises
+from lab.course import exercises
 
 HERE = Path(ipo.__file__).parent
 QUESTIONS = course.questions()
@@ -47,7 +47,7 @@ def exponential(h, p, tau):
     return p * preferred + (1 - p) * opposite
 
 
-def fixed(ref, p, tau):  # question 18
+def fixed(ref, p, tau):  # question 15
     pi = ref
     for _ in range(3000):
         answer = (ref.log() + p @ pi / tau).softmax(-1)
@@ -55,62 +55,44 @@ def fixed(ref, p, tau):  # question 18
     return pi
 
 
-def mean_form(ref, g, length, tau):  # question 16
-    low, high = -200.0, 200.0
-    for _ in range(200):
-        c = (low + high) / 2
-        pi = ref * (length * (g / tau + c)).exp()
-        if pi.sum() > 1:
-            high = c
-        else:
-            low = c
-    return pi
-
-
-def online(draws="policy", label="hard", steps=10):
-    """Answers to question 17, right by default."""
-    def answer(source, policy, args):
-        X, Y = source.reward.shape
-        pi = source.table(policy).exp()
-        for _ in range(steps):
-            if draws != "once":
-                pi = source.table(policy).exp()
-            if draws == "uniform":
-                pi = torch.full((X, Y), 1 / Y)
-            x = torch.arange(args.batch_size) % X
-            drawn = torch.multinomial(pi[x], 2, replacement=True)
-            y, lost = drawn.T
-            p = source.pstar[x, y, lost].float()
-            if label == "hard":
-                wins = torch.rand(len(p)) < p
-                flipped = drawn.flip(1)
-                y, lost = torch.where(wins[:, None], drawn, flipped).T
-            if label in ("hard", "none"):
-                p = torch.ones(len(p))
-            if label == "swapped":
-                p = 1 - p
-            other = (x + (label == "mixed")) % X
-            rows = torch.cat([x * Y + y, other * Y + lost])
-            batch = data.Batch(*source.pairs.padded(rows), p, source.pairs.ref_logp[rows])
-            yield altered(batch, label)
-    return answer
-
-
-def altered(batch, how):
-    if how == "reference":
-        return batch._replace(ref_logp=batch.ref_logp.roll(1))
-    if how == "short":
-        return batch._replace(p=batch.p[1:])
-    if how == "prompt":
-        return batch._replace(mask=torch.ones_like(batch.mask))
-    return tuple(batch) if how == "tuple" else batch
-
-
 def constant(value):
     return lambda *_: value
 
 
-CYCLE = [[0.5, 1.0, 0.49], [0.0, 0.5, 0.51], [0.51, 0.49, 0.5]]
+def majority(q):  # question 5
+    return (torch.sign(q - 0.5) + 1) / 2
+
+
+def figure_1(tau):  # question 10
+    wins = exercises.exact([2.5, 1.5, 0.5])
+    return (wins / 3 / tau).softmax(0)
+
+
+CYCLE = [
+    [0.5, 1.0, 0.49],
+    [0.0, 0.5, 0.51],
+    [0.51, 0.49, 0.5],
+]
+OTHER_CYCLE = [
+    [0.5, 1, 0.45],
+    [0, 0.5, 0.6],
+    [0.55, 0.4, 0.5],
+]
+NO_PREFERENCES = [
+    [0, 1, 0.4],
+    [0, 0, 1],
+    [0.6, 0, 0],
+]
+NO_CYCLE = [
+    [0.5, 1, 1],
+    [0, 0.5, 1],
+    [0, 0, 0.5],
+]
+NO_FAVOURITE = [
+    [0.5, 1, 0],
+    [0, 0.5, 1],
+    [1, 0, 0.5],
+]
 RIGHT = [
     (1, lambda p, tau: ((p - 0.5) / tau) ** 2),
     (1, lambda p, tau: ipo.ipo_loss(torch.zeros(1), p, tau)),
@@ -120,17 +102,17 @@ RIGHT = [
     (3, lambda tau: 1 / (1 + math.exp(-10 * tau))),
     (4, lambda q: q + q**4 - 2 * q**3 + q**2),
     (4, lambda q: q + 0.5 * (q - 0.5).abs() + 7),
-    (5, lambda q: (torch.sign(q - 0.5) + 1) / 2),
+    (5, majority),
     (5, lambda q: (q > 0.5) + 0.5 * (q == 0.5)),
     (6, of_hard_labels),
     (7, flat),
     (7, lambda q: (flat(q) + 3).float()),
     (8, constant(CYCLE)),
-    (8, constant([[0.5, 1, 0.45], [0, 0.5, 0.6], [0.55, 0.4, 0.5]])),
+    (8, constant(OTHER_CYCLE)),
     (9, lambda tau, L: tau * L),
     (9, lambda tau, L: float(tau) * float(L)),
-    (10, lambda tau: torch.softmax(exercises.exact([2.5, 1.5, 0.5]) / (3 * tau), 0)),
-    (10, lambda tau: tuple(torch.softmax(-torch.arange(3) / (3 * tau), 0))),
+    (10, figure_1),
+    (10, lambda tau: tuple(figure_1(tau))),
     (11, constant((squared_hinge, lambda q: q * 2 - 1))),
     (11, constant((savage, torch.logit))),
     (11, constant([exponential, lambda q: torch.logit(q) / 2])),
@@ -138,13 +120,8 @@ RIGHT = [
     (12, constant(lambda q: 3 * torch.log(q / (1 - q)) + 1)),
     (14, lambda tau: (math.log(9) / tau, math.log(1999) / tau)),
     (14, lambda tau: [torch.logit(torch.tensor(0.9)) / tau, 7.6004 / tau]),
-    (15, lambda ref, p, tau: (p.mean(1) / tau).softmax(0)),
-    (15, lambda ref, p, tau: (p.mean(1) / tau).softmax(0).tolist()),
-    (16, mean_form),
-    (17, online()),
-    (17, online(label="soft")),
-    (18, fixed),
-    (18, lambda *case: fixed(*case).tolist()),
+    (15, fixed),
+    (15, lambda *case: fixed(*case).tolist()),
 ]
 WRONG = [  # and a piece of the hint
     (1, lambda p, tau: 1 / (4 * tau**2), "this p"),
@@ -168,11 +145,9 @@ WRONG = [  # and a piece of the hint
     (6, lambda psi, p, tau: (2 * p - 1) / (2 * tau), "weight 1 - p"),
     (7, lambda q: 2 * flat(q), "where must it be flat"),
     (7, lambda q: q**3, "where must it be flat"),
-    (8, constant([[0, 1, 0.4], [0, 0, 1], [0.6, 0, 0]]),
-     "for every pair"),
-    (8, constant([[0.5, 1, 1], [0, 0.5, 1], [0, 0, 0.5]]), "above 1/2"),
-    (8, constant([[0.5, 1, 0], [0, 0.5, 1], [1, 0, 0.5]]),
-     "What may a lose by"),
+    (8, constant(NO_PREFERENCES), "for every pair"),
+    (8, constant(NO_CYCLE), "above 1/2"),
+    (8, constant(NO_FAVOURITE), "What may a lose by"),
     (9, lambda tau, L: tau / L, "between which sums"),
     (9, lambda tau, L: tau, "between which sums"),
     (10, lambda tau: torch.softmax(torch.tensor([1, 0.5, 0]) / tau, 0),
@@ -194,25 +169,8 @@ WRONG = [  # and a piece of the hint
     (14, lambda tau: (math.log(9) / tau, math.log(999) / tau),
      "two terms"),
     (14, lambda tau: (math.log(9), math.log(1999)), "two terms"),
-    (15, exercises.optimum, "that is pi*"),
-    (15, lambda ref, p, tau: (p.mean(0) / tau).softmax(0),
-     "y beats y'"),
-    (16, lambda ref, g, n, tau: (ref.log() + g / tau).softmax(0),
-     "Which scores"),
-    (16, lambda ref, g, n, tau: ref * (n * g / tau).exp(), "sum to"),
-    (17, online(draws="uniform"), "batches 1 to 5"),
-    (17, online(draws="once"), "batches 6 to 10"),
-    (17, online(label="none"), "who is preferred"),
-    (17, online(label="swapped"), "who is preferred"),
-    (17, online(label="reference"), "not those of the rows"),
-    (17, online(label="prompt"), "not those of the rows"),
-    (17, online(label="mixed"), "the same prompt"),
-    (17, online(label="short"), "cannot be trained on"),
-    (17, online(label="tuple"), "cannot be trained on"),
-    (17, online(steps=9), "not fewer"),
-    (17, online(steps=11), "not more"),
-    (18, exercises.optimum, "uniform mu"),
-    (18, lambda ref, p, tau: fixed(ref, p.T, tau), "not your pi"),
+    (15, exercises.optimum, "uniform mu"),
+    (15, lambda ref, p, tau: fixed(ref, p.T, tau), "not your pi"),
 ]
 
 
@@ -260,13 +218,13 @@ def test_as_delivered_everything_is_open(monkeypatch, capsys):
     monkeypatch.setattr(ipo, "psi", exercises.identity)
     assert start.main("course", course.run, []) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(QUESTIONS) == 18
+    assert len(lines) == len(QUESTIONS) == 15
     assert all(line.endswith("open") for line in lines)
 
 
 def test_one_psi_answers_one_question(monkeypatch):
     """What is right for question 5 is no wrong answer to 4 and 7."""
-    monkeypatch.setattr(ipo, "psi", lambda q: (torch.sign(q - 0.5) + 1) / 2)
+    monkeypatch.setattr(ipo, "psi", majority)
     states = {number: exercises.state(number)[0] for number in exercises.SHARED}
     assert states == {4: "open", 5: "solved", 7: "open"}
 
@@ -279,7 +237,7 @@ def test_a_psi_that_answers_none_is_wrong(monkeypatch):
 def test_a_psi_is_kept_under_its_number(monkeypatch):
     """psi_5 stays an answer when psi goes on to question 7."""
     monkeypatch.setattr(ipo, "psi", torch.square)
-    monkeypatch.setattr(ipo, "psi_5", lambda q: (torch.sign(q - 0.5) + 1) / 2, raising=False)
+    monkeypatch.setattr(ipo, "psi_5", majority, raising=False)
     assert exercises.state(5)[0] == "solved"
     assert exercises.state(7)[0] == "wrong"
 
@@ -293,41 +251,68 @@ def test_checks_see_the_psi_of_the_paper(monkeypatch):
 
 def test_the_answer_that_stands_there_is_looked_at(monkeypatch, capsys):
     """After the question comes its place, and the hint."""
-    monkeypatch.setattr(answers, "answer_9", lambda tau, L: tau)
+    monkeypatch.setattr(exercises, "answer_9", lambda tau, L: tau)
     assert start.main("course", course.run, ["9"]) == 0
-    assert capsys.readouterr().out.startswith("lab/course/answers.py, answer_9: wrong. Hint: ")
+    assert capsys.readouterr().out.startswith("lab/course/exercises.py, answer_9: wrong. Hint: ")
 
 
-@pytest.mark.parametrize("given", ["0", "19", "seven"])
+@pytest.mark.parametrize("given", ["0", "16", "seven"])
 def test_a_question_that_is_none_is_refused(given, capsys):
     assert start.main("course", course.run, [given]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def in_a_copy(folder, psi):
-    """`python -m lab.course 7` in a copy of core and course where this line stands for `return q`."""
-    for name in ("model.py", "data.py", "ipo.py"):
-        (folder / name).write_text((HERE / name).read_text().replace("    return q\n", psi, 1))
-    for path in (HERE / "lab").glob("co*/*"):
-        if path.is_file():
-            copy = folder / path.relative_to(HERE)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(path.read_bytes())
-    command = [sys.executable, "-m", "lab.course", "7"]
+def in_a_copy(folder, number, name="ipo.py", line="", becomes=""):
+    """`python -m lab.course NUMBER` in a copy of core and course where a line of this file is another."""
+    copied = [HERE / core for core in ("model.py", "data.py", "ipo.py")]
+    copied += [path for path in (HERE / "lab").glob("co*/*") if path.is_file()]
+    for path in copied:
+        copy = folder / path.relative_to(HERE)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    edited = folder / name
+    edited.write_text(edited.read_text().replace(line, becomes, 1))
+    command = [sys.executable, "-m", "lab.course", str(number)]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
 def test_a_psi_half_typed_is_one_line(tmp_path):
     """The question comes all the same."""
-    done = in_a_copy(tmp_path, "    return q q\n")
+    done = in_a_copy(tmp_path, 7, "ipo.py", "    return q\n", "    return q q\n")
     assert done.returncode == 1
     assert done.stdout.startswith("7. A Psi to order")
     assert done.stderr.count("\n") == 1 and "ipo.py, line" in done.stderr
 
 
+def test_an_answer_half_typed_is_one_line(tmp_path):
+    """With the file and the line."""
+    answer = "lab/course/exercises.py"
+    done = in_a_copy(tmp_path, 1, answer, "return None  # open", "return p p")
+    assert done.returncode == 1
+    assert done.stdout.startswith("1. The loss at step 0")
+    assert done.stderr.count("\n") == 1 and "exercises.py, line" in done.stderr
+
+
+def test_an_answer_in_place_of_its_line_is_solved(tmp_path):
+    """Between the banners of exercises.py."""
+    answer = "lab/course/exercises.py"
+    done = in_a_copy(tmp_path, 1, answer, "return None  # open", "return ((p - 0.5) / tau) ** 2")
+    assert done.stdout.endswith("lab/course/exercises.py, answer_1: solved\n")
+
+
+def test_answers_stand_between_the_banners():
+    """One for each question that psi does not answer, in their order, and nothing else."""
+    text = Path(exercises.__file__).read_text()
+    _, between, _ = re.split("^# =+ .*YOUR ANSWERS.* =+$", text, flags=re.M)
+    found = re.findall(r"^\S+ answer_(\d+)", between, re.M)
+    due = [str(number) for number in QUESTIONS if number not in exercises.SHARED]
+    assert found == due
+    assert between.count("    return None  # open\n") == len(due)
+
+
 def test_a_question_hides_its_hints(tmp_path):
     """And it ends with the state of the answer."""
-    done = in_a_copy(tmp_path, "    return q\n")
+    done = in_a_copy(tmp_path, 7)
     assert done.returncode == 0
     assert done.stdout.endswith("ipo.py, psi: open\n")
     assert "where must it be flat" not in done.stdout
@@ -383,15 +368,13 @@ def program(number):
 SMALL = '"--steps", "6", "--sft_steps", "3", "--pairs", "500", "--batch_size", "20", "--log_every", "3"'
 
 
-@pytest.mark.parametrize("number, answer", [
-    (11, constant((savage, torch.logit))), (17, online(steps=6))])
-def test_runs_of_the_questions_work(number, answer, tmp_path, monkeypatch, capsys):
+def test_the_run_of_question_11_works(tmp_path, monkeypatch, capsys):
     """In small, with a right answer."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(answers, f"answer_{number}", answer)
+    monkeypatch.setattr(exercises, "answer_11", constant((savage, torch.logit)))
     monkeypatch.setattr(ipo, "LOSSES", dict(ipo.LOSSES))
     monkeypatch.setattr(ipo, "PSI_OF", dict(ipo.PSI_OF))
-    exec(program(number).replace("ipo.parse([", f"ipo.parse([{SMALL}, "), {})
+    exec(program(11).replace("ipo.parse([", f"ipo.parse([{SMALL}, "), {})
     assert "step 6/6" in capsys.readouterr().out
 
 

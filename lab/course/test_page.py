@@ -23,10 +23,6 @@ CONTROLS = {
     "tau": 0.2,
     "place": "bt",
     "labels": "hard",
-    "loss": "ipo",
-    "pairs": 1000,
-    "steps": 100,
-    "button": False,
 }
 
 
@@ -43,7 +39,6 @@ def test_the_page_runs_as_it_is():
     for name in CONTROLS:
         assert hasattr(definitions[name], "value")
     assert len(definitions["policies"]) == 4
-    assert "run" not in definitions
 
 
 def test_each_picture_has_a_sentence():
@@ -81,34 +76,18 @@ def test_hard_labels_lead_elsewhere_than_to_pi_star_of_a_bent_psi():
         assert (data.kl(limit, policies["pi* of this Psi"]) < 1e-9) == same
 
 
-@pytest.mark.parametrize("values", [
-    {},
-    {"loss": "dpo", "labels": "soft", "tau": 1},
-    {"place": "cyclic", "tau": 0.5}], ids=str)
-def test_the_button_trains_the_policy(values):
-    """A line for each evaluation, nearer to pi* at the end; the core's psi is as before."""
-    before = ipo.psi
-    _, definitions = opened(button=True, pairs=10_000, **values)
-    run = definitions["run"]
-    assert len(run.seen) == 6
-    assert run.seen[-1]["kl_opt"] < 0.9 * run.seen[0]["kl_opt"]
-    assert ipo.psi is before
-    assert f"{run.seen[-1]['kl_ref']:.4f} nats from the reference" in run.progress().text
-
-
-def test_a_run_that_cannot_be_is_said_in_the_page(monkeypatch):
-    """Psi = logit and hard labels: the core's refusal is the output, and psi is put back."""
-    put = []
-    monkeypatch.setattr(page.mo.output, "replace", put.append)
-    before = ipo.psi
-    opened(kind=page.PSI["logit (DPO)"], button=True)
-    assert "infinite margin" in put[-1].text
-    assert ipo.psi is before
-
-
-def test_readers_of_one_server_train_in_turn():
-    """marimo runs the setup once for each reader; ipo.psi is one for all, so their lock must be one, too."""
-    assert page.TURN is ipo.TURN
+@pytest.mark.parametrize("labels", ["hard", "soft"])
+@pytest.mark.parametrize("kind", ["q (IPO)", "tanh", "majority"])
+def test_endless_labels_lead_where_the_core_leads(kind, labels, monkeypatch):
+    """exact.limit with the core's target and this psi."""
+    monkeypatch.setattr(ipo, "psi", page.PSI[kind])
+    made = data.World("cyclic")
+    ref = exact.of_base(made)
+    mu = torch.full_like(ref, 1 / 400)
+    due = exact.limit(ref, made.pstar, mu, 0.2, labels)
+    _, definitions = opened(kind=page.PSI[kind], labels=labels, place="cyclic")
+    found = definitions["policies"]["where endless labels lead"]
+    assert torch.allclose(found, due, atol=1e-6)
 
 
 def test_an_export_holds_the_page_and_leaves_nothing(tmp_path):
