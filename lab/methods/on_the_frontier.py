@@ -12,34 +12,14 @@ Traps: a method's tau says where along the frontier it stops, so rows of differe
 of another world or from another reference (another seed) have another frontier; they are skipped, and named.
 """
 import sys
-from pathlib import Path
 
 import numpy
 import torch
 
 import data
-import ipo
 import model
 from lab.common import exact, pictures, start
 from lab.methods import descent
-
-class World:
-    """The world of a first run, with the frontier of its reference."""
-
-    def __init__(self, saved):
-        self.source = ipo.WorldSource(ipo.parse(["--data", saved["flags"]["data"], "--device", "cpu"]))
-        self.ref = saved["ref_logp"].view_as(self.source.reward).double()
-        self.uniform = torch.full_like(self.ref, 1 / self.ref.shape[1])
-        self.kls, self.wins = exact.frontier(self.ref, self.source.pstar, self.uniform)
-
-    def row(self, folder):
-        """What became of the run in this folder."""
-        logp = self.source.table(model.load(f"{folder}/ckpt.pt")[0])
-        kl = data.kl(logp, self.ref).item()
-        win = exact.win(logp, self.source.pstar, self.uniform).item()
-        below = float(numpy.interp(kl, self.kls, self.wins)) - win
-        return descent.Row({"KL to ref": kl, "win rate": win, "lost": below, "made by": made_by(folder)})
-
 
 def made_by(folder):
     """The program of a run, and the flags that tell its methods apart. (psi is not among them.)"""
@@ -49,35 +29,32 @@ def made_by(folder):
     return ", ".join([program.removeprefix("lab.methods."), *known])
 
 
-def read(folders):  # -> World, {name: descent.Row}
+def read(folders):  # -> the world of the first run, {folder: log pi (X,Y)}
     """The runs that belong in one picture with the first; a line for each that does not."""
-    world, rows, first = None, {}, None
+    first, found = None, {}
     for folder in folders:
-        saved = model.read(f"{folder}/ref.pt")
-        place = saved["flags"]["data"]
-        if place not in data.WORLDS:
-            print(f"{folder}: skipped, a run on the file {place}, which has no frontier")
-            continue
-        if world is None:
-            world, first = World(saved), saved
-        same = torch.equal(saved["ref_logp"], first["ref_logp"])
-        if place == first["flags"]["data"] and same:
-            rows[Path(folder).name] = world.row(folder)
-        else:
-            print(f"{folder}: skipped, a run in another world or from another reference than the first")
-    if not rows:
+        try:
+            world = pictures.source_of(folder)
+            first = first or world
+            same = torch.equal(world.exact["ref"], first.exact["ref"])
+            if world.args.data != first.args.data or not same:
+                raise data.Refused("a run in another world or from another reference than the first")
+            found[folder] = pictures.policy_of(folder, world)
+        except data.Refused as error:
+            print(f"{folder}: skipped, {error}")
+    if not found:
         raise data.Refused("no finished run in a world here")
-    return world, rows
+    return first, found
 
 
-def draw(rows, world, path):
+def draw(rows, frontier, path):
     """Win rate against KL of the runs, numbered as in the table, on the frontier; and how far below it."""
     figure, axes = pictures.panels(1, 2, width=8, height=6)
     left, right = axes[0]
-    left.plot(world.kls, world.wins, "k-")
+    left.plot(*frontier, "k-")
     for number, (name, row) in enumerate(rows.items(), 1):
-        kl, win, below, _ = row.values()
-        for axis, y in ((left, win), (right, max(below, 1e-4))):
+        kl, win, lost, _ = row.values()
+        for axis, y in ((left, win), (right, max(lost, 1e-4))):
             axis.plot(kl, y, "o", label=f"{number} {name}")
             axis.annotate(str(number), (kl, y))
     far = max(row["KL to ref"] for row in rows.values())
@@ -93,9 +70,18 @@ def run(argv):
     own.add_argument("folders", nargs="+", help="of a run each, or of folders of runs")
     own.add_argument("--out", default="out/picture", help="folder for the picture [out/picture]")
     args = own.parse_args(argv)
-    world, rows = read([found for given in args.folders for found in pictures.folders(given)])
+    world, found = read([folder for given in args.folders for folder in pictures.folders(given)])
+    ref, uniform = world.exact["ref"], torch.full_like(world.mu, 1 / world.mu.shape[1])
+    frontier = exact.frontier(ref, world.pstar, uniform)
+    rows = {}
+    for folder, logp in found.items():
+        kl = data.kl(logp, ref).item()
+        win = exact.win(logp, world.pstar, uniform).item()
+        lost = float(numpy.interp(kl, *frontier)) - win
+        row = {"KL to ref": kl, "win rate": win, "lost": lost, "made by": made_by(folder)}
+        rows[folder] = descent.Row(row)
     start.make_folder(args.out)
-    draw(rows, world, f"{args.out}/family.png")
+    draw(rows, frontier, f"{args.out}/family.png")
     lost = {name: row["lost"] for name, row in rows.items()}
     near = sum(below < 0.0025 for below in lost.values())
     above = sum(below < -1e-6 for below in lost.values())
