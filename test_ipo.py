@@ -490,6 +490,16 @@ def test_shared_prefixes_change_no_value():
     assert torch.allclose(ours, plain, rtol=0, atol=1e-10)
 
 
+def test_a_row_may_want_nothing():
+    """Its log-prob is 0, that of an empty response, and the other rows' are as before."""
+    policy, (tokens, mask) = gpt(block_size=64), forked_rows()
+    before = ipo.sequence_logp(policy, tokens, mask)
+    mask[2] = False
+    after = ipo.sequence_logp(policy, tokens, mask)
+    assert after[2] == 0
+    assert torch.allclose(after[3:], before[3:], atol=1e-4)
+
+
 def test_shared_prefixes_change_no_gradient():
     """float64, another weight for each number."""
     policy, (tokens, wanted) = double_gpt(), forked_rows()
@@ -949,6 +959,11 @@ def test_the_base_distribution_ends_a_text_with_probability_one_quarter():
     assert share.tolist() == approx([0, 1 / 4, 3 / 16, 9 / 16])
 
 
+def test_sft_shows_each_prompt_the_base_distribution():
+    weight = ipo.WorldSource(options()).sft_weight.view(4, 400)
+    assert torch.equal(weight, data.World("bt").base.expand(4, 400))
+
+
 def world_gpt(world, seed=0):
     """A GPT with the sizes of a world's model."""
     block_size, vocab_size, head_size = world.sizes
@@ -1266,7 +1281,7 @@ null                                     -> null is no object
 {"prompt": "q", "prompt": "q"}           -> a key stands there twice among 'prompt, prompt'; keep one
 {"prompt": "", "chosen": 3, "rejected": "b"}                  -> 'chosen' is 3, not a text; write a text
 {"prompt": "", "chosen": "a", "rejected": [{"role": "user"}]} -> 'rejected' is [{"role": "user"}], not a text
-{"prompt": [], "chosen": "a", "rejected": "b"}                -> lists of messages, use python -m lab.
+{"prompt": [], "chosen": "a", "rejected": "b"}                -> lists of messages run with python -m lab.
 {"prompt": null, "chosen": "a", "rejected": "b"}              -> 'prompt' is null, not a text
 {"prompt": "", "chosen": "a", "rejected": "b", "p": 1.5}      -> 'p' is 1.5; write the probability
 {"prompt": "", "chosen": "a", "rejected": "b", "p": -0.1}     -> 'p' is -0.1; write the probability
@@ -1919,7 +1934,7 @@ def one_off(nats):
 @cases("wrong, dtype", [
     (other_model, "float32"),
     (other_model, "bfloat16"),
-    (one_off(0.01), "float32"),
+    (one_off(0.05), "float32"),
     (one_off(0.6), "bfloat16"),
     (one_off(-0.6), "bfloat16"),
     (one_off(math.nan), "float32"),
@@ -1965,6 +1980,13 @@ def test_the_optimum_is_at_no_distance_from_itself(default_run):
 def test_the_log_has_a_line_every_log_every_steps(default_run):
     steps = [line["step"] for line in report(default_run[0])["log"]]
     assert steps == list(range(200, 2001, 200))
+
+
+def test_the_last_step_is_logged_too(small_world, tmp_path):
+    cli(*WORLD, "--steps", 7, "--log_every", 3, "--out", tmp_path)
+    steps = [line["step"] for line in report(tmp_path)["log"]]
+    assert steps == [3, 6, 7]
+    assert model.read(f"{tmp_path}/ckpt.pt")["step"] == 7
 
 
 def test_a_run_leaves_three_files(default_run):
@@ -2346,7 +2368,7 @@ def test_a_run_that_was_stopped_before_it_saved_begins_again(small_world, whole,
     flags, folder = whole
     with stopped(os, "replace", 1), pytest.raises(SystemExit):
         cli(*flags, "--out", tmp_path)
-    refused("run again without --resume", "--resume", "--out", tmp_path)
+    refused("No such file or directory", "--resume", "--out", tmp_path)
     cli(*flags, "--out", tmp_path)
     assert outcome(tmp_path) == outcome(folder)
 
@@ -2524,6 +2546,22 @@ def test_a_checkpoint_of_another_run_is_not_resumed(tmp_path):
             "--resume", "--out", tmp_path / "out")
     checkpoint.unlink()
     assert "resumed" not in cli("--resume", "--out", tmp_path / "out")
+
+
+def test_a_reference_is_no_checkpoint(tmp_path):
+    """ref.pt under the name of ckpt.pt."""
+    interrupted(tmp_path)
+    reference = (tmp_path / "out/ref.pt").read_bytes()
+    (tmp_path / "out/ckpt.pt").write_bytes(reference)
+    refused("ckpt.pt is of another run than ref.pt", "--resume", "--out", tmp_path / "out")
+
+
+def test_weights_of_another_model_are_not_resumed(tmp_path):
+    """A run of a model of one's own, resumed by the command line, which has a GPT."""
+    args = options("--data", some_pairs(tmp_path), *FILE, "--out", tmp_path)
+    args.block_size = 64
+    ipo.run(args, HuggingFace(hugging_face()))
+    refused("the saved weights are those of another model", "--resume", "--out", tmp_path)
 
 
 def test_a_folder_without_a_run_is_not_resumed(tmp_path):
@@ -2913,6 +2951,7 @@ class Accelerator(TorchFunctionMode):
         there = any(map(on_fake, inputs))
         if there:
             refuse_a_mix(name, args, inputs)
+            assert kwargs.get("generator") is None, "a CPU's generator"
         if function == torch.Tensor.device.__get__ and there:
             return FAKE
         if kwargs.get("device") == FAKE:
