@@ -103,12 +103,12 @@ def finish(args, answer, figures, **more):
         json.dump(report, file, indent=1, default=str)
 
 
-def main(name, run, argv=None):
-    """run(argv), in one thread, since the world's matrices are small -> the exit status.
+def main(name, run, argv=None, threads=1):  # one, since the world's matrices are small
+    """run(argv) -> the exit status.
 
     What cannot be used or had to stop is one line on stderr that begins with the program's name.
     """
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal or pipe may lack a sample's characters
     try:
         run(argv)

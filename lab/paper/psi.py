@@ -5,8 +5,8 @@
 
 A pair preferred with probability p asks for the margin target(p) = (Psi(p) - Psi(1-p)) / (2 tau). ipo.py runs
 with this Psi, and with soft labels (a pair knows its p). A card says for some p what pairs ask for (target),
-what they have where endless labels of this kind lead (labels), and what they have reached; psi.png draws it.
-The dots are not on their curve and should not be: a policy is one score a response, so the best is a
+what they have where endless labels of this kind lead (labels), and what they have reached.
+The last two are not the first and should not be: a policy is one score a response, so the best is a
 least-squares compromise between all pairs, unless target(p*) is a difference of two scores, as logit's is in
 bt: (r - r')/tau. pi* is eq. 7's of Psi. Labels lead elsewhere unless Psi(q) + Psi(1-q) is constant, since
 of any other Psi the target sees the odd part (Psi(q) - Psi(1-q))/2; with hard labels, which see p = 1 alone,
@@ -65,38 +65,16 @@ def reasons(labels):
     return said
 
 
-def draw(args, pstar, reached):
-    """Target against p, a curve for every Psi, and the mean margin that pairs with each p have reached."""
-    figure, axes = pictures.panels(1, 1, width=9)
-    axis = axes[0, 0]
-    q = torch.linspace(0.005, 0.995, 199)
-    for number, (name, psi) in enumerate(PSIS.items()):
-        target = (psi(q) - psi(1 - q)) / (2 * args.tau)
-        style = pictures.STYLES[number % 4]
-        axis.plot(q, target, style, color=pictures.COLOURS[number], label=name)
-    p, where = pstar.flatten().unique(return_inverse=True)
-    total = torch.bincount(where, reached.flatten())
-    mean = total / torch.bincount(where)
-    axis.plot(p, mean, ".", color="black", label=f"reached: {args.psi}")
-    axis.set_xlabel("p = P(chosen preferred)")
-    axis.set_ylabel(f"margin, nats (tau {args.tau:g})")
-    axis.set_ylim(-2.2 / args.tau, 2.2 / args.tau)
-    figure.legend(loc="outside right center")
-    pictures.save(figure, f"{args.out}/psi.png")
-
-
 def run(argv=None):
     own = start.parser(__doc__)
     own.add_argument("--psi", default="yours", choices=[*PSIS, "yours"], help="[yours: what ipo.py has]")
     args = start.parse(own, argv, "--labels soft", without=["loss"], world=True)
     ipo.psi = PSIS.get(args.psi, ipo.psi)
-    pictures.panels(1, 1)  # refuses now, and not after the run, if there is no matplotlib
     ipo.run(args)
     source = pictures.source_of(args.out)
     ref, pstar, best = source.exact["ref"], source.pstar, source.exact["opt"]
     led = exact.limit(ref, pstar, source.mu, args.tau, args.labels)
     reached = exact.margins(pictures.policy_of(args.out, source), ref)
-    draw(args, pstar, reached)
     card = {
         "p": CARD,
         "target": asked(args.tau),

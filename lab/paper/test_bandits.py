@@ -99,7 +99,8 @@ def trained(tmp_path_factory):
     """60 steps at two taus, 3 seeds, and the pairs that each step drew."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ipo, "psi", lambda q: q)
-        flags = "--steps", 60, "--tau", *TAUS, "--seeds", 3, "--seed", 7
+        patch.setattr(bandits, "SEEDS", 3)
+        flags = "--steps", 60, "--tau", *TAUS, "--seed", 7
         report = run(tmp_path_factory.mktemp("bandits"), *flags)
     generator = torch.Generator().manual_seed(7)
     draws = [torch.randint(3, (2, 3, 9), generator=generator) for _ in range(60)]
@@ -108,7 +109,7 @@ def trained(tmp_path_factory):
 
 @pytest.mark.parametrize("loss, k", ALL)
 def test_every_policy_is_the_one_that_is_trained_alone(trained, loss, k):
-    """Means and 1.96 standard errors over seeds, of policies trained one by one in numpy."""
+    """Means over seeds, of policies trained one by one in numpy."""
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     report, draws = trained
     tau = TAUS[k]
@@ -118,8 +119,6 @@ def test_every_policy_is_the_one_that_is_trained_alone(trained, loss, k):
         alone.append(adam(pairs, lambda h: SLOPES[loss](h, tau), draws[:, k, seed]))
     after = report[f"{loss}, tau {tau:g}"]["after"]
     assert after["pi"] == pytest.approx(np.mean(alone, 0), abs=1e-9)
-    error = 1.96 * np.std(alone, 0, ddof=1) / 3 ** 0.5
-    assert after["error"] == pytest.approx(error, abs=1e-9)
 
 
 def test_ipo_arrives_at_its_optimum_in_figure_1(tmp_path, figures):
@@ -149,14 +148,14 @@ def test_the_picture_shows_the_numbers(tmp_path, figures):
 
 def test_ipo_s_margin_stops(tmp_path, figures):
     """One certain pair, tau .1: 5 nats, and never much more."""
-    report = run(tmp_path, "--data", "bandit2", "--tau", 0.1, "--steps", 1500, "--seeds", 2)
+    report = run(tmp_path, "--data", "bandit2", "--tau", 0.1, "--steps", 1500)
     assert report["ipo, tau 0.1"]["after"]["h"] == pytest.approx(5, abs=1e-4)
     curve = figures[f"{tmp_path}/margins.png"].axes[0].lines[0].get_ydata()
     assert max(curve) < 5.05
 
 
 def test_dpo_s_margin_grows_at_every_look(tmp_path, figures):
-    report = run(tmp_path, "--data", "bandit2", "--tau", 0.1, "--steps", 1500, "--seeds", 2)
+    report = run(tmp_path, "--data", "bandit2", "--tau", 0.1, "--steps", 1500)
     lines = figures[f"{tmp_path}/margins.png"].axes[0].lines
     curves = [line.get_ydata() for line in lines if len(line.get_ydata()) == 16]
     assert all(np.diff(curves[1]) > 0)
@@ -170,23 +169,23 @@ def test_the_printed_d3_leaves_all_at_a_third(tmp_path, figures):
 
 
 @pytest.mark.parametrize("steps, said", [(3000, "Yes: on d1"), (100, "Not yet, raise --steps: on d1")])
-def test_the_answer_comes_last(tmp_path, figures, capsys, steps, said):
+def test_the_answer_stands_before_the_figures(tmp_path, figures, capsys, steps, said):
     run(tmp_path, "--steps", steps, "--tau", 0.1)
-    assert capsys.readouterr().out.splitlines()[-1].startswith(said)
+    answer, *rows = capsys.readouterr().out.splitlines()[-3:]
+    assert answer.startswith(said)
+    assert [row[2:14] for row in rows] == ["ipo, tau 0.1", "dpo, tau 0.1"]
 
 
 BAD = [
-    (["--data", "d9"], 2, "invalid choice"),
-    (["--seeds", "1"], 2, "--seeds above 1"),
-    (["--tau", "0"], 2, "must be above 0"),
-    (["--tau", "0.1", ".1"], 2, "0.1 is given twice"),
-    (["--lr", "1e308", "--steps", "5"], 1, "step 1: a logit is not finite"),
+    (["--data", "d9"], "invalid choice"),
+    (["--tau", "0"], "must be above 0"),
+    (["--tau", "0.1", ".1"], "0.1 is given twice"),
 ]
 
 
-@pytest.mark.parametrize("flags, status, why", BAD)
-def test_bad_input_is_one_line(tmp_path, capsys, flags, status, why):
-    assert start.main("bandits", bandits.run, [*flags, "--out", str(tmp_path)]) == status
+@pytest.mark.parametrize("flags, why", BAD)
+def test_bad_input_is_one_line(tmp_path, capsys, flags, why):
+    assert start.main("bandits", bandits.run, [*flags, "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("bandits: ") and error.count("\n") == 1
     assert why in error
