@@ -3,10 +3,11 @@
   python -m lab.common.pictures OUT [OUT ...]     a run's --out each, or a folder of runs
   python -m lab.common.pictures out/a out/b --out pictures
 
-runs.png: the margin h against the step, and beside it KL(pi||ref) in a world, the accuracy on held-out pairs
-for a file. A colour is a run. Dashed: what a hard label asks h for. Diamond: the exact pi*. Trap: in a world h is a mean over coin flips that contradict each other. At the
-optimum it is at the diamond, not at the dashed line. With soft labels pairs stand as drawn, so h averages to
-about 0. Where runs end under the frontier, python -m lab.methods.on_the_frontier draws.
+runs.png: the margin h against the step, and beside it KL(pi||ref) in a world, or for a file the accuracy on
+held-out pairs. A colour is a run. Dashed: what a hard label asks h for. Diamond: the exact pi*. Trap: in a
+world h is a mean over coin flips that contradict each other. At the optimum it is at the diamond, not at the
+dashed line. With soft labels pairs stand as drawn, so h averages to about 0. Where runs end under the
+frontier, python -m lab.methods.on_the_frontier draws.
 """
 import argparse
 import json
@@ -121,8 +122,8 @@ def draw_runs(runs, path):
         draw_curves(axis, runs, name)
     axes[0, 0].plot([], [], color="gray", label="a label's target", **DASHED)
     axes[0, 0].plot([], [], color="gray", label="exact pi*", **DIAMOND)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=2 + len(shown))
+    named = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*named, loc="outside upper center", ncols=2 + len(shown))
     save(figure, path)
 
 

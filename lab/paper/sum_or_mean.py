@@ -55,13 +55,14 @@ def measured(logp, tau, world):  # -> numbers by name
         distances.append(data.kl(logp, best).item())
     own, *others = distances
     far = data.kl(logp, world.ref).item()
+    kls, wins = exact.frontier(world.ref, world.pstar, world.mu)
     return {
         "to pi*": own,
         "nearest tau": taus[np.argmin(others)].item(),
         "to that": min(others),
         "to ref": far,
         "win": exact.win(logp, world.pstar, world.mu).item(),
-        "best": np.interp(far, *exact.frontier(world.ref, world.pstar, world.mu)).item(),
+        "best": np.interp(far, kls, wins).item(),
     }
 
 
@@ -84,10 +85,10 @@ def run(argv=None):
         led = mean_optimum(world.ref, world.g / tau, world.tokens)
         table[f"mean {tau:g}"] = measured(led, tau, world)
     first, *means = table.values()
-    away = [row["to pi*"] for row in means]
+    away = max(row["to pi*"] for row in means)
     nearest = min(row["to that"] for row in means)
-    answer = (f"The sum leads to pi*. The mean leads {min(away):.4f} to {max(away):.4f} nats from pi* of its "
-              f"tau, and never nearer than {nearest:.4f} to that of any tau.")
+    answer = (f"The sum leads to pi*. The mean leads up to {away:.4f} nats from pi* of its tau, "
+              f"and never nearer than {nearest:.4f} to that of any tau.")
     figures = {"nats": "".join(f"{name:>12}" for name in first)}
     for name, row in table.items():
         figures[name] = "".join(f"{value:z12.4f}" for value in row.values())

@@ -38,7 +38,10 @@ def run(out, *flags):
     """The numbers of each policy, from report.json."""
     bandits.run([*map(str, flags), "--out", str(out)])
     report = json.loads((out / "report.json").read_text())
-    return report["runs"]
+    runs = report["runs"]
+    for numbers in runs.values():
+        numbers["after"] = numbers["log"][-1]
+    return runs
 
 
 @pytest.mark.parametrize("name, tau", PAPER)
