@@ -1947,6 +1947,39 @@ def test_a_wrong_reference_stops_the_run(tmp_path, wrong, dtype):
     assert not os.listdir(tmp_path)
 
 
+def test_a_margin_of_rounding_is_no_fault():
+    """Every log-prob is off by .05 from its float32 value, so a margin may be off by .1."""
+    policy, pairs = byte_gpt(), encoded(pair("ab", "c"), pair("d", "e"))
+    pairs.ref_logp = ipo.score(policy, pairs, options())
+    batch = pairs.batch(torch.arange(2))
+    rounded = batch.ref_logp + 0.05 * numbers("1 -1 -1 1")
+    ipo.check_start(policy, batch, rounded, torch.tensor(0.0))
+
+
+def test_a_run_in_bfloat16_computes_in_it_all_the_way(small_world, tmp_path):
+    """SFT, scoring, training; but for one pass, that of the start check."""
+    plain, calls = ipo.sequence_logp, []
+
+    def spy(*call):
+        calls.append(torch.is_autocast_enabled("cpu"))
+        return plain(*call)
+
+    with mock.patch.object(ipo, "sequence_logp", spy):
+        cli(*WORLD, "--dtype", "bfloat16", "--out", tmp_path)
+    assert calls.count(False) == 1
+    assert calls.count(True) > 20
+
+
+def test_a_margin_beyond_rounding_stops_a_run_in_bfloat16(tmp_path):
+    """Eight times what the same rows lose between float32 and bfloat16."""
+    pairs, policy = encoded(pair("ab" * 9, "c"), pair("d", "e")), byte_gpt(std=0.1)
+    exact = ipo.score(policy, pairs, options())
+    rounded = ipo.score(policy, pairs, options("--dtype", "bfloat16"))
+    rounding = (rounded - exact).abs().max().item()
+    with pytest.raises(ipo.Stopped, match="a margin is not 0"):
+        start(tmp_path, one_off(8 * rounding + 0.02), "bfloat16")
+
+
 # ------------------------------------------------------------------------------------------------- whole runs
 
 @pytest.fixture(scope="session")
