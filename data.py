@@ -404,7 +404,7 @@ def count_oddities(pairs, notes):
     """Counts what is kept and scored as it stands, and perhaps should not be."""
     seen = set()
     for prompt, chosen, rejected, _ in pairs:
-        texts = chosen + rejected
+        texts = f"{chosen} {rejected}"
         notes[f"empty prompts: the response follows {EOT}"] += not prompt
         notes["pairs with an empty or blank response"] += not (chosen.strip() and rejected.strip())
         notes["pairs with another turn or a role in a response"] += any(turn in texts for turn in TURNS)

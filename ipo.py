@@ -38,8 +38,8 @@ from data import Refused
 def psi(q):
     """The worth of being preferred with probability q. q: a tensor of any shape; returns the same shape.
 
-    By default every label is a certain one, p = 1, so that target sees psi(1) - psi(0) and nothing else of
-    psi. --labels soft gives it every p.
+    By default every pair is a coin flip, stored winner first with p = 1, so that target sees psi(1) - psi(0)
+    and nothing else of psi. --labels soft gives it every p.
     """
     return q
 
@@ -64,17 +64,16 @@ def ipo_loss(h, p, tau):  # (B,), (B,) -> (B,)
 def dpo_loss(h, p, tau):  # (B,), (B,) -> (B,)
     """-log s(tau h), weighted by p, and the same for the exchanged pair, weighted by 1 - p.
 
-    It is least at tau h = logit(p). Its slope at p = 1 is -tau s(-tau h), since -log s(z) has the slope
-    -s(-z). That is never 0, so h never stops growing. It is linear in p, so coin flips and p itself give the
-    same mean.
+    Its slope in h is tau (s(tau h) - p), so it is least at tau h = logit(p). At p = 1 the slope is never 0,
+    so h never stops growing. The loss is linear in p, so coin flips and p itself give the same mean.
     """
     return -(p * logsigmoid(tau * h)
              + (1 - p) * logsigmoid(-tau * h))
 
 
 LOSSES = {"ipo": ipo_loss, "dpo": dpo_loss}
-# The Psi whose optimum pi* each loss aims at (README.md says why DPO's is logit). Only the exact optimum that
-# a run is compared with uses it. The lambda looks psi up when it is called: a psi that is set later counts.
+# Not used in training: the Psi whose optimum pi* a run of this loss is compared with (README.md says why
+# DPO's is logit). The lambda looks psi up when it is called: a psi that is set later counts.
 PSI_OF = {"ipo": lambda q: psi(q), "dpo": torch.logit}
 
 
@@ -272,7 +271,8 @@ def pair_numbers(logp, ref_logp, p, args):  # (2B,), (2B,), (B,) -> numbers by n
 def means(values):
     """{name: tensor} -> {name: its mean}. None stands for what is infinite or unknown, as JSON has neither.
 
-    No number here reaches 10,000, but DPO's optimum on certain preferences: see data.optimum.
+    With tau from .01 on no number reaches 10,000, but those of DPO's optimum on certain preferences: see
+    data.optimum.
     """
     values = {name: value.mean().item() for name, value in values.items()}
     return {name: value if abs(value) < 1e4 else None for name, value in values.items()}
@@ -360,7 +360,7 @@ DEVICE = str(torch.accelerator.current_accelerator(check_available=True) or "cpu
 FLAGS = f"""
 flag         world    file     init_from  sample  resume  takes         meaning
 loss         ipo      ipo      =          -       -       {'|'.join(LOSSES)}  the loss on the margin
-tau          0.2      0.1      =          -       -       1e-3..1e9     pull to the reference; DPO's beta
+tau          0.2      0.1      =          -       -       0.01..1e9     pull to the reference; DPO's beta
 data         bt       bt       =          -       -       text          bt, deterministic, cyclic, or a file
 init_from    none     none     =          =       -       text          a run's .pt file, or GPT-2's weights
 out          out      out      =          =       =       text          folder of the run's files
@@ -409,7 +409,8 @@ def parse(argv=None):
     for cells in ROWS:
         row = dict(zip(NAMES, cells))
         name = row["flag"]
-        # the last kind of run that has a say: world or file, then init_from, sample, resume
+        # the last kind of run that has a say: world or file, then init_from, sample, resume. For a file with
+        # --init_from: tau .1, then =, is .1. sft_steps 400, then 0, is 0. n_layer 4, then -, is refused.
         default = [row[kind] for kind in kinds if row[kind] != "="][-1]
         if default == "-" and name in given:
             raise Refused(f"--{name} does nothing here ({', '.join(kinds)}); leave it out")
@@ -444,7 +445,7 @@ def value_of(name, text, takes):
 def claim(out, overwrite):
     """Makes the folder ready for a new run. What an older run left there is removed.
 
-    Raises Refused, unless --overwrite, if that run is not a finished one in a world, which takes a minute.
+    A finished run in a world, which takes half a minute, is replaced. Any other needs --overwrite: Refused.
     """
     os.makedirs(out, exist_ok=True)
     old = {"report.json", "ckpt.pt", "ref.pt"}.intersection(os.listdir(out))
@@ -474,9 +475,9 @@ def refuse_what_cannot_run(source, args):
 def run(args, policy=None, source=None):
     """One run: reference, pairs, training, report. policy and source may be your own.
 
-    Everything random comes from the seed, so a run that is resumed draws the same pairs and batches again.
-    What it cannot draw again is in two files: ref.pt holds the reference and its log-probs, ckpt.pt the
-    policy.
+    Everything random comes from the seed, so a run that is resumed draws the same pairs and batches again,
+    from the same --data and --init_from. What it cannot draw again is in two files: ref.pt holds the
+    reference and its log-probs, ckpt.pt the policy.
     """
     torch.manual_seed(args.seed)
     if args.init_from and policy is None:
@@ -502,8 +503,12 @@ def run(args, policy=None, source=None):
 def make_reference(policy, source, args):
     """SFT makes the policy the reference, whose log-prob of every row is computed once. Both go to ref.pt.
 
-    A new run saves its flags there first. A run that was stopped during SFT finds these, and starts again.
-    One that was stopped later finds the reference. Raises Refused if the data are not what they were.
+    What there is in ref.pt    what is done
+    nothing: a new run         its flags are saved, then SFT, then all is saved
+    flags: stopped in SFT      the same, with these flags
+    all: stopped later         the reference and its log-probs are taken from there
+
+    Raises Refused if the data are not what they were.
     """
     path = f"{args.out}/ref.pt"
     if not args.resume:
@@ -543,6 +548,7 @@ def main(argv=None):
         # torch says in a RuntimeError that it has no memory for such sizes; any other is a fault of ours
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
+        # Refused makes a text printable as one line
         print("ipo.py:", Refused(str(error) or "interrupted; --resume goes on where it was saved"),
               file=sys.stderr)
         return 1 if isinstance(error, (Stopped, KeyboardInterrupt)) else 2

@@ -157,7 +157,8 @@ def generate(policy, tokenizer, text, temperature=1.0, seed=0, max_new_tokens=64
 def seal(file):
     """A digest of an open zip file's checksums. torch.save writes a zip file, with a checksum for each entry.
 
-    testzip finds an entry that was damaged; the seal finds one that was exchanged, added or removed.
+    testzip finds an entry that was damaged; the seal finds one that was exchanged, added or removed. This is
+    against accidents. Against code in a file there is weights_only, below.
     """
     checksums = [(entry.filename, entry.CRC) for entry in file.infolist()]
     return hashlib.sha256(repr(checksums).encode()).digest()
@@ -279,7 +280,9 @@ class Prefixes:
     """
 
     def __init__(self, tokens, wanted):  # (R,T), (R,T)
-        number = {}  # (number of the prefix without its last token, last token) -> number of the prefix
+        # (number of the prefix without its last token, or -1; last token) -> number of the prefix. Of the
+        # example's first row (-1,a): 0, (0,b): 1, (1,c): 2. Its second has the first two, and then (1,d): 3.
+        number = {}
         position, self.rows = [], []
         self.where = torch.zeros_like(tokens)
         # (R,) up to the last wanted position; argmax finds the first True from the right
@@ -313,7 +316,7 @@ class Prefixes:
 
 
 def take(x, where):  # (U,C), (S,) -> (S,C)
-    """x[where]. Its gradient sums over all that took a row. In bfloat16, which has 8 bits, 256 + 1 is 256, so
-    such a sum would stall; it is made in float32."""
+    """x[where]. Its gradient sums over all that took a row, and many take a shared prompt. A bfloat16 has
+    8 significant bits, so 256 + 1 is 256 and such a sum would stall; it is made in float32."""
     wide = x.float() if x.dtype == torch.bfloat16 else x
     return F.embedding(where, wide).to(x.dtype)
