@@ -93,13 +93,9 @@ class Tokenizer:
         return min(asked, limit - len(self.start))
 
     def decode_single_token_bytes(self, token):
-        """What a token stands for; of a byte-level tokenizer perhaps a part of a letter."""
-        from transformers.convert_slow_tokenizer import bytes_to_unicode
+        """What a token stands for, or its name if that is no whole letter or has SentencePiece's space."""
         name, text = self.hf.convert_ids_to_tokens(token), self.decode([token])
-        byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
-        if "\ufffd" in text and set(name) <= set(byte_of):
-            return bytes(byte_of[letter] for letter in name)
-        return (name.replace("\u2581", " ") if "\u2581" in name else text).encode()
+        return (name if "\ufffd" in text or "\u2581" in name else text).encode()
 
     def decode(self, ids):
         return self.hf.decode(ids, clean_up_tokenization_spaces=False)
@@ -107,50 +103,37 @@ class Tokenizer:
 
 def parse_pair(item, notes, tokenizer):
     """The Pair of one line's object, of texts or of conversations. Raises Refused."""
-    values = [item[key] for key in KEYS if key in item]
-    if all(isinstance(value, str) for value in values):
+    if all(isinstance(item.get(key, ""), str) for key in KEYS):
         pair = data.parse_pair(item, notes)
         responses = [Text(text, pair.prompt, False) for text in (pair.chosen, pair.rejected)]
         return data.Pair(pair.prompt, *responses, pair.p)
-    before, *texts = render(*conversation(item), notes, tokenizer)
-    pair = data.parse_pair(item | dict(zip(KEYS, texts)), notes)
-    prompt = Text(pair.prompt, before, True)
-    responses = [Text(text, before + prompt, True) for text in (pair.chosen, pair.rejected)]
-    return data.Pair(prompt, *responses, pair.p)
+    before, prompt, *texts = render(*conversation(item), tokenizer)
+    pair = data.parse_pair(item | dict.fromkeys(KEYS, ""), notes)  # for p
+    responses = [Text(text, before + prompt, True) for text in texts]
+    return data.Pair(Text(prompt, before, True), *responses, pair.p)
+
+
+def is_message(value):
+    texts = [value.get("role"), value.get("content")] if isinstance(value, dict) else [None]
+    return all(isinstance(text, str) for text in texts)
 
 
 def messages(item, key):
     """The messages under this key, with role and content alone. Raises Refused."""
-    value = item[key]
-    found = value if isinstance(value, list) else [value]
-    for message in found:
-        names = message.keys() if isinstance(message, dict) else set()
-        texts = [message[name] for name in names & {"role", "content"}]
-        if {"from", "value"} <= names:
-            raise Refused(f"{key!r} holds ShareGPT's keys 'from' and 'value'; {data.CONVERT}")
-        if len(texts) < 2 or not all(isinstance(text, str) for text in texts):
-            shown = short(json.dumps(message))
-            raise Refused(f"{key!r} holds {shown}, which is no message; write {MESSAGES}")
-    if not isinstance(value, list):
-        raise Refused(f"{key!r} is one message, not a list of messages; write {MESSAGES}")
-    return [{"role": message["role"], "content": message["content"]} for message in found]
+    value = item.get(key)
+    if not isinstance(value, list) or not all(map(is_message, value)):
+        raise Refused(f"{key!r} is {short(json.dumps(value))}, no list of messages; write {MESSAGES}; of "
+                      f"ShareGPT's messages, of a single one or a text {data.CONVERT}")
+    return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
 def conversation(item):  # -> messages, chosen text, rejected text
     """What stands before the last message, and the two texts of the last message. Raises Refused."""
-    for key in KEYS[1:]:
-        if key not in item:
-            raise Refused(f"{key!r} is not among its keys ({short(', '.join(item))}); write {MESSAGES}")
-    prompt = item.setdefault("prompt", [])
-    shared = [] if isinstance(prompt, str) else messages(item, "prompt")
+    shared = messages(item, "prompt") if "prompt" in item else []
     chosen, rejected = (joined(shared, messages(item, key), key) for key in KEYS[1:])
-    before = chosen[:-1]
-    if before != rejected[:-1]:
-        raise Refused("chosen and rejected differ before their last messages; make these equal")
-    if isinstance(prompt, str) and prompt not in [message["content"] for message in before]:
-        raise Refused(f"'prompt' is a text, {short(prompt)!r}, and no message of both conversations; write "
-                      f"{MESSAGES} for the prompt, too")
-    return before, chosen[-1]["content"], rejected[-1]["content"]
+    if chosen[:-1] != rejected[:-1] or len(chosen) == 1:
+        raise Refused("chosen and rejected need messages, the same in both, before their last ones")
+    return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
 
 
 def joined(shared, found, key):
@@ -165,17 +148,14 @@ def joined(shared, found, key):
                   f"not fit; begin both alike, or leave the prompt's messages out of {key!r}")
 
 
-def render(before, chosen, rejected, notes, tokenizer):  # -> start, prompt, chosen, rejected: texts
+def render(before, chosen, rejected, tokenizer):  # -> start, prompt, chosen, rejected: texts
     """As the model's chat template writes them. Raises Refused."""
     hf = tokenizer.hf
-    if not hf.chat_template:
-        raise Refused("messages, but the model's tokenizer has no chat template; write texts")
     control = {token.content for token in hf.added_tokens_decoder.values() if token.special}
-    written = [chosen, rejected]
-    for message in before:
-        written += message.values()
+    texts = [message["role"] + " " + message["content"] for message in before]
+    written = " ".join([*texts, chosen, rejected])
     for token in sorted(control.union(hf.all_special_tokens)):
-        if any(token in text for text in written):
+        if token in written:
             raise Refused(f"a message holds {token!r}, which would be a control token; remove it")
     try:
         prompt = hf.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
@@ -183,12 +163,11 @@ def render(before, chosen, rejected, notes, tokenizer):  # -> start, prompt, cho
         wholes = [hf.apply_chat_template([*before, answer], tokenize=False) for answer in answers]
     except Exception as error:  # jinja's, and what a template raises itself
         raise Refused(f"the model's chat template refuses these messages ({short(error)}); mend their roles "
-                      "or order") from None
+                      "or order, or write texts") from None
     if not all(whole.startswith(prompt) for whole in wholes):
         raise Refused("the model's chat template writes the prompt otherwise before an answer; write texts")
     start = "".join(hf.convert_ids_to_tokens(tokenizer.start))
-    if not prompt.startswith(start):
-        notes[f"conversations whose chat template writes no {start!r}; it stands before them, too"] += 1
+    if not prompt.startswith(start):  # then it stands before these conversations, too
         start = ""
     responses = [whole[len(prompt):].split(hf.eos_token)[0] for whole in wholes]
     return start, prompt[len(start):], *responses

@@ -8,15 +8,14 @@ Flags of python ipo.py --help that count, too: --loss --tau --holdout --steps --
 
 MODEL is a folder that transformers saved, or an id of its hub. The core asks a policy for hidden(tokens),
 head(x) and its context, so a model of transformers is a policy in a dozen lines. Texts, conversations and the
-tokenizer stand in lab/models/chat.py. What the model expects before any text, say <s>, is the policy's own
-business: `hidden` puts it before every row.
+tokenizer stand in lab/models/chat.py. The context is the model's, up to 4,096 tokens. What the model expects
+before any text, say <s>, is the policy's own business: `hidden` puts it before every row.
 
 At load its logits are compared with the model's own, since some models scale them outside the head. They are
 also compared with those that it has without later tokens: padding on the right is harmless only if no token
 sees what follows. What differs is refused. Dropout is off, or pi would not be ref at step 0.
 Trap: weights, gradients and Adam's two averages are float32, 16 bytes a parameter together.
 """
-import os
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -30,8 +29,6 @@ from data import Refused
 from lab.common import start
 from lab.models import chat
 
-THREADS = torch.get_num_threads()  # start.main takes one, which suits a world
-
 
 class Policy(nn.Module):
     """A model of transformers behind the two methods that the core calls; first: ids before every row."""
@@ -43,13 +40,8 @@ class Policy(nn.Module):
         self.cap = getattr(text, "final_logit_softcapping", None)  # Gemma 2
         self.register_buffer("first", torch.tensor(first, dtype=torch.int64), persistent=False)
         tables = hf.get_input_embeddings(), hf.get_output_embeddings()
-        self.config = SimpleNamespace(model_type=text.model_type)
-        self.config.vocab_size = min(table.weight.shape[0] for table in tables)
-        self.config.block_size = block_size
-
-    def train(self, mode=True):
-        """Dropout stays off."""
-        return super().train(False)
+        vocab_size = min(table.weight.shape[0] for table in tables)
+        self.config = SimpleNamespace(vocab_size=vocab_size, block_size=block_size)
 
     def hidden(self, tokens):  # (R,T) -> (R,T,C)
         first = self.first.expand(len(tokens), -1)
@@ -74,22 +66,19 @@ def check(policy):
     off = (logits - theirs).abs().max()
     if not off <= rounding:  # a NaN is refused, too
         raise ValueError(f"its logits are not the head of its hidden states (off by {off:.3g})")
-    off = (logits[:, :n // 2] - cut).abs().max()
-    if not off <= rounding:
-        raise ValueError(f"its tokens see later ones (logits differ by {off:.3g} without them): not causal")
+    if not (logits[:, :n // 2] - cut).abs().max() <= rounding:
+        raise ValueError("its tokens see later ones: not causal")
 
 
-def load(name, tokenizer, block_size=4096):
+def load(name, tokenizer):
     """The Policy of a folder or hub id, for texts of its tokenizer. Raises Refused."""
     transformers = chat.quiet()
     try:
-        if getattr(transformers.AutoConfig.from_pretrained(name), "is_encoder_decoder", False):
-            raise ValueError("an encoder-decoder")
         hf, info = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True)
         if info["missing_keys"] or info["mismatched_keys"]:  # they would be random, with a warning
             raise ValueError(f"weights are missing: {sorted(map(str, info['missing_keys']))[:2]}")
-        policy = Policy(hf, tokenizer.start, tokenizer.context(block_size))
+        policy = Policy(hf, tokenizer.start, tokenizer.context())
         if tokenizer.n_vocab > policy.config.vocab_size:
             raise ValueError(f"its tokenizer has {tokenizer.n_vocab} ids, more than its model")
         check(policy)
@@ -98,62 +87,30 @@ def load(name, tokenizer, block_size=4096):
     return policy
 
 
-def prepare(args):
-    """(policy, source) of these flags, whose tokenizer and block_size it sets. Raises Refused."""
-    tokenizer = chat.Tokenizer(args.init_from)
-    policy = load(args.init_from, tokenizer, args.block_size)
-    args.tokenizer, args.block_size = tokenizer.name, policy.config.block_size
-    pairs = data.read_jsonl(args.data, partial(chat.parse_pair, tokenizer=tokenizer))
-    return policy, ipo.FileSource(args, tokenizer, pairs)
-
-
-def export(policy, tokenizer, folder):
-    """Writes what AutoModelForCausalLM and AutoTokenizer load. Raises Stopped."""
-    for settings in (policy.hf.generation_config, policy.hf.config):
-        ends = settings.eos_token_id
-        if tokenizer.eot_token not in (ends if isinstance(ends, list) else [ends]):
-            settings.eos_token_id = tokenizer.eot_token  # what was trained to end texts must end them
-    try:
-        policy.hf.save_pretrained(folder)
-        tokenizer.hf.save_pretrained(folder)
-    except Exception as error:  # safetensors has its own
-        raise ipo.Stopped(f"{folder}: cannot be written ({data.short(error)}); the policy is in ckpt.pt; "
-                          "make room, then --resume") from None
-
-
 def parse(argv):
-    """The flags of ipo.py that mean something here, and --block_size. Raises Refused."""
-    own = start.parser(__doc__)
-    own.add_argument("--block_size", type=int, help="context in tokens, at most the model's [4096]")
-    mine, rest = own.parse_known_args(argv)
+    """The flags of ipo.py that mean something here. Raises Refused."""
+    mine, rest = start.parser(__doc__).parse_known_args(argv)
     args = ipo.parse(rest)
     args.program = mine.program
     if args.resume and not str(args.tokenizer).startswith("hf:"):
         raise Refused(f"--resume: {args.out} holds no run of lab.models.hf; python ipo.py goes on with it")
-    if args.resume and mine.block_size:
-        raise Refused("--block_size does nothing with --resume; leave it out")
-    if args.sample:
-        raise Refused("--sample does nothing here; transformers' pipeline samples from OUT/export")
-    if args.data in data.WORLDS or not args.init_from:
-        raise Refused("give --init_from, a folder or hub id of transformers, and --data, a JSONL file")
-    if os.path.realpath(args.init_from) == os.path.realpath(f"{args.out}/export"):
-        raise Refused(f"--out {args.out}: its export would replace the model of --init_from; name another")
-    if not args.resume:
-        args.block_size = 4096 if mine.block_size is None else mine.block_size
-    if args.block_size < 2:
-        raise Refused(f"--block_size is {args.block_size}; it takes 2 and more")
+    if args.sample or args.data in data.WORLDS or not args.init_from:
+        raise Refused("give --init_from, a folder or hub id of transformers, and --data, a JSONL file, and "
+                      "no --sample; transformers' pipeline samples from OUT/export")
     return args
 
 
 def run(argv):
-    torch.set_num_threads(THREADS)
     args = parse(argv)
-    policy, source = prepare(args)
-    ipo.run(args, policy, source)
-    folder = f"{args.out}/export"
-    export(policy, source.tokenizer, folder)
-    print(f"\nThe model is trained; AutoModelForCausalLM.from_pretrained loads it from {folder}.")
+    tokenizer = chat.Tokenizer(args.init_from)
+    policy = load(args.init_from, tokenizer)
+    args.tokenizer, args.block_size = tokenizer.name, policy.config.block_size
+    pairs = data.read_jsonl(args.data, partial(chat.parse_pair, tokenizer=tokenizer))
+    ipo.run(args, policy, ipo.FileSource(args, tokenizer, pairs))
+    policy.hf.save_pretrained(f"{args.out}/export")
+    tokenizer.hf.save_pretrained(f"{args.out}/export")
+    print(f"\nThe model is trained; AutoModelForCausalLM.from_pretrained loads it from {args.out}/export.")
 
 
 if __name__ == "__main__":
-    sys.exit(start.main("hf", run))
+    sys.exit(start.main("hf", run, threads=torch.get_num_threads()))

@@ -39,11 +39,10 @@ ROLES = ("{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{
 USER = {"role": "user", "content": "Hi"}
 YES = {"role": "assistant", "content": "Yes."}
 NO = {"role": "assistant", "content": "Blue"}
-FIVE = [  # the same pair
+FOUR = [  # the same pair
     {"prompt": [USER], "chosen": [YES], "rejected": [NO]},
     {"chosen": [USER, YES], "rejected": [USER, NO]},
     {"prompt": [USER], "chosen": [USER, YES], "rejected": [USER, NO]},
-    {"prompt": "Hi", "chosen": [USER, YES], "rejected": [USER, NO]},
     {"prompt": [], "chosen": [USER | {"name": "Ann"}, YES], "rejected": [USER, NO]}]
 
 
@@ -142,10 +141,10 @@ def flags(tmp_path, *more):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_probs_are_transformers_own(tmp_path, family):
-    """Behind <s>, with padding on the right, and with dropout off whatever train() says."""
+    """Behind <s>, with padding on the right, and with dropout off."""
     theirs = random_model(tmp_path, family)
     tokenizer = byte_tokenizer(tmp_path)
-    policy = hf.load(str(tmp_path), tokenizer).train()
+    policy = hf.load(str(tmp_path), tokenizer)
     tokens = torch.randint(300, (3, 12))
     t = torch.arange(12)
     begin = torch.tensor([[1], [4], [3]])
@@ -184,7 +183,7 @@ def test_a_trained_model_goes_out(tmp_path, family):
 
 
 def test_what_a_run_saves_is_whole(tmp_path):
-    """The export's tokenizer is the model's, with its template; what was trained to end a text ends one."""
+    """The export's tokenizer is the model's, with its template."""
     random_model(tmp_path / "in")
     tokenizer = byte_tokenizer(tmp_path / "in")
     texts(tmp_path / "pairs.jsonl")
@@ -195,9 +194,6 @@ def test_what_a_run_saves_is_whole(tmp_path):
         assert again.decode(again.encode_ordinary(text)) == text
     assert again.hf.chat_template == CHATML
     assert again.start == tokenizer.start
-    back = Auto.from_pretrained(tmp_path / "out/export")
-    assert back.generation_config.eos_token_id == tokenizer.eot_token
-    assert back.config.eos_token_id == tokenizer.eot_token
 
 
 def test_a_run_says_where_the_model_is_and_who_made_it(tmp_path, capsys):
@@ -211,16 +207,6 @@ def test_a_run_says_where_the_model_is_and_who_made_it(tmp_path, capsys):
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["flags"]["program"] == "lab.models.hf"
     assert report["after"]["loss"] < 20
-
-
-def test_several_ends_of_text_are_kept(tmp_path):
-    """Where the model's list of ends holds the tokenizer's, nothing is replaced."""
-    theirs = random_model(tmp_path / "in", eos_token_id=[7, 263])
-    theirs.generation_config.eos_token_id = [7, 263]
-    tokenizer = byte_tokenizer(tmp_path / "in")
-    assert tokenizer.eot_token == 263
-    hf.export(hf.Policy(theirs), tokenizer, str(tmp_path / "out"))
-    assert Auto.from_pretrained(tmp_path / "out").generation_config.eos_token_id == [7, 263]
 
 
 def test_samples_are_transformers_own(tmp_path):
@@ -267,7 +253,7 @@ def test_a_model_whose_tokens_see_later_ones_is_refused(tmp_path, monkeypatch):
     tokenizer = byte_tokenizer(tmp_path)
     hf.load(str(tmp_path), tokenizer)
     monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaModel", Ahead)
-    with pytest.raises(data.Refused, match="tokens see later ones .*: not causal; name a"):
+    with pytest.raises(data.Refused, match="tokens see later ones: not causal; name a"):
         hf.load(str(tmp_path), tokenizer)
 
 
@@ -291,7 +277,7 @@ def test_models_that_cannot_be_trained_are_refused_in_a_line(tmp_path):
     del state["model.norm.weight"]
     save_file(state, tmp_path / "part/model.safetensors", metadata={"format": "pt"})
     (tmp_path / "empty").mkdir()
-    for name, words in {"nothing": "nothing", "t5": "encoder-decoder", "bert": "its ",
+    for name, words in {"nothing": "nothing", "t5": "Unrecognized configuration", "bert": "its ",
                         "empty": "empty", "granite": "not the head of its hidden states", "cut": "cut",
                         "part": "weights are missing: ['model.norm.weight']"}.items():
         with pytest.raises(data.Refused) as error:
@@ -427,10 +413,10 @@ def tokenizer_of(kind, folder):
 KINDS = ["bytes", "always inst", "first inst", "always roles", "first roles"]
 
 
-@pytest.mark.parametrize("kind, item", list(itertools.product(KINDS, FIVE)))
+@pytest.mark.parametrize("kind, item", list(itertools.product(KINDS, FOUR)))
 def test_conversations_have_the_tokens_of_the_chat_template(tmp_path, kind, item, capsys):
     """start + prompt + response are the ids of apply_chat_template for the whole conversation up to its
-    end of text, in each of the five ways; the prompt is what it gives with add_generation_prompt."""
+    end of text, in each of the four ways; the prompt is what it gives with add_generation_prompt."""
     tokenizer = tokenizer_of(kind, tmp_path / "in")
 
     def oracle(messages, **more):
@@ -450,19 +436,20 @@ def test_conversations_have_the_tokens_of_the_chat_template(tmp_path, kind, item
 def test_a_template_that_ends_otherwise_keeps_its_end(tmp_path):
     """Where the tokenizer's end of text is not the template's end of turn, both are trained."""
     tokenizer = byte_tokenizer(tmp_path / "in", eos="<|end|>")
-    _, chosen, _ = pair_ids(tmp_path, tokenizer, FIVE[0])
+    _, chosen, _ = pair_ids(tmp_path, tokenizer, FOUR[0])
     assert tokenizer.decode(chosen) == "Yes.<|im_end|>\n<|end|>"
 
 
-def test_a_template_without_the_start_is_told(tmp_path, capsys):
-    """<s> stands before every row; if the template writes none, a line says so."""
-    pair_ids(tmp_path, byte_tokenizer(tmp_path / "in", bos=True), FIVE[0])
-    assert "1 conversations whose chat template writes no '<s>'" in capsys.readouterr().out
+def test_a_template_without_the_start_follows_it(tmp_path):
+    """<s> stands before every row, also where the template writes none; it is no part of the prompt."""
+    tokenizer = byte_tokenizer(tmp_path / "in", bos=True)
+    prompt, *_ = pair_ids(tmp_path, tokenizer, FOUR[0])
+    assert tokenizer.decode(prompt).startswith("<|im_start|>user")
 
 
 def test_texts_and_conversations_share_a_file(tmp_path, capsys):
     """Lines of both kinds, with p, blank lines and unused keys; texts as the core reads them."""
-    lines = [FIVE[0] | {"p": 0.75}, {"prompt": "a", "chosen": "b", "rejected": "c", "id": 1}]
+    lines = [FOUR[0] | {"p": 0.75}, {"prompt": "a", "chosen": "b", "rejected": "c", "id": 1}]
     path = write(tmp_path / "pairs.jsonl", *lines)
     with open(path, "a") as file:
         file.write("\n\n")
@@ -476,38 +463,39 @@ def test_texts_and_conversations_share_a_file(tmp_path, capsys):
 
 WRITE = 'write [{"role": "user", "content": "..."}]'
 REFUSED = [
-    (None, FIVE[0], "the model's tokenizer has no chat template"),
+    (None, FOUR[0], "the model's chat template refuses these messages (Cannot use chat template"),
     (CHATML, {"prompt": [USER], "chosen": [YES | {"content": "a<|im_end|>"}], "rejected": [YES]},
      "a message holds '<|im_end|>', which would be a control token; remove it"),
     (CHATML, {"prompt": [{"role": "user<s>", "content": "a"}], "chosen": [YES], "rejected": [NO]},
      "a message holds '<s>'"),
-    ("{{ raise_exception('no system here') }}", FIVE[0],
+    ("{{ raise_exception('no system here') }}", FOUR[0],
      "the model's chat template refuses these messages (no system here); mend their roles or order"),
-    ("{{ messages|length }}" + CHATML, FIVE[0], "the model's chat template writes the prompt otherwise"),
+    ("{{ messages|length }}" + CHATML, FOUR[0], "the model's chat template writes the prompt otherwise"),
     (CHATML, {"chosen": [USER, YES], "rejected": "No"},
-     "'rejected' holds \"No\", which is no message; " + WRITE),
-    (CHATML, {"prompt": [USER], "chosen": "Yes", "rejected": "No"}, "'chosen' holds \"Yes\", which is no"),
-    (CHATML, {"prompt": [USER], "chosen": [YES]}, "'rejected' is not among its keys (prompt, chosen)"),
+     "'rejected' is \"No\", no list of messages; " + WRITE),
+    (CHATML, {"prompt": [USER], "chosen": "Yes", "rejected": "No"}, "'chosen' is \"Yes\", no list"),
+    (CHATML, {"prompt": [USER], "chosen": [YES]}, "'rejected' is null, no list"),
     (CHATML, {"chosen": [USER, YES], "rejected": [USER | {"content": "Ho"}, YES]},
-     "chosen and rejected differ before their last messages"),
+     "chosen and rejected need messages, the same in both, before their last ones"),
+    (CHATML, {"chosen": [YES], "rejected": [NO]}, "chosen and rejected need messages"),
     (CHATML, {"chosen": [USER, YES], "rejected": [USER]}, "'rejected' does not end in a message of role"),
     (CHATML, {"prompt": [USER], "chosen": [], "rejected": []}, "'chosen' does not end in a message of role"),
-    (CHATML, {"prompt": "Ho", "chosen": [USER, YES], "rejected": [USER, NO]},
-     "'prompt' is a text, 'Ho', and no message of both conversations; " + WRITE),
-    (CHATML, {"prompt": "Hi", "chosen": [YES], "rejected": [NO]}, "'prompt' is a text, 'Hi', and no message"),
-    (CHATML, {"prompt": None, "chosen": [USER, YES], "rejected": [USER, NO]}, "'prompt' holds null, which"),
-    (CHATML, {"prompt": 5, "chosen": [USER, YES], "rejected": [USER, NO]}, "'prompt' holds 5, which"),
-    (CHATML, {"prompt": "a", "chosen": None, "rejected": "b"}, "'chosen' holds null, which"),
-    (CHATML, {"chosen": [USER, YES], "rejected": ["No"]}, "'rejected' holds \"No\", which is no message"),
-    (CHATML, {"chosen": [USER, YES], "rejected": [USER | {"content": ["No"]}]}, "'rejected' holds "),
-    (CHATML, {"chosen": [USER, YES], "rejected": [{"content": "No"}]}, "'rejected' holds "),
-    (CHATML, {"prompt": [USER], "chosen": YES, "rejected": NO}, "'chosen' is one message, not a list"),
+    (CHATML, {"prompt": "Hi", "chosen": [USER, YES], "rejected": [USER, NO]},
+     "'prompt' is \"Hi\", no list of messages; " + WRITE + "; of ShareGPT's messages, of a single one or a "
+     "text python -m lab.models.jsonl makes"),
+    (CHATML, {"prompt": None, "chosen": [USER, YES], "rejected": [USER, NO]}, "'prompt' is null, no list"),
+    (CHATML, {"prompt": 5, "chosen": [USER, YES], "rejected": [USER, NO]}, "'prompt' is 5, no list"),
+    (CHATML, {"prompt": "a", "chosen": None, "rejected": "b"}, "'prompt' is \"a\", no list"),
+    (CHATML, {"chosen": [USER, YES], "rejected": ["No"]}, "'rejected' is [\"No\"], no list"),
+    (CHATML, {"chosen": [USER, YES], "rejected": [USER | {"content": ["No"]}]}, "'rejected' is [{"),
+    (CHATML, {"chosen": [USER, YES], "rejected": [{"content": "No"}]}, "'rejected' is [{"),
+    (CHATML, {"prompt": [USER], "chosen": YES, "rejected": NO}, "'chosen' is {"),
     (CHATML, {"prompt": [{"from": "human", "value": "Hi"}], "chosen": [YES], "rejected": [NO]},
-     "'prompt' holds ShareGPT's keys 'from' and 'value'; python -m lab.models.jsonl makes"),
+     "'prompt' is [{"),
     (CHATML, {"prompt": [{"role": "system", "content": "Be brief."}, USER], "chosen": [USER, YES],
               "rejected": [USER, NO]},
      "'prompt' begins with {'role': 'system', 'content': 'Be brief.'} and 'chosen' with {'role': 'user', "),
-    (CHATML, FIVE[0] | {"p": 2}, "'p' is 2"),
+    (CHATML, FOUR[0] | {"p": 2}, "'p' is 2"),
     (CHATML, {"prompt": [USER | {"content": "\ud83d"}], "chosen": [YES], "rejected": [NO]}, "no JSON in UTF")]
 
 
@@ -526,7 +514,7 @@ def test_lines_that_cannot_be_used_are_named(tmp_path, template, item, message):
 
 def test_the_advice_of_the_core_can_be_followed(tmp_path):
     """It sends lists of messages here."""
-    path = write(tmp_path / "pairs.jsonl", FIVE[0])
+    path = write(tmp_path / "pairs.jsonl", FOUR[0])
     with pytest.raises(data.Refused, match="lists of messages .* python -m lab.models.hf"):
         data.read_jsonl(path)
     assert len(read(path, byte_tokenizer(tmp_path / "in"))) == 1
@@ -546,7 +534,7 @@ def test_a_chat_model_is_trained_on_conversations(tmp_path):
     """The loss saw margins of transformers' own log-probs of whole conversations, trained less reference."""
     theirs = random_model(tmp_path / "in")
     tokenizer = byte_tokenizer(tmp_path / "in", bos=False)
-    items = [FIVE[0] | {"prompt": [USER | {"content": letter}]} for letter in "abcd"]
+    items = [FOUR[0] | {"prompt": [USER | {"content": letter}]} for letter in "abcd"]
     write(tmp_path / "pairs.jsonl", *items)
     assert main(flags(tmp_path, "--holdout", "0")) == 0
     back = Auto.from_pretrained(tmp_path / "out/export")
@@ -595,24 +583,15 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
     assert exports[0] == exports[1]
 
 
-def test_the_context_is_4096_or_what_is_asked_or_what_the_model_has(tmp_path):
+def test_the_context_is_4096_or_what_the_model_has(tmp_path):
     """A family without limit, and one of 64 tokens, of which <s> takes one."""
     random_model(tmp_path / "in", "bloom")
     random_model(tmp_path / "short")
     for folder in "in", "short":
         byte_tokenizer(tmp_path / folder)
-    texts(tmp_path / "pairs.jsonl")
-
-    def size(*more):
-        args = hf.parse(flags(tmp_path, *more))
-        policy, source = hf.prepare(args)
-        assert policy.config.block_size == args.block_size
-        assert source.sizes[0] == args.block_size
-        return args.block_size
-    assert size() == 4096
-    assert size("--block_size", "5000") == 5000
-    assert size("--block_size", "30") == 30
-    assert size("--init_from", str(tmp_path / "short")) == 63
+    for folder, expected in {"in": 4096, "short": 63}.items():
+        tokenizer = chat.Tokenizer(str(tmp_path / folder))
+        assert hf.load(str(tmp_path / folder), tokenizer).config.block_size == expected
 
 
 WRONG = [
@@ -620,13 +599,12 @@ WRONG = [
     (["--data", "PAIRS"], "give --init_from"),
     (["--sample", "Hi", "--out", "DONE"], "transformers' pipeline samples"),
     (["RUN", "--tau", "-1"], "--tau is"),
-    (["RUN", "--block_size", "1"], "--block_size is 1"),
+    (["RUN", "--block_size", "9"], "--block_size does nothing here"),
     (["RUN", "--tokenizer", "bytes"], "--tokenizer does nothing here"),
     (["RUN", "--data", "nothing.jsonl"], "no such file"),
-    (["RUN", "--init_from", "DONE/export", "--out", "DONE"], "would replace the model"),
     (["RUN", "--out", "DONE"], "holds a run"),
     (["--resume", "--out", "DONE", "--tau", "0.3"], "--tau does nothing here"),
-    (["--resume", "--out", "DONE", "--block_size", "9"], "--block_size does nothing with --resume"),
+    (["--resume", "--out", "DONE", "--block_size", "9"], "--block_size does nothing here"),
     (["--resume", "--out", "CORE"], "python ipo.py goes on with it")]
 
 
@@ -657,8 +635,7 @@ def test_help_names_the_flags_that_count():
 @pytest.mark.parametrize("argv, words", WRONG)
 def test_command_lines_that_make_no_sense_are_refused(done, tmp_path, argv, words, capsys):
     """In one line, before anything is trained."""
-    names = {"PAIRS": done / "pairs.jsonl", "DONE": done / "out", "CORE": done / "core",
-             "DONE/export": done / "out/export"}
+    names = {"PAIRS": done / "pairs.jsonl", "DONE": done / "out", "CORE": done / "core"}
     argv = [str(names.get(word, word)) for word in argv]
     if argv[0] == "RUN":
         argv = [*flags(done), "--out", str(tmp_path / "new"), *argv[1:]]

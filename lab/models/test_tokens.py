@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-import ipo
 from lab.common import start
 from lab.models import test_hf, tokens
 
@@ -56,40 +55,31 @@ def test_a_dropped_pair_says_why(tmp_path, capsys):
     assert "scored: |c|" in said[2]
 
 
-def test_a_run_of_the_core_gives_tokenizer_and_context(tmp_path, capsys):
-    """Those of its weights."""
-    path = write(tmp_path, *({"prompt": "0123456789", "chosen": "abc", "rejected": "d"} for _ in range(2)))
-    out = str(tmp_path / "out")
-    flags = ["--tokenizer", "bytes", "--block_size", "8", "--steps", "1", "--sft_steps", "0"]
-    assert ipo.main(["--data", path, "--out", out, *flags]) == 0
-    said = show(capsys, "--data", path, "--init_from", f"{out}/ckpt.pt")
-    assert "  prompt      4 tokens, 6 more are cut: |6|7|8|9|" in said
-
-
 def test_conversations_are_shown_as_the_model_reads_them(tmp_path, capsys):
-    """The chat template's texts in the tokens of the model's tokenizer; bytes that are no letter escaped."""
+    """The chat template's texts in the tokens of the model's tokenizer; its names of bytes, too."""
     test_hf.random_model(tmp_path / "in")
     test_hf.byte_tokenizer(tmp_path / "in")
-    pair = test_hf.FIVE[0] | {"rejected": [{"role": "assistant", "content": "\u00e9"}]}
+    pair = test_hf.FOUR[0] | {"rejected": [{"role": "assistant", "content": "\u00e9"}]}
     said = show(capsys, "--data", write(tmp_path, pair), "--init_from", str(tmp_path / "in"))
     assert r"|<|im_start|>|u|s|e|r|\n|H|i|<|im_end|>|\n|<|im_start|>|" in said
-    assert r"scored: |\xc3|\xa9|<|im_end|>|" in said
+    assert "scored: |\u00c3|\u00a9|<|im_end|>|" in said
     assert "at most 63 tokens" in said
 
 
-def test_marks_of_a_space_are_spaces(tmp_path, capsys):
-    """SentencePiece's."""
+def test_marks_of_a_space_are_shown(tmp_path, capsys):
+    """SentencePiece's: a token with a space looks different from one without."""
     test_hf.random_model(tmp_path / "in")
     test_hf.space_tokenizer(tmp_path / "in")
     path = write(tmp_path, {"prompt": "a", "chosen": " Blue", "rejected": "b"})
-    assert "scored: | Bl|ue|</s>|" in show(capsys, "--data", path, "--init_from", str(tmp_path / "in"))
+    said = show(capsys, "--data", path, "--init_from", str(tmp_path / "in"))
+    assert "scored: |\u2581Bl|ue|</s>|" in said
+    assert "scored: |b|</s>|" in said
 
 
 @pytest.mark.parametrize("argv, words", [
     ([], "--data"), (["--data", "none.jsonl"], "none.jsonl: no such file"),
-    (["--data", "PAIRS", "--pairs", "0"], "--pairs is 0; it takes 1 and more"),
-    (["--data", "PAIRS", "--block_size", "-1"], "--block_size is -1"),
-    (["--data", "PAIRS", "--tokenizer", "bytes", "--init_from", "x.pt"], "--tokenizer does nothing"),
+    (["--data", "PAIRS", "--block_size", "-1"], "every pair was dropped"),
+    (["--data", "PAIRS", "--tokenizer", "bytes", "--init_from", "x"], "--block_size do nothing"),
     (["--data", "PAIRS", "--init_from", "none/such"], "there is no such folder"),
     (["--data", "PAIRS", "--init_from", "none.pt"], "none.pt"),
     (["--data", "PAIRS", "--tokenizer", "no"], "--tokenizer no")])

@@ -64,7 +64,7 @@ def argv(folder, path, out, *more):
 
 def main(flags):
     """The exit status of the command line."""
-    return start.main("trl_ipo", trl_ipo.one_line, flags)
+    return start.main("trl_ipo", trl_ipo.run, flags)
 
 
 def command(monkeypatch, *flags):
@@ -120,13 +120,13 @@ def score(policy, pairs):
 
 
 def second(folder, path):
-    """The margin and log-ratios that the log has to show at the second step: means over its batch."""
+    """The margin that the log has to show at the second step: the mean over its batch."""
     _, policy = core(folder, path, steps=1)
     pairs = encoded(folder, path)
-    ratios = score(policy, pairs) - score(load(folder)[0], pairs)
-    chosen, rejected = (half[4:8].mean().item() for half in ratios.chunk(2))
-    assert min(abs(chosen), abs(rejected), abs(chosen - rejected)) > 0.01
-    return {"h": chosen - rejected, "chosen": chosen, "rejected": rejected}
+    chosen, rejected = (score(policy, pairs) - score(load(folder)[0], pairs)).chunk(2)
+    h = (chosen - rejected)[4:8].mean().item()
+    assert abs(h) > 0.01
+    return h
 
 
 @torch.no_grad()
@@ -166,21 +166,19 @@ def test_pairs_without_p_are_certain(folder, tmp_path):
 
 
 def test_parts_of_a_batch_make_the_batch(folder, pairs, tmp_path):
-    """Two pairs at a time, twice: the core's loss of all four, its margin and its log-ratios."""
+    """Two pairs at a time, twice: the core's loss of all four, and its margin."""
     done = trainer(folder, pairs, tmp_path / "out", max_steps=2, per_device_train_batch_size=2,
                    gradient_accumulation_steps=2)
     done.train()
     assert logged(done) == pytest.approx(core(folder, pairs)[0][:2], rel=1e-5)
-    for name, value in second(folder, pairs).items():
-        assert logged(done, name) == pytest.approx([0, value], abs=1e-3)
+    assert logged(done, "h") == pytest.approx([0, second(folder, pairs)], abs=1e-3)
 
 
 def one_of_two(rank, port, flags):
     """The command line as torchrun starts it; in a fork, which need not import TRL again."""
     os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    trl_ipo.hf.THREADS = 1  # others do not survive a fork
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # others do not survive a fork
     datasets.fingerprint._TEMP_DIR_FOR_TEMP_CACHE_FILES = None  # a process has its own
     for state in (accelerate.PartialState, accelerate.state.AcceleratorState):
         state._reset_state()
@@ -208,8 +206,7 @@ def test_two_processes_make_the_batch(folder, pairs, tmp_path):
     state = json.loads((tmp_path / "out/checkpoint-5/trainer_state.json").read_text())
     lines = state["log_history"]
     assert [line["loss"] for line in lines] == pytest.approx(ours, rel=1e-5)
-    for name, value in second(folder, pairs).items():
-        assert lines[1][name] == pytest.approx(value, abs=1e-3)
+    assert lines[1]["h"] == pytest.approx(second(folder, pairs), abs=1e-3)
     saved, _ = load(str(tmp_path / "out"))
     rows = encoded(folder, pairs)
     assert torch.allclose(score(saved, rows), score(policy, rows), atol=1e-3)
@@ -264,7 +261,7 @@ def test_equal_responses_are_dropped_and_counted(folder, pairs, tmp_path, monkey
     twice.write_text('{"prompt": "say", "chosen": " a", "rejected": " a"}\n' + Path(pairs).read_text())
     done = command(monkeypatch, folder, twice, tmp_path / "out", "--max_steps", "2")
     assert logged(done) == pytest.approx(core(folder, pairs)[0][:2], rel=1e-5)
-    assert "1 pairs left out, of two equal responses" in capsys.readouterr().out
+    assert "1 of 25 pairs left out, of two equal responses" in capsys.readouterr().out
 
 
 def test_conversations_are_texts_by_the_models_template(folder, tmp_path, monkeypatch):
@@ -280,7 +277,7 @@ def test_conversations_are_texts_by_the_models_template(folder, tmp_path, monkey
     user, yes, no = ({"role": role, "content": text} for role, text in
                      [("user", "Hi"), ("assistant", "Yes."), ("assistant", "No")])
     file = tmp_path / "talk.jsonl"
-    lines = [{"prompt": "Hi", "chosen": [user, yes], "rejected": [user, no]},
+    lines = [{"chosen": [user, yes], "rejected": [user, no]},
              {"prompt": "user: Hi\nassistant: ", "chosen": "Yes.", "rejected": "No"}]
     file.write_text("\n".join(map(json.dumps, lines)))
     done = command(monkeypatch, speaks, file, tmp_path / "out", "--max_steps", "1")
@@ -289,18 +286,16 @@ def test_conversations_are_texts_by_the_models_template(folder, tmp_path, monkey
     assert tokenizer.convert_ids_to_tokens(first["chosen_ids"]) == [*"Yes.", data.EOT]
 
 
-def test_a_run_goes_on_where_it_was_saved(folder, pairs, tmp_path, monkeypatch, capsys):
-    """TRL's --resume_from_checkpoint: 2 steps, then 3 more, without a new step 0, have the losses of 5."""
+def test_a_run_goes_on_where_it_was_saved(folder, pairs, tmp_path, monkeypatch):
+    """TRL's --resume_from_checkpoint: 2 steps, then 3 more, have the losses of 5."""
     out = tmp_path / "out"
     command(monkeypatch, folder, pairs, out, "--max_steps", "2", "--save_strategy", "steps", "--save_steps",
             "2")
-    assert "step 0" in capsys.readouterr().out
     done = command(monkeypatch, folder, pairs, out, "--resume_from_checkpoint", f"{out}/checkpoint-2")
-    assert "step 0" not in capsys.readouterr().out
     assert logged(done) == pytest.approx(core(folder, pairs)[0], rel=1e-5)
 
 
-def test_pairs_beyond_the_context_are_left_out_and_named(folder, pairs, tmp_path, monkeypatch, capsys):
+def test_pairs_beyond_the_context_are_left_out_and_counted(folder, pairs, tmp_path, monkeypatch, capsys):
     """TRL would end in an error of torch; the losses are those without it."""
     longer = tmp_path / "longer.jsonl"
     line = json.dumps({"prompt": 60 * "a", "chosen": " yes", "rejected": " no"})
@@ -308,12 +303,12 @@ def test_pairs_beyond_the_context_are_left_out_and_named(folder, pairs, tmp_path
     done = command(monkeypatch, folder, longer, tmp_path / "out", "--max_steps", "2")
     assert logged(done) == pytest.approx(core(folder, pairs)[0][:2], rel=1e-5)
     said = capsys.readouterr().out
-    assert "1 pairs left out" in said
-    assert "more than the model's 64 tokens: pairs [1]" in said
+    assert "1 of 25 pairs left out" in said
+    assert "more than the model's 64 tokens" in said
 
 
 def test_a_machine_without_a_gpu_trains_on_the_cpu_in_float32(folder, pairs, tmp_path, capsys):
-    """Nobody has to ask for it; it is told, and so is where the model is. --tau is --beta."""
+    """Nobody has to ask for it; it is told, and so is where the model is."""
     if torch.accelerator.is_available():
         pytest.skip("there is a GPU")
     out = str(tmp_path / "out")
@@ -321,7 +316,6 @@ def test_a_machine_without_a_gpu_trains_on_the_cpu_in_float32(folder, pairs, tmp
     assert main([*flags, "--report_to", "none", "--per_device_train_batch_size", "4"]) == 0
     said = capsys.readouterr().out
     assert "no GPU here: the CPU trains, in float32" in said
-    assert "step 0: loss 0." in said
     assert said.splitlines()[-1] == f"The model is trained on 24 pairs; it is in {out}."
     state = json.loads(Path(out, "config.json").read_text())
     assert state["dtype"] == "float32"
@@ -341,7 +335,7 @@ def test_the_cache_is_the_runs_own(folder, pairs, tmp_path, monkeypatch):
     (["--label_smoothing", "0.0"], "--label_smoothing"), (["--max_length", "512"], "--max_length"),
     (["--max-length", "9"], "--max_length"), (["--loss_typ", "ipo"], "loss_typ"),
     (["--tau", "0"], "--tau is 0.0; it takes 1e-3 to 1e9"), (["--loss", "kto"], "kto"),
-    (["--tau", "1", "--beta", "1"], "--tau and --beta"),
+    (["--beta", "1"], "(beta is --tau); leave it out"),
     (["--nonsense", "1"], "nonsense"), (["--data", "absent.jsonl"], "absent.jsonl"),
     (["--model", "absent"], "there is no such folder")])
 def test_bad_flags_are_a_line(change, words, folder, pairs, tmp_path, capsys):

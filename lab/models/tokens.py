@@ -4,18 +4,16 @@
   python -m lab.models.tokens --data FILE.jsonl --tokenizer bytes --block_size 64
   python -m lab.models.tokens --data FILE.jsonl --init_from MODEL           as lab.models.hf reads it
 
-Look before you train. Of the first pairs every token stands between bars. A token that is no whole letter is
-shown by its bytes, so that different tokens look different. The tokens of both responses are scored, end of
-text included. The prompt's are not. If the prompt was cut, what is left of it is shown.
+Look before you train. Every token of the first three pairs stands between bars. A token that is no whole
+letter is shown by its bytes or its name, so that different tokens look different. The tokens of both
+responses are scored, end of text included. The prompt's are not. If the prompt was cut, what is left of it is
+shown.
 Trap: the border between prompt and response is where your file puts it. " yes" and "yes" are other tokens.
 """
-import contextlib
-import io
 import sys
 from functools import partial
 
 import data
-import model
 from data import Refused
 from lab.common import start
 from lab.models import chat
@@ -23,19 +21,14 @@ from lab.models import chat
 
 def prepare(args):
     """(tokenizer, block_size, pairs) of these flags, as the program has them that trains. Raises Refused."""
-    name, size, parse = args.init_from or "", args.block_size, None
-    if name and args.tokenizer:
-        raise Refused("--tokenizer does nothing with --init_from, which has its own; leave it out")
-    if name.endswith(".pt"):
-        policy, args.tokenizer = model.load(name)
-        size = policy.config.block_size
-    if name and not name.endswith(".pt"):
-        tokenizer = chat.Tokenizer(name)
-        size = tokenizer.context(size or 4096)
-        parse = partial(chat.parse_pair, tokenizer=tokenizer)
-    else:
+    if not args.init_from:
         tokenizer = data.get_tokenizer(args.tokenizer or "gpt2")
-    return tokenizer, size or 256, data.read_jsonl(args.data, parse)
+        return tokenizer, args.block_size or 256, data.read_jsonl(args.data)
+    if args.tokenizer or args.block_size:
+        raise Refused("--tokenizer and --block_size do nothing with --init_from, which has its own")
+    tokenizer = chat.Tokenizer(args.init_from)
+    pairs = data.read_jsonl(args.data, partial(chat.parse_pair, tokenizer=tokenizer))
+    return tokenizer, tokenizer.context(), pairs
 
 
 def piece(tokenizer, token):
@@ -47,12 +40,9 @@ def piece(tokenizer, token):
 
 def show(pair, tokenizer, size):
     """Prints a pair as the program has it that trains."""
-    told = io.StringIO()
     try:
-        with contextlib.redirect_stdout(told):
-            rows = data.encode([pair], tokenizer, size)
-    except Refused as error:  # what was told before says more
-        print("  " + (told.getvalue() or str(error)).splitlines()[0])
+        rows = data.encode([pair], tokenizer, size)  # which says why it drops a pair
+    except Refused:
         return
     n = int(rows.prompt_len[0])
     cut = max(0, len(tokenizer.encode_ordinary(pair.prompt)) - n)
@@ -68,15 +58,11 @@ def run(argv):
     own = start.parser(__doc__)
     own.add_argument("--data", required=True, help="JSONL file of pairs")
     own.add_argument("--tokenizer", help="gpt2, or bytes (needs no network) [gpt2]")
-    own.add_argument("--init_from", help="a run's .pt file, or a folder or hub id of transformers")
-    own.add_argument("--block_size", type=int, help="context in tokens [256, or the model's up to 4096]")
-    own.add_argument("--pairs", type=int, default=3, help="how many to show [3]")
+    own.add_argument("--init_from", help="a folder or hub id of transformers")
+    own.add_argument("--block_size", type=int, help="context in tokens [256]")
     args = own.parse_args(argv)
-    for name, value in ("block_size", args.block_size), ("pairs", args.pairs):
-        if value is not None and value < 1:
-            raise Refused(f"--{name} is {value}; it takes 1 and more")
     tokenizer, size, pairs = prepare(args)
-    for number, pair in enumerate(pairs[:args.pairs], 1):
+    for number, pair in enumerate(pairs[:3], 1):
         print(f"\npair {number}, p {pair.p:.2f}")
         show(pair, tokenizer, size)
     print()

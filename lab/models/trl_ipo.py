@@ -6,7 +6,7 @@
 
 TRL trains, and the loss is the core's. h comes from sums over tokens, where TRL's own loss_type "ipo" divides
 by lengths. p comes from a column "p" (1 where there is none), Psi from ipo.psi, --loss from ipo.LOSSES. Other
-flags are TRL's (DPOConfig, ModelConfig), and its --beta is --tau. What would change the loss is refused.
+flags are TRL's (DPOConfig, ModelConfig), but --beta is --tau. What would change the loss is refused.
 Pairs are read as lab/models/hf.py reads them, and tokenised by TRL. The reference is scored once, before
 training, into OUTPUT_DIR/cache. Before the first step all margins must be 0, or it stops.
 
@@ -17,7 +17,6 @@ that is longer than the model's context is left out.
 """
 import shutil
 import sys
-import warnings
 from functools import partial
 
 import torch
@@ -26,7 +25,7 @@ import data
 import ipo
 from data import Refused, short
 from lab.common import start
-from lab.models import chat, hf
+from lab.models import chat
 
 chat.quiet()
 import accelerate  # noqa: E402: after transformers is quiet
@@ -35,7 +34,8 @@ import trl  # noqa: E402
 
 # what would change TRL's loss or cut responses, and would do nothing here, and --config, which might hold it
 UNUSED = ("loss_type", "loss_weights", "ld_alpha", "f_divergence_type", "label_smoothing", "use_weighting",
-          "router_aux_loss_coef", "max_length", "precompute_ref_log_probs", "remove_unused_columns", "config")
+          "router_aux_loss_coef", "max_length", "precompute_ref_log_probs", "remove_unused_columns", "config",
+          "beta")
 
 
 def with_p(pad, pairs):
@@ -65,23 +65,15 @@ class IPOTrainer(trl.DPOTrainer):
         loss = self.loss(h, inputs["p"], self.args.beta).mean()                           # ()
         if not loss.isfinite():
             raise ipo.Stopped("the loss is not finite; lower --learning_rate, or raise --tau")
-        if self.state.global_step == 0:  # of every part of the first batch
-            self.check_start(h, mask.sum(1), loss)
-        chosen, rejected = self.accelerator.gather((logp - ref_logp).detach().chunk(2))  # of all processes
-        log = self._metrics["train" if model.training else "eval"]
-        for name, value in {"h": chosen - rejected, "chosen": chosen, "rejected": rejected}.items():
-            log[name].append(value.mean().item())
-        return (loss, out) if return_outputs else loss
-
-    def check_start(self, h, length, loss):  # (B,), (2B,), ()
-        """Margins are 0 but for rounding, which adds up like a random walk over the tokens of a response."""
         half = self.args.bf16 or self.args.fp16 or self.model.dtype != torch.float32
-        rounding = (0.05 if half else 1e-4) * length.max().sqrt()
-        largest = h.abs().max()
-        print(f"step 0: loss {loss:.6g}, largest margin {largest:.1g} nats")
-        if not largest <= rounding:  # a NaN is not
-            raise ipo.Stopped(f"before the first step a margin is {largest:.3g}, not 0: the reference is not "
-                              "this policy; remove OUTPUT_DIR/cache")
+        # rounding adds up like a random walk over the tokens of a response
+        rounding = (0.05 if half else 1e-4) * mask.sum(1).max().sqrt()
+        if self.state.global_step == 0 and h.abs().max() > rounding:  # of every part of the first batch
+            raise ipo.Stopped(f"before the first step a margin is {h.abs().max():.3g}, not 0: the reference "
+                              "is not this policy; remove OUTPUT_DIR/cache")
+        h = self.accelerator.gather(h.detach())  # of all processes
+        self._metrics["train" if model.training else "eval"]["h"].append(h.mean().item())
+        return (loss, out) if return_outputs else loss
 
 
 class Parser(ipo.Parser, trl.TrlParser):
@@ -93,10 +85,7 @@ def parse(argv):
     given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv}  # TRL takes --loss-type, too
     for flag in UNUSED:
         if flag in given:
-            raise Refused(f"--{flag} would change the loss or do nothing here; leave it out")
-    if {"tau", "beta"} <= given:
-        raise Refused("--tau and --beta are one flag; give one of them")
-    argv = ["--beta" + word[5:] if word.split("=")[0] == "--tau" else word for word in argv]
+            raise Refused(f"--{flag} would change the loss or do nothing here (beta is --tau); leave it out")
     if not torch.accelerator.is_available():
         print("no GPU here: the CPU trains, in float32 (--use_cpu True --bf16 False)")
         argv += ["--use_cpu", "True", "--bf16", "False"]
@@ -105,9 +94,11 @@ def parse(argv):
     parser.add_argument("--data", required=True, help="JSONL file: prompt, chosen, rejected, perhaps p")
     parser.add_argument("--loss", default="ipo", choices=ipo.LOSSES, help="loss on the margin [ipo]")
     parser.add_argument("--model", dest="model_name_or_path", required=True, help="folder or hub id")
+    parser.add_argument("--tau", type=float, default=0.1, help="strength of the pull to the reference [0.1]")
     args, m, own = parser.parse_args_and_config(argv)
-    if not 1e-3 <= args.beta <= 1e9:
-        raise Refused(f"--tau is {args.beta}; it takes 1e-3 to 1e9")
+    args.beta = own.tau
+    if not 1e-3 <= own.tau <= 1e9:
+        raise Refused(f"--tau is {own.tau}; it takes 1e-3 to 1e9")
     kwargs = {"dtype": m.dtype, "attn_implementation": m.attn_implementation, "revision": m.model_revision}
     args.model_init_kwargs = kwargs | (args.model_init_kwargs or {})
     return args, m, own
@@ -118,50 +109,39 @@ def read(path, name):
     tokenizer = chat.Tokenizer(name)
     found = data.read_jsonl(path, partial(chat.parse_pair, tokenizer=tokenizer))
     size = tokenizer.context(10**9)
-    kept, left = [], []
-    for number, pair in enumerate(found, 1):
+    kept = []
+    for pair in found:
         prompt, *responses = (len(tokenizer.encode_ordinary(text)) for text in pair[:3])
-        if pair.chosen == pair.rejected or prompt + max(responses) + 1 > size:
-            left.append(number)
-        else:
+        if pair.chosen != pair.rejected and prompt + max(responses) < size:
             kept.append(pair._asdict())
-    if left:
-        print(f"{len(left):,} pairs left out, of two equal responses or more than the model's {size:,} "
-              f"tokens: pairs {short(left)}")
+    print(f"{len(found) - len(kept):,} of {len(found):,} pairs left out, of two equal responses or more than "
+          f"the model's {size:,} tokens")
     if not kept:
         raise Refused(f"--data {path}: no usable pair; give pairs of two different responses that fit")
     return kept
 
 
 def run(argv):
-    torch.set_num_threads(hf.THREADS)
-    warnings.simplefilter("ignore", FutureWarning)  # of transformers, about flags that TRL sets
     datasets.disable_progress_bars()
-    args, m, own = parse(list(sys.argv[1:] if argv is None else argv))
-    cache = f"{args.output_dir}/cache"
-    state = accelerate.PartialState()
-    if state.is_main_process:  # a reference that an earlier run scored may be another
-        shutil.rmtree(cache, ignore_errors=True)
-    state.wait_for_everyone()
-    pairs = read(own.data, m.model_name_or_path)
-    # not from_list: this writes a file, in which all processes find the same
-    pairs = datasets.Dataset.from_generator(pairs.__iter__, cache_dir=cache)
-    trainer = IPOTrainer(m.model_name_or_path, args, pairs, own.loss, peft_config=trl.get_peft_config(m),
-                         quantization_config=trl.get_quantization_config(m))
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model()
+    try:
+        args, m, own = parse(list(sys.argv[1:] if argv is None else argv))
+        cache = f"{args.output_dir}/cache"
+        state = accelerate.PartialState()
+        if state.is_main_process:  # a reference that an earlier run scored may be another
+            shutil.rmtree(cache, ignore_errors=True)
+        state.wait_for_everyone()
+        pairs = read(own.data, m.model_name_or_path)
+        # not from_list: this writes a file, in which all processes find the same
+        pairs = datasets.Dataset.from_generator(pairs.__iter__, cache_dir=cache)
+        trainer = IPOTrainer(m.model_name_or_path, args, pairs, own.loss,
+                             peft_config=trl.get_peft_config(m),
+                             quantization_config=trl.get_quantization_config(m))
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        trainer.save_model()
+    except (ValueError, RuntimeError) as error:  # TRL's refusals; Refused and Stopped are ValueErrors, too
+        raise error if isinstance(error, Refused) else Refused(short(error)) from None
     print(f"\nThe model is trained on {len(pairs):,} pairs; it is in {args.output_dir}.")
 
 
-def one_line(argv):
-    """TRL refuses flags, and files that it cannot use, by ValueError."""
-    try:
-        run(argv)
-    except Refused:
-        raise
-    except (ValueError, RuntimeError) as error:
-        raise Refused(short(error)) from None
-
-
 if __name__ == "__main__":
-    sys.exit(start.main("trl_ipo", one_line))
+    sys.exit(start.main("trl_ipo", run, threads=torch.get_num_threads()))
