@@ -141,7 +141,7 @@ def finish(args, runs):
         figures[name] = f"{shown(pi)}, optimum {shown(best)}"
     said = "Yes" if max(gaps) < CLOSE else "Not yet, raise --steps"
     answer = (f"{said}: on {args.data} IPO and DPO end at most {max(gaps):.4f} from their optima. "
-              f"IPO's depends on tau, DPO's is {shown(best)} at each tau.")
+              f"DPO's is {shown(best)} at every tau.")
     runs = {name: one._asdict() for name, one in runs.items()}
     start.finish(args, answer, figures, runs=runs)
 
