@@ -160,6 +160,8 @@ def run(argv):
     for key in chat.KEYS:
         own.add_argument(f"--{key}", default=key, help=f"the key that holds it [{key}]")
     args = own.parse_args(argv)
+    if os.path.exists(args.out):
+        raise Refused(f"--out {args.out} is there already; name another file, or remove it")
     try:
         rows = load(args.source)
     except Exception as error:  # what a dozen readers, datasets and its HTTP library raise

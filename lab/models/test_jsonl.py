@@ -256,10 +256,10 @@ def test_what_is_not_there_is_a_line(tmp_path, source, capsys):
 
 
 def test_a_file_is_not_replaced(tmp_path, capsys):
-    (tmp_path / "source").write_text(LINES)
+    """Refused before anything is read."""
     (tmp_path / "made.jsonl").write_text("mine")
-    assert convert(tmp_path, tmp_path / "source") == 2
-    assert "File exists" in capsys.readouterr().err
+    assert convert(tmp_path, tmp_path / "none") == 2
+    assert "made.jsonl is there already; name another file" in capsys.readouterr().err
     assert (tmp_path / "made.jsonl").read_text() == "mine"
 
 
