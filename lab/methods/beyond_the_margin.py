@@ -11,11 +11,11 @@ Eq. 7 says nothing of them. But a world's policy is a table of log-probs, so eac
 and each row says how far the trained GPT ended from it.
 
   python -m lab.methods.beyond_the_margin                      all five
-  python -m lab.methods.beyond_the_margin --loss cpo --lam 0.5
+  python -m lab.methods.beyond_the_margin --loss cpo           one of them; OWN holds tau, lam and the rest
 
 Traps: only dpop knows the reference; what holds cpo, orpo and slic_hf near the data is their likelihood term,
 and simpo has none. cpo, slic_hf and dpop are convex in the logits; of orpo and simpo LBFGS finds a minimum.
-With --lam 0 slic_hf is a hinge alone, whose minimiser is a staircase.
+With lam 0 slic_hf is a hinge alone, whose minimiser is a staircase.
 """
 import sys
 from argparse import Namespace
@@ -26,7 +26,7 @@ from torch.nn.functional import logsigmoid, relu
 
 import data
 import ipo
-from lab.common import exact, start
+from lab.common import start
 from lab.methods import descent
 
 
@@ -66,8 +66,7 @@ def dpop(w, l, args):
 
 
 COSTS = {cost.__name__: cost for cost in (cpo, orpo, slic_hf, simpo, dpop)}
-FLAGS = ("tau", "lam", "delta", "gamma")
-OWN = {  # the flags that each reads, and their values if they are not given
+OWN = {  # what each reads
     "cpo": {"tau": 0.5, "lam": 1.0},
     "orpo": {"lam": 1.0},
     "slic_hf": {"lam": 0.5, "delta": 1.0},
@@ -121,44 +120,26 @@ def row(loss, args):  # -> descent.Row
     print(f"\n{loss}, in {args.out}")
     policy, source = start.start(args)
     # only now, since the core knows neither this loss nor one without tau; the saved flags are to say so
-    args.loss = loss
-    if "tau" not in OWN[loss]:
-        args.tau = None
+    vars(args).update({"loss": loss, "tau": None} | OWN[loss])
 
     def evaluate(policy):
-        logp = source.table(policy)
-        return ipo.means({
-            "kl_ref": data.kl(logp, source.exact["ref"]),
-            "win rate": exact.win(logp, source.pstar, source.mu),
-        })
+        return ipo.means({"kl_ref": data.kl(source.table(policy), source.exact["ref"])})
 
     descent.fit(policy, losses(policy, source, args), args, evaluate)
     mean, logp = expectation(source, args), source.table(policy)
-    mine, _ = descent.measured(mean, logp, source, source.pstar)
-    flags = " ".join(f"{flag} {getattr(args, flag):g}" for flag in OWN[loss])
-    return descent.Row({"flags": flags, **mine})
+    return descent.measured(mean, logp, source, source.pstar)[0]
 
 
 def run(argv):
     own = start.parser(__doc__)
     own.add_argument("--loss", nargs="+", choices=COSTS, default=list(COSTS), help="which [all]")
-    own.add_argument("--tau", type=float, help="cpo, dpop [0.5], simpo [2]")
-    own.add_argument("--lam", type=float, help="weight of the other term [1, slic_hf 0.5, dpop 5]")
-    own.add_argument("--delta", type=float, help="slic_hf: the margin it asks for [1]")
-    own.add_argument("--gamma", type=float, help="simpo: asked for beyond z > 0 [0.5]")
-    args = start.parse(own, argv, "--out out/beyond_the_margin", descent.USELESS)
-    descent.need_world(args)
+    args = start.parse(own, argv, "--tau 1 --out out/beyond_the_margin", ["loss", "tau"], world=True)
     start.refuse_twice("--loss", args.loss)
-    given = {flag: getattr(args, flag) for flag in FLAGS}
-    given = {flag: value for flag, value in given.items() if value is not None}
-    read = {flag for loss in args.loss for flag in OWN[loss]}
-    for flag in given.keys() - read:
-        raise data.Refused(f"--{flag} does nothing for {', '.join(args.loss)}; leave it out")
     start.make_folder(args.out)
     rows = {}
     for loss in args.loss:
-        start_with = {"loss": "ipo", "tau": 1.0, "out": f"{args.out}/{loss}"}
-        rows[loss] = row(loss, Namespace(**vars(args) | start_with | OWN[loss] | given))
+        start_with = {"loss": "ipo", "out": f"{args.out}/{loss}"}
+        rows[loss] = row(loss, Namespace(**vars(args) | start_with))
     far = max(row["KL to its minimiser"] or 0 for row in rows.values())
     said = (f"World {args.data}: each ends at the exact minimiser of its own loss, which is no pi*. "
             f"The trained policies of {', '.join(rows)} are at most {far:.4f} nats from there.")

@@ -35,37 +35,20 @@ def mean_over_pairs(cost, mu):  # (X,Y,Y), (X,Y) -> ()
 
 
 class Row(dict):
-    """A row of a table, {column: number, text or None}; `table` sets the widths that it is shown with."""
-
-    def cells(self):
-        shown = {}
-        for name, value in self.items():
-            shown[name] = f"{value:z.4f}" if isinstance(value, float) else value or "-"
-        return shown
+    """A row of a table, {column: number, text or None}. A column is as wide as its name, or 7 characters."""
 
     def __str__(self):
-        padded = [cell.rjust(self.widths[name]) for name, cell in self.cells().items()]
-        return "  ".join(padded)
+        cells = []
+        for name, value in self.items():
+            shown = f"{value:z.4f}" if isinstance(value, float) else value or "-"
+            cells.append(shown.rjust(max(len(name), 7)))
+        return "  ".join(cells)
 
 
 def table(first, rows):  # a name for the first column, {name: Row} -> figures for start.finish
     """The rows with their head."""
     head = Row({name: name for name in next(iter(rows.values()))})
-    every = [head, *rows.values()]
-    widths = {name: max(len(row.cells()[name]) for row in every) for name in head}
-    for row in every:
-        row.widths = widths
     return {first: str(head), **rows}
-
-
-# flags of ipo.py for its own losses and for files, which do nothing in a program that has its own in a world
-USELESS = ["loss", "tokenizer", "holdout", "block_size"]
-
-
-def need_world(args):
-    """Raises data.Refused if --data names no world."""
-    if args.data not in data.WORLDS:
-        raise data.Refused(f"--data {args.data}: exact answers need a world: {', '.join(data.WORLDS)}")
 
 
 def lowest(mean, logp, ref):  # -> log pi (X,Y)

@@ -1,18 +1,15 @@
 """Do thumbs up and down, without pairs, teach what pairs teach? KTO (Ethayarajh et al. 2024).
 
 A response of log-ratio f = log pi/ref costs 1 - s(tau (f - z0)) if it is liked, 1 - s(tau (z0 - f)) if not.
-z0 stands for KL(pi||ref) and passes no gradient. A response that is liked with probability g costs, but for a
-constant, (1 - 2g) s(tau (f - z0)) on average. So a minimiser gives no mass at all where g < 1/2.
+z0 stands for KL(pi||ref) and passes no gradient. A world's policy is enumerated, so there z0 is the KL. For a
+file it is the paper's estimate: the mean f of the batch's responses after other prompts, at least 0. A
+response that is liked with probability g costs, but for a constant, (1 - 2g) s(tau (f - z0)) on average. So a
+minimiser gives no mass at all where g < 1/2.
 
   python -m lab.methods.kto                          in a world, against the exact answer
   python -m lab.methods.kto --data FILE.jsonl        lines {"prompt", "completion", "label": true or false}
 
-A file may hold pairs, too: of a pair one response is liked, the other is not. --z0 says what stands for KL:
-  policy      KL(pi||ref) by enumeration, what the formula means; worlds only, and the default there
-  mismatched  the paper's estimate: mean f of the batch's responses after other prompts, at least 0
-  zero        0: the loss of APO-zero (D'Oosterlinck et al. 2024)
-
-Traps: data are not the policy's responses, so `mismatched` lies far below the KL, and 0 stands for it. A
+Traps: a file's responses are not the policy's, so the estimate lies far below the KL, and is 0 mostly. A
 liked row far below z0 has no slope, so too high an --lr drives both kinds down: look at both, not at their
 difference. Among responses with g > 1/2 the loss is not convex. The exact answer here is the minimiser that
 LBFGS finds from the reference, and KL(answer||pi) is its distance, since the answer has zeros.
@@ -27,38 +24,31 @@ import model
 from lab.common import exact, start
 from lab.methods import descent
 
-NEEDED = 'write {"prompt": "...", "completion": "...", "label": true or false}, or a pair'
+NEEDED = 'write {"prompt": "...", "completion": "...", "label": true or false}'
 UNREAD = "-"  # stands where a pair has its other response; nothing is learned from it
 
 
 def cost(f, z0, label, args):  # (R,), (), (R,) in 0..1 -> (R,)
     gain = torch.sigmoid(args.tau * (f - z0))
-    return label * args.liked * (1 - gain) + (1 - label) * args.disliked * gain
+    return label * (1 - gain) + (1 - label) * gain
 
 
 # ------------------------------------------------------------------------------------------- rows with labels
 
-def parse(item, notes):  # -> a list of data.Pair
-    """One line of a file: TRL's unpaired form, or a pair, which is two rows. A row's p is its label."""
-    if "completion" not in item and "label" not in item:
-        pair = data.parse_pair(item, notes)
-        return [
-            data.Pair(pair.prompt, pair.chosen, UNREAD, pair.p),
-            data.Pair(pair.prompt, pair.rejected, UNREAD, 1 - pair.p),
-        ]
+def parse(item, notes):  # -> data.Pair
+    """One line of a file, in TRL's unpaired form. A row's p is its label."""
     for key, kind in {"prompt": str, "completion": str, "label": bool}.items():
         if not isinstance(item.get(key), kind):
             raise data.Refused(f"{key!r} is {data.short(item.get(key))}; {NEEDED}")
-    return [data.Pair(item["prompt"], item["completion"], UNREAD, float(item["label"]))]
+    return data.Pair(item["prompt"], item["completion"], UNREAD, float(item["label"]))
 
 
 class Thumbs(ipo.FileSource):
     """Rows of a file, each the first of a pair whose p is the probability that the row is liked."""
 
     def __init__(self, args):
-        lines = data.read_jsonl(args.data, parse)
         print("data: from here on a row counts as a pair")
-        super().__init__(args, pairs=[row for line in lines for row in line])
+        super().__init__(args, pairs=data.read_jsonl(args.data, parse))
         rows, label = self.labelled(self.train)
         self.sft_weight = torch.zeros(len(self.pairs.length)).scatter(0, rows, label)
         for which in (self.train, self.held_out):
@@ -112,7 +102,7 @@ def answer(world):  # -> log pi (X,Y)
     def mean(logp):
         return (world.mu * cost(logp - ref, z0, g, args)).sum(-1).mean()
 
-    for _ in range(20 if args.z0 == "policy" else 1):  # z0 is the same to 1e-6 after that
+    for _ in range(20):  # z0 is the same to 1e-6 after that
         logp = exact.minimise(mean, logp, 500)
         z0 = data.kl(logp, ref)
     return logp
@@ -135,9 +125,7 @@ def mismatched(pairs, block_size):
 
 def anchor(policy, source, args):  # -> a function (policy, rows) -> z0, a number that passes no gradient
     """Made while the policy is the reference."""
-    if args.z0 == "zero":
-        return lambda policy, rows: torch.zeros(())
-    if args.z0 == "policy":
+    if args.data in data.WORLDS:
         table = exact.Table(source)
         ref = source.exact["ref"].float()
         return lambda policy, rows: data.kl(table(policy).detach(), ref)
@@ -165,15 +153,8 @@ def losses(policy, source, args):
 
 
 def run(argv):
-    own = start.parser(__doc__)
-    own.add_argument("--z0", choices=["policy", "mismatched", "zero"], help="see above")
-    own.add_argument("--liked", type=float, default=1.0, help="weight of liked rows, lambda_D [1]")
-    own.add_argument("--disliked", type=float, default=1.0, help="weight of the others, lambda_U [1]")
-    args = start.parse(own, argv, "--tau 0.5 --out out/kto", without=["loss"])
+    args = start.parse(start.parser(__doc__), argv, "--tau 0.5 --out out/kto", without=["loss"])
     world = args.data in data.WORLDS
-    args.z0 = args.z0 or ("policy" if world else "mismatched")
-    if args.z0 == "policy" and not world:
-        raise data.Refused("--z0 policy: only a world's policy can be enumerated; use --z0 mismatched")
     if args.init_from:
         policy, args.tokenizer = model.load(args.init_from)
         args.block_size = policy.config.block_size

@@ -170,16 +170,14 @@ def row(source):  # -> descent.Row
     trained = source.table(model.load(f"{one.out}/ckpt.pt")[0])
     mine, best = descent.measured(expectation(source, one), trained, source, source.true)
     ref, opt = source.exact["ref"], source.exact["opt"]
-    known = {
-        "Psi": PSI[one.loss][0],
-        **ipo.means({
-            "pi* to ref": data.kl(opt, ref),
-            "policy to pi*": data.kl(trained, opt),
-            "minimiser to pi*": data.kl(best, opt),
-        })}
+    known = ipo.means({
+        "pi* to ref": data.kl(opt, ref),
+        "policy to pi*": data.kl(trained, opt),
+        "minimiser to pi*": data.kl(best, opt),
+    })
     if mine["KL to its minimiser"] is None:
         known["minimiser to pi*"] = None
-    return descent.Row(known | mine)
+    return descent.Row({"pi* of Psi": PSI[one.loss][0]} | known | mine)
 
 
 def answer(rows, args):
@@ -199,8 +197,7 @@ def run(argv):
     own = start.parser(__doc__)
     own.add_argument("--loss", nargs="+", choices=PSI, help="which losses [all]")
     own.add_argument("--noise", type=float, default=0.0, help="share of labels that are flipped [0]")
-    args = start.parse(own, argv, "--tau 1 --out out/margin_losses", descent.USELESS)
-    descent.need_world(args)
+    args = start.parse(own, argv, "--tau 1 --out out/margin_losses", ["loss"], world=True)
     names = args.loss or ["ipo", "dpo", *NEW]
     if args.noise and args.loss is None:
         names = ["ipo", "dpo", "cdpo", "robust"]

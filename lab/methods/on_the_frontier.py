@@ -17,16 +17,8 @@ import numpy
 import torch
 
 import data
-import model
 from lab.common import exact, pictures, start
 from lab.methods import descent
-
-def made_by(folder):
-    """The program of a run, and the flags that tell its methods apart. (psi is not among them.)"""
-    flags = model.read(f"{folder}/ckpt.pt")["flags"]
-    program = flags.get("program") or "ipo.py"
-    known = [f"{name} {flags[name]}" for name in ("loss", "tau", "labels", "noise") if flags.get(name)]
-    return ", ".join([program.removeprefix("lab.methods."), *known])
 
 
 def read(folders):  # -> the world of the first run, {folder: log pi (X,Y)}
@@ -48,20 +40,17 @@ def read(folders):  # -> the world of the first run, {folder: log pi (X,Y)}
 
 
 def draw(rows, frontier, path):
-    """Win rate against KL of the runs, numbered as in the table, on the frontier; and how far below it."""
-    figure, axes = pictures.panels(1, 2, width=8, height=6)
-    left, right = axes[0]
-    left.plot(*frontier, "k-")
+    """Win rate against KL of the runs, numbered as in the table, and the frontier."""
+    figure, axes = pictures.panels(1, 1, width=8, height=6)
+    axis = axes[0][0]
+    axis.plot(*frontier, "k-")
     for number, (name, row) in enumerate(rows.items(), 1):
-        kl, win, lost, _ = row.values()
-        for axis, y in ((left, win), (right, max(lost, 1e-4))):
-            axis.plot(kl, y, "o", label=f"{number} {name}")
-            axis.annotate(str(number), (kl, y))
+        kl, win, _ = row.values()
+        axis.plot(kl, win, "o", label=f"{number} {name}")
+        axis.annotate(str(number), (kl, win))
     far = max(row["KL to ref"] for row in rows.values())
-    left.set(xlim=(0, 1.1 * far), ylabel="win rate; black: the frontier")
-    right.set(xscale="log", yscale="log", ylabel="win rate below the frontier")
-    figure.supxlabel("KL(pi||ref), nats")
-    right.legend(fontsize=12, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.set(xlim=(0, 1.1 * far), xlabel="KL(pi||ref), nats", ylabel="win rate; black: the frontier")
+    axis.legend(fontsize=12, loc="center left", bbox_to_anchor=(1, 0.5))
     pictures.save(figure, path)
 
 
@@ -78,15 +67,13 @@ def run(argv):
         kl = data.kl(logp, ref).item()
         win = exact.win(logp, world.pstar, uniform).item()
         lost = float(numpy.interp(kl, *frontier)) - win
-        row = {"KL to ref": kl, "win rate": win, "lost": lost, "made by": made_by(folder)}
-        rows[folder] = descent.Row(row)
+        rows[folder] = descent.Row({"KL to ref": kl, "win rate": win, "lost": lost})
     start.make_folder(args.out)
     draw(rows, frontier, f"{args.out}/family.png")
     lost = {name: row["lost"] for name, row in rows.items()}
-    near = sum(below < 0.0025 for below in lost.values())
     above = sum(below < -1e-6 for below in lost.values())
     lowest = max(lost, key=lost.get)
-    said = (f"Of {len(rows)} policies {above} lie above the frontier and {near} at most .0025 below it. "
+    said = (f"Of {len(rows)} policies {above} lie above the frontier. "
             f"The lowest is {lowest}, which wins {lost[lowest]:.4f} less than is possible at its KL.")
     start.finish(args, said, descent.table("KL in nats", rows))
 

@@ -7,7 +7,7 @@ where it is its own answer.
   --pairs_from policy     online IPO: mu = pi; it ends at the Nash policy of the regularised game (Munos et
                           al. 2023, Calandriello et al. 2024)
   --pairs_from mixture    IPO-MD (Calandriello et al. 2024): mu = pi^(1-b) ref^b / Z, over whole responses
-  --pairs_from rejection  RSO (Liu et al. 2023): mu = ref exp(r/beta) / Z, candidates of ref that a coin
+  --pairs_from rejection  RSO (Liu et al. 2023): mu = ref exp(r) / Z, candidates of ref that a coin
                           accepts
   --labels_by reward      RLAIF: a reward model of the world's pairs judges, s(r-hat - r-hat') in place of p*;
                           it is trained for --steps, too
@@ -15,11 +15,11 @@ where it is its own answer.
 
   python -m lab.methods.online --offline --data deterministic        online and offline IPO, how far apart?
   python -m lab.methods.online --pairs_from mixture --tau 0.1 --labels soft
-  python -m lab.methods.online --pairs_from rejection --beta 0.5
+  python -m lab.methods.online --pairs_from rejection
 
 Traps: the sampler has no gradient. A mixture of whole responses is not a mixture of tokens. Rejection needs
 the largest reward of all responses, not that of its candidates, or it is biased. And what its pairs rarely
-hold it does not teach.
+hold it does not teach. The exact answers to hard labels are right for the paper's Psi alone.
 """
 import copy
 import sys
@@ -62,25 +62,17 @@ def batches(policy, ref, judge, mu, args):  # judge (X,Y,Y)
 def accepted(ref, r, args):  # (X,Y), (X,Y) -> (X,Y)
     """log of the shares of the --pairs candidates a prompt from ref that are kept.
 
-    Each is kept with probability exp((r - max r) / beta), so they are exact draws from ref exp(r/beta) / Z.
+    Each is kept with probability exp(r - max r), so they are exact draws from ref exp(r) / Z.
     """
     random = ipo.generator(args, 6)
     y = torch.multinomial(ref.exp(), args.pairs, replacement=True, generator=random)
-    chance = ((r - r.amax(-1, keepdim=True)) / args.beta).exp()
+    chance = (r - r.amax(-1, keepdim=True)).exp()
     kept = torch.rand(y.shape, generator=random) < chance.gather(1, y)
     print(f"rejection: {kept.double().mean():.2%} of {args.pairs:,} candidates a prompt are accepted")
     if not kept.any(1).all():
-        raise data.Refused("no candidate was accepted; give a larger --beta or more --pairs")
+        raise data.Refused("no candidate was accepted; give more --pairs")
     counts = torch.zeros_like(ref).scatter_add(1, y, kept.double())
     return (counts / counts.sum(-1, keepdim=True)).log()
-
-
-def worth(judge, args):  # (X,Y,Y) -> (X,Y,Y)
-    """tau times the margin that a pair's labels ask for on average; with the paper's Psi it is p - 1/2."""
-    if args.labels == "soft":
-        return args.tau * ipo.target(judge, args.tau)
-    certain = ipo.target(torch.ones_like(judge), args.tau)
-    return args.tau * (2 * judge - 1) * certain
 
 
 def answer(asked, mu, ref, args):  # (X,Y,Y), (X,Y), (X,Y) -> (X,Y)
@@ -96,7 +88,8 @@ def train(policy, world, judge, mu, args):  # -> (X,Y), (X,Y)
     """Trains the policy; returns where it is and where it should be."""
     print(f"{METHODS[args.pairs_from]}:")
     ref = world.exact["ref"]
-    end = answer(worth(judge, args), mu, ref, args)
+    asked = args.tau * ipo.target(judge, args.tau)  # with the paper's Psi it is p - 1/2
+    end = answer(asked, mu, ref, args)
     Path(args.out, "ckpt.pt").unlink(missing_ok=True)  # or ipo.train would go on from there
 
     def evaluate(policy):
@@ -111,17 +104,14 @@ def parse(argv):
     own.add_argument("--pairs_from", default="policy", choices=[*METHODS][:3], help="see above [policy]")
     own.add_argument("--labels_by", default="truth", choices=["truth", "reward"], help="the judge [truth]")
     own.add_argument("--b", type=float, default=0.5, help="mixture: the reference's exponent [0.5]")
-    own.add_argument("--beta", type=float, default=1.0, help="rejection: rewards in units of beta [1.0]")
     own.add_argument("--offline", action="store_true", help="train offline, too, and compare")
     args = parse_world(own, argv, "--out out/online")
     if args.pairs_from != "mixture":
         refuse_given(argv, ["b"], "does nothing without --pairs_from mixture")
-    if args.pairs_from != "rejection":
-        refuse_given(argv, ["beta"], "does nothing without --pairs_from rejection")
-        if args.labels_by == "truth":
-            refuse_given(argv, ["pairs"], "does nothing where pairs are drawn afresh")
-    if not 0 <= args.b < 1 or not args.beta > 0:
-        raise data.Refused("--b takes 0 to below 1, --beta more than 0")
+    if args.pairs_from != "rejection" and args.labels_by == "truth":
+        refuse_given(argv, ["pairs"], "does nothing where pairs are drawn afresh")
+    if not 0 <= args.b < 1:
+        raise data.Refused("--b takes 0 to below 1")
     return args
 
 

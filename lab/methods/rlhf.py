@@ -2,22 +2,19 @@
 
 The objective E[r] - tau KL(pi||ref) has the exact answer ref exp(r/tau) / Z. RLOO (Ahmadian et al. 2024)
 draws k responses to each prompt. Of each it takes R = r - tau log(pi/ref), a number without gradient. R less
-the mean R of the other k - 1 is multiplied by the gradient of log pi. --clip and --epochs make PPO's
-surrogate of it (Schulman et al. 2017).
+the mean R of the other k - 1 is multiplied by the gradient of log pi.
 
   --kl reward   as above
-  --kl grad     the mean of log(pi/ref) is differentiated in the loss; its gradient is 0 on average, so
-                nothing pulls back, and all goes to the best response
   --kl k3       ref/pi - 1 - log(ref/pi) in the loss; its gradient is that of KL(ref||pi), which has another
                 answer, tau ref / (nu - r)
 
-  python -m lab.methods.rlhf                               the world's own reward
-  python -m lab.methods.rlhf --reward model                a reward learned from pairs (reward_model.py)
+  python -m lab.methods.rlhf                                      the world's own reward
   python -m lab.methods.rlhf --kl k3
-  python -m lab.methods.rlhf --compare --tau 0.5           RLHF, DPO and IPO with Psi = logit: one policy?
+  python -m lab.methods.rlhf --compare --tau 0.5 --steps 2000    RLHF, DPO, IPO with Psi = logit: one policy?
 
---compare checks proposition 1 of Azar et al.: under Bradley-Terry the three have one optimum. It uses soft
-labels, since with hard ones IPO with Psi = logit has no finite target.
+--compare learns the reward from pairs, each of the four trainings for --steps. It checks proposition 1 of
+Azar et al.: under Bradley-Terry the three have one optimum. It uses soft labels, since with hard ones IPO
+with Psi = logit has no finite target.
 Trap: a baseline that holds the sample itself makes the gradient (k-1)/k as large, which Adam hides.
 """
 import copy
@@ -33,8 +30,8 @@ import model
 from lab.common import exact, start
 from lab.methods.reward_model import best_policy, fit, parse_world, refuse_given, table, taught
 
-IDLE = ("reward_steps", "pairs", "labels", "mu", "batch_size")  # without a reward model
-CHOSEN = ("data", "labels", "reward", "kl")                     # by --compare
+IDLE = ("pairs", "labels", "mu", "batch_size")  # without --compare
+CHOSEN = ("data", "labels", "kl")               # by --compare
 
 
 def baseline(value):  # (X,k) -> (X,k)
@@ -42,20 +39,15 @@ def baseline(value):  # (X,k) -> (X,k)
     return (value.sum(1, keepdim=True) - value) / (value.shape[1] - 1)
 
 
-def loss(logp, old_logp, ref_logp, reward, args):  # (X,k) each -> ()
-    """At logp = old_logp its gradient is RLOO's, minus the mean of (R - baseline) grad log pi."""
-    log_ratio = logp - ref_logp
-    k3 = (-log_ratio).exp() - 1 + log_ratio
-    penalty = {"reward": 0.0, "grad": log_ratio, "k3": k3}[args.kl]
-    if args.kl == "reward":
-        reward = reward - args.tau * (old_logp - ref_logp)  # a number, without gradient
+def loss(logp, ref_logp, reward, args):  # (X,k) each -> ()
+    """Its gradient is RLOO's, minus the mean of (R - baseline) grad log pi."""
+    log_ratio, penalty = logp - ref_logp, 0.0
+    if args.kl == "k3":
+        penalty = (-log_ratio).exp() - 1 + log_ratio
+    else:
+        reward = reward - args.tau * log_ratio.detach()
     advantage = reward - baseline(reward)
-    ratio = (logp - old_logp).exp()
-    gain = ratio * advantage
-    if args.clip:
-        clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
-        gain = gain.minimum(clipped * advantage)
-    return (args.tau * penalty - gain).mean()
+    return (args.tau * penalty - advantage * logp).mean()
 
 
 def answer(ref_logp, r, args):  # (X,Y), (X,Y) -> (X,Y)
@@ -63,8 +55,6 @@ def answer(ref_logp, r, args):  # (X,Y), (X,Y) -> (X,Y)
     if args.kl == "reward":
         return best_policy(ref_logp, r, args.tau)
     top = r.amax(-1, keepdim=True)
-    if args.kl == "grad":  # nothing pulls back
-        return torch.zeros_like(r).masked_fill(r < top, -torch.inf).log_softmax(-1)
     low, high = top, top + args.tau  # nu by bisection: the sum falls from infinity to below 1
     for _ in range(200):
         nu = (low + high) / 2
@@ -75,7 +65,7 @@ def answer(ref_logp, r, args):  # (X,Y), (X,Y) -> (X,Y)
 
 
 def train(policy, world, r, args):
-    """RLOO on rewards r (X,Y). With --epochs above 1 several steps on the same samples, as PPO takes them."""
+    """RLOO on rewards r (X,Y)."""
     read, optimizer, random = exact.Table(world), ipo.adam(policy), ipo.generator(args, 4)
     ref = world.exact["ref"]
     end = answer(ref, r, args)
@@ -83,10 +73,8 @@ def train(policy, world, r, args):
         logp = read(policy)  # (X,Y)
         if not logp.isfinite().all():
             raise ipo.Stopped(f"step {step}: the policy is not finite; lower --lr or raise --tau")
-        if (step - 1) % args.epochs == 0:
-            old = logp.detach()
-            y = torch.multinomial(old.exp(), args.k, replacement=True, generator=random)  # (X,k)
-        drawn = [each.gather(1, y) for each in (logp, old, ref, r)]
+        y = torch.multinomial(logp.detach().exp(), args.k, replacement=True, generator=random)  # (X,k)
+        drawn = [each.gather(1, y) for each in (logp, ref, r)]
         loss(*drawn, args).backward()
         ipo.optimizer_step(policy, optimizer, step, args.steps, args.lr)
         if step % args.log_every == 0:
@@ -100,7 +88,7 @@ def others(reference, world, args):
     """{name: log pi (X,Y)} of DPO and of IPO's loop with Psi = logit, on the world's pairs."""
     tables, psi = {}, ipo.psi
     mine = copy.copy(args)
-    mine.steps, mine.lr = args.reward_steps, ipo.parse([]).lr
+    mine.lr = ipo.parse([]).lr
     try:
         ipo.psi = torch.logit
         for name, mine.loss in (("DPO", "dpo"), ("IPO with logit", "ipo")):
@@ -127,37 +115,27 @@ def compare(tables, args):
 
 def parse(argv):
     own = start.parser(__doc__)
-    own.add_argument("--reward", choices=["true", "model"], default="true", help="whose reward [true]")
-    own.add_argument("--kl", choices=["reward", "grad", "k3"], default="reward", help="see above [reward]")
+    own.add_argument("--kl", choices=["reward", "k3"], default="reward", help="see above [reward]")
     own.add_argument("--k", type=int, default=64, help="samples of each prompt in a step [64]")
-    own.add_argument("--clip", type=float, default=0.0, help="PPO's; 0 is none [0]")
-    own.add_argument("--epochs", type=int, default=1, help="steps on the same samples [1]")
-    own.add_argument("--reward_steps", type=int, default=2000, help="of the reward model [2000]")
     own.add_argument("--compare", action="store_true", help="RLHF, DPO and IPO's loop at one policy?")
     args = parse_world(own, argv, "--steps 1000 --lr 3e-3 --out out/rlhf")
-    if args.k < 2 or args.epochs < 1 or args.reward_steps < 1:
-        raise data.Refused("--k takes 2 or more, --epochs and --reward_steps 1 or more")
+    if args.k < 2:
+        raise data.Refused("--k takes 2 or more")
     if args.compare:
         refuse_given(argv, CHOSEN, "is chosen by --compare, as elsewhere the three optima differ")
-        args.reward, args.labels = "model", "soft"
-    if args.reward == "true":
-        refuse_given(argv, IDLE, "does nothing without --reward model")
+        args.labels = "soft"
+    else:
+        refuse_given(argv, IDLE, "does nothing without --compare")
     return args
 
 
 def said(figures, args):
     """The answer of a run, in a sentence or two."""
-    method = "PPO" if args.clip or args.epochs > 1 else "RLOO"
     rlhf = figures["KL to ref exp(r/tau)/Z"]
-    text = f"{method} ends {rlhf:.4f} nats from ref exp(r/tau)/Z, at tau {args.tau}."
+    text = f"RLOO ends {rlhf:.4f} nats from ref exp(r/tau)/Z, at tau {args.tau}."
     if args.kl == "k3":
         own = figures["KL to its own answer"]
         text += f" With k3 the answer is another, tau ref/(nu - r), and that is {own:.4f} nats away."
-    if args.kl == "grad":
-        text += f" Nothing pulls back: {figures['mass on the best']:.0%} are on the best response."
-    if args.reward == "model":
-        true = figures["... of the true reward"]
-        text += f" That is for the learned reward; the true one's answer is {true:.4f} nats away."
     return text
 
 
@@ -165,24 +143,21 @@ def run(argv):
     args = parse(argv)
     policy, world = start.start(args)
     args.loss = None  # RLHF has none on a margin, and its files should not name one
-    tables = others(policy, world, args) if args.compare else {}
     ref, r = world.exact["ref"], taught(world)
     right = best_policy(ref, r, args.tau)
-    if args.reward == "model":
-        r = table(fit(policy, world, args, args.reward_steps, lr=3e-3), world)
+    if args.compare:
+        tables = others(policy, world, args)
+        r = table(fit(policy, world, args, args.steps, lr=3e-3), world)
     train(policy, world, r, args)
     logp = world.table(policy)
     if args.compare:
         start.finish(args, *compare({"RLHF": logp, **tables, "exact": right}, args))
         return
-    best = r == r.amax(-1, keepdim=True)
     figures = ipo.means({
         "KL to its own answer": data.kl(logp, answer(ref, r, args)),
-        "KL to ref exp(r/tau)/Z": data.kl(logp, best_policy(ref, r, args.tau)),
-        "... of the true reward": data.kl(logp, right),
+        "KL to ref exp(r/tau)/Z": data.kl(logp, right),
         "KL to the reference": data.kl(logp, ref),
         "win rate": exact.win(logp, world.pstar, world.mu),
-        "mass on the best": (logp.exp() * best).sum(-1),
     })
     start.finish(args, said(figures, args), figures)
 

@@ -8,8 +8,7 @@ of the odds:
   pi_{t+1}  =  pi_t^(1 - 1/lambda) p_data^(1/lambda) / Z
 
 A round multiplies log pi_t - log p_data by 1 - 1/lambda. So rounds converge if and only if lambda is above
-1/2, and lambda = 1 needs one round. Here p_data is the world's optimum at --tau. Maximum likelihood on the
-same data, for as many steps, stands beside it.
+1/2, and lambda = 1 needs one round. Here p_data is the world's optimum at --tau.
 
   python -m lab.methods.spin
   python -m lab.methods.spin --lam 0.1 --tau 1       is carried away
@@ -78,17 +77,12 @@ def run(argv):
     if args.lam <= 0 or args.rounds < 1:
         raise data.Refused("--lam takes more than 0, --rounds 1 or more")
     policy, world = start.start(args)
-    p_data, likely = world.exact["opt"], copy.deepcopy(policy)
+    p_data = world.exact["opt"]
     before = data.kl(p_data, world.table(policy))
     figures = play(policy, world, p_data, args)
-    print("maximum likelihood:")
-    world.sft_weight = p_data.exp().flatten()
-    mine = copy.copy(args)
-    mine.sft_steps = args.rounds * args.steps
-    ipo.finetune(likely, world, mine)
-    best, after = data.kl(p_data, world.table(likely)), figures[f"after round {args.rounds}"]
+    after = figures[f"after round {args.rounds}"]
     text = (f"With lambda {args.lam} SPIN is {after:.4f} nats from its data, KL(p_data||pi). It began at "
-            f"{before:.4f}, and maximum likelihood on the same data reaches {best:.4f}.")
+            f"{before:.4f}.")
     start.finish(args, text, ipo.means(figures))
 
 

@@ -44,7 +44,7 @@ def table(policy, world):
 
 def flags(**own):
     usual = {
-        "data": "bt", "seed": 0, "tau": 0.2, "b": 0.4, "beta": 0.4,
+        "data": "bt", "seed": 0, "tau": 0.2, "b": 0.4,
         "labels": "soft", "steps": 2, "pairs_from": "policy",
         "batch_size": 40_000, "pairs": 400_000,
     }
@@ -146,33 +146,22 @@ def test_at_nash_the_gradient_without_the_sampler_vanishes():
     assert theta.grad.abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("labels", ["hard", "soft"])
-def test_labels_ask_for_the_mean_over_their_coin_flips(labels, monkeypatch):
-    """With a Psi that is not affine: a hard label asks for the target of 1 or of 0."""
-    monkeypatch.setattr(ipo, "psi", lambda q: q ** 3)
-    p = torch.tensor([0.0, 0.3, 0.9], dtype=torch.float64)
-    hard = p * 0.5 - (1 - p) * 0.5
-    soft = (p ** 3 - (1 - p) ** 3) / 2
-    asked = online.worth(p, flags(labels=labels))
-    assert torch.allclose(asked, hard if labels == "hard" else soft)
-
-
 def test_rejection_draws_from_the_tilted_reference():
-    """400,000 candidates a prompt: shares of those kept within six deviations of ref exp(r/beta) / Z."""
+    """400,000 candidates a prompt: shares of those kept within six deviations of ref exp(r) / Z."""
     world, args = data.World("bt"), flags()
     ref, r = table(far_from(world, 1), world), world.reward
-    law = (ref + r / 0.4).softmax(-1)
-    chance = ((r - r.amax(-1, keepdim=True)) / 0.4).exp()
+    law = (ref + r).softmax(-1)
+    chance = (r - r.amax(-1, keepdim=True)).exp()
     kept = args.pairs * (ref.exp() * chance).sum(-1, keepdim=True)
     shares = online.accepted(ref, r, args).exp()
     assert deviations(shares, law, kept) < 6
 
 
-def test_a_beta_that_accepts_nothing_is_refused():
+def test_rewards_that_accept_nothing_are_refused():
     ref = torch.tensor([[0.0, -99.0]], dtype=torch.float64)
-    r = torch.tensor([[0.0, 9.0]], dtype=torch.float64)
-    with pytest.raises(data.Refused, match="--beta"):
-        online.accepted(ref, r, flags(beta=1e-6, pairs=10))
+    r = torch.tensor([[0.0, 99.0]], dtype=torch.float64)
+    with pytest.raises(data.Refused, match="--pairs"):
+        online.accepted(ref, r, flags(pairs=10))
 
 
 @pytest.mark.parametrize("pairs_from", ["policy", "mixture", "rejection"])
@@ -214,8 +203,6 @@ def test_a_reward_model_judges_in_the_place_of_the_truth(tmp_path, monkeypatch):
     (["--data", "pairs.jsonl"], "only a world"),
     (["--b", "0.3"], "mixture"),
     (["--pairs_from", "mixture", "--b", "1"], "--b"),
-    (["--beta", "2"], "rejection"),
-    (["--pairs_from", "rejection", "--beta", "0"], "--beta"),
     (["--pairs_from", "elsewhere"], "--pairs_from"),
     (["--pairs", "100"], "afresh"),
     (["--loss", "dpo"], "--loss"),
