@@ -120,10 +120,12 @@ def row(loss, args):  # -> descent.Row
     print(f"\n{loss}, in {args.out}")
     policy, source = start.start(args)
     # only now, since the core knows neither this loss nor one without tau; the saved flags are to say so
-    vars(args).update({"loss": loss, "tau": None} | OWN[loss])
+    args.loss = loss
+    vars(args).update({"tau": None} | OWN[loss])
 
     def evaluate(policy):
-        return ipo.means({"kl_ref": data.kl(source.table(policy), source.exact["ref"])})
+        logp = source.table(policy)
+        return ipo.means({"kl_ref": data.kl(logp, source.exact["ref"])})
 
     descent.fit(policy, losses(policy, source, args), args, evaluate)
     mean, logp = expectation(source, args), source.table(policy)

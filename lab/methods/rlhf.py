@@ -8,9 +8,9 @@ the mean R of the other k - 1 is multiplied by the gradient of log pi.
   --kl k3       ref/pi - 1 - log(ref/pi) in the loss; its gradient is that of KL(ref||pi), which has another
                 answer, tau ref / (nu - r)
 
-  python -m lab.methods.rlhf                                      the world's own reward
+  python -m lab.methods.rlhf                          the world's own reward
   python -m lab.methods.rlhf --kl k3
-  python -m lab.methods.rlhf --compare --tau 0.5 --steps 2000    RLHF, DPO, IPO with Psi = logit: one policy?
+  python -m lab.methods.rlhf --compare --tau 0.5      RLHF, DPO and IPO with Psi = logit: one policy?
 
 --compare learns the reward from pairs, each of the four trainings for --steps. It checks proposition 1 of
 Azar et al.: under Bradley-Terry the three have one optimum. It uses soft labels, since with hard ones IPO
@@ -31,7 +31,6 @@ from lab.common import exact, start
 from lab.methods.reward_model import best_policy, fit, parse_world, refuse_given, table, taught
 
 IDLE = ("pairs", "labels", "mu", "batch_size")  # without --compare
-CHOSEN = ("data", "labels", "kl")               # by --compare
 
 
 def baseline(value):  # (X,k) -> (X,k)
@@ -122,7 +121,7 @@ def parse(argv):
     if args.k < 2:
         raise data.Refused("--k takes 2 or more")
     if args.compare:
-        refuse_given(argv, CHOSEN, "is chosen by --compare, as elsewhere the three optima differ")
+        refuse_given(argv, ["data", "labels", "kl"], "is chosen by --compare; elsewhere the optima differ")
         args.labels = "soft"
     else:
         refuse_given(argv, IDLE, "does nothing without --compare")
