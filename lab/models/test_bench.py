@@ -3,8 +3,10 @@
 import json
 import subprocess
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+import tiktoken
 import torch
 import transformers
 
@@ -40,6 +42,17 @@ def random_gpt2(folder, vocabulary="gpt2"):
         tokenizer_object=converter.converted(), bos_token=data.EOT, eos_token=data.EOT)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gpt2_without_a_network():
+    """As many ids as GPT-2 has: single bytes, and others that no text makes. The real table is a download."""
+    ids = {bytes([byte]): byte for byte in range(256)}
+    for number in range(256, 50256):
+        ids[b"\xff\xfe" + number.to_bytes(4, "big")] = number
+    encoding = tiktoken.Encoding("gpt2", pat_str="(?s).", mergeable_ranks=ids, special_tokens={data.EOT: 50256})
+    with mock.patch.object(data.tiktoken, "get_encoding", lambda name: encoding):
+        yield
 
 
 @pytest.fixture(scope="module")

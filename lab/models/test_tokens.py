@@ -31,12 +31,12 @@ def test_the_response_is_scored_and_the_prompt_is_not(tmp_path, capsys):
 
 
 def test_different_tokens_look_different(tmp_path, capsys):
-    """GPT-2 cuts these letters into bytes, which a replacement sign would hide."""
+    """Tokens that are single bytes of these letters, which a replacement sign would hide."""
     path = write(tmp_path, {"prompt": "\u4f60\u597d", "chosen": "\u597d\U0001f600", "rejected": "\u4e0d"})
-    said = show(capsys, "--data", path)
-    assert r"|\xe4\xbd|\xa0|\xe5\xa5|\xbd|" in said
-    assert r"|\xe5\xa5|\xbd|\xf0\x9f\x98|\x80|<|endoftext|>|" in said
-    assert "|\u4e0d|" in said
+    said = show(capsys, "--data", path, "--tokenizer", "bytes")
+    assert r"|\xe4|\xbd|\xa0|\xe5|\xa5|\xbd|" in said
+    assert r"|\xe5|\xa5|\xbd|\xf0|\x9f|\x98|\x80|<|endoftext|>|" in said
+    assert r"|\xe4|\xb8|\x8d|" in said
 
 
 def test_what_is_cut_is_told(tmp_path, capsys):
@@ -77,8 +77,9 @@ def test_marks_of_a_space_are_shown(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("argv, words", [
-    ([], "--data"), (["--data", "none.jsonl"], "none.jsonl: no such file"),
-    (["--data", "PAIRS", "--block_size", "-1"], "every pair was dropped"),
+    ([], "--data"),
+    (["--data", "none.jsonl", "--tokenizer", "bytes"], "none.jsonl: no such file"),
+    (["--data", "PAIRS", "--tokenizer", "bytes", "--block_size", "-1"], "every pair was dropped"),
     (["--data", "PAIRS", "--tokenizer", "bytes", "--init_from", "x"], "--block_size do nothing"),
     (["--data", "PAIRS", "--init_from", "none/such"], "there is no such folder"),
     (["--data", "PAIRS", "--init_from", "none.pt"], "none.pt"),
@@ -95,5 +96,6 @@ def test_what_cannot_be_shown_is_a_line(tmp_path, argv, words, capsys):
 def test_a_broken_line_is_named(tmp_path, capsys):
     """As ipo.py names it."""
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "chosen": 5, "rejected": "c"}))
-    assert start.main("tokens", tokens.run, ["--data", str(tmp_path / "pairs.jsonl")]) == 2
+    argv = ["--data", str(tmp_path / "pairs.jsonl"), "--tokenizer", "bytes"]
+    assert start.main("tokens", tokens.run, argv) == 2
     assert "pairs.jsonl:1: 'chosen' is 5" in capsys.readouterr().err
