@@ -1,11 +1,13 @@
 """What do lab's tests share? The core's folder, the paper's Psi whatever a student made of it, a tiny world.
 """
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test goes online
 # before marimo is: with it transformers takes any process for a notebook, and asks for IPython
 from transformers import Trainer  # noqa: F401
 

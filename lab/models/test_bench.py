@@ -50,7 +50,8 @@ def gpt2_without_a_network():
     ids = {bytes([byte]): byte for byte in range(256)}
     for number in range(256, 50256):
         ids[b"\xff\xfe" + number.to_bytes(4, "big")] = number
-    encoding = tiktoken.Encoding("gpt2", pat_str="(?s).", mergeable_ranks=ids, special_tokens={data.EOT: 50256})
+    encoding = tiktoken.Encoding("gpt2", pat_str="(?s).", mergeable_ranks=ids,
+                                 special_tokens={data.EOT: 50256})
     with mock.patch.object(data.tiktoken, "get_encoding", lambda name: encoding):
         yield
 
