@@ -4,10 +4,13 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test goes online
+# before torch is imported: with more threads a process that forks, as a test does, leaves its child waiting
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
 # before marimo is: with it transformers takes any process for a notebook, and asks for IPython
 from transformers import Trainer  # noqa: F401
 
