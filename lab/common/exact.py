@@ -8,14 +8,16 @@ model, differentiably. On tables:
   frontier   the highest win rate at each KL(pi||ref)
   limit      where IPO ends with endless labels of one kind
   minimise   any differentiable objective of log pi, LBFGS in float64: the answer that training approximates
+  measured   how far a trained policy is from the exact minimiser of any loss
   expected   the exact mean of a pair's cost over y, y' ~ mu, y != y', and over the label, a coin flip with p*
   nash       pi = ref exp(E_{y'~pi} p*(y>y') / tau) / Z, the regularised Nash policy, where online IPO ends
              (Munos et al. 2023, arXiv:2312.00886). Unique: the game is strictly concave-convex.
   mirror     IPO-MD's answer: both responses from the normalised pi^(1-b) ref^b
   rewards    Bradley-Terry's maximum-likelihood fit to endless pairs, also where no reward is true
 
-Trap: pi <- ref exp(P pi / tau) / Z, iterated plainly, does not converge in cyclic and deterministic at tau
-.1; `nash` takes smaller steps.
+Traps: a loss that falls without end has no minimiser. If log pi/ref passes 100 nats this is taken to be so,
+and `measured` shows a dash. pi <- ref exp(P pi / tau) / Z, iterated plainly, does not converge in cyclic and
+deterministic at tau .1; `nash` takes smaller steps.
 """
 import sys
 
@@ -107,6 +109,40 @@ def minimise(objective, start, steps=3000):  # start (X,Y) -> log pi (X,Y), floa
 
     optimizer.step(closure)
     return theta.detach().log_softmax(-1)
+
+
+def lowest(mean, logp, ref):  # -> log pi (X,Y)
+    """The minimiser, by LBFGS from logp; or a policy 100 nats from ref, where the search is given up."""
+    for _ in range(5):
+        logp = minimise(mean, logp, 100)
+        if (logp - ref).abs().max() > 100:
+            break
+    return logp
+
+
+def measured(mean, trained, source, true):  # -> Row, log pi (X,Y)
+    """Of one run: where its policy lies, and its distance from the minimiser of mean(log pi).
+
+    LBFGS starts from the reference and from the trained policy, and the lower of the two ends counts.
+    true (X,Y,Y): the preferences that the win rate is of.
+    """
+    ref = source.exact["ref"]
+    found = [lowest(mean, begin, ref) for begin in (ref, trained)]
+    values = torch.stack([mean(logp) for logp in found])
+    best = found[values.argmin()]
+    numbers = {"KL to ref": data.kl(trained, ref), "win rate": win(trained, true, source.mu)}
+    numbers["KL to its minimiser"] = data.kl(trained, best)
+    numbers["loss above it"] = mean(trained) - values.min()
+    numbers["two starts apart"] = values.max() - values.min()
+    row = start.Row(ipo.means(numbers))
+    if (best - ref).abs().max() > 100:
+        row["KL to its minimiser"] = row["loss above it"] = None
+    return row, best
+
+
+def mean_over_pairs(cost, mu):  # (X,Y,Y), (X,Y) -> ()
+    """The mean of cost[x,y,z] over pairs of independent draws y, z from mu, equal ones among them."""
+    return torch.einsum("xy,xz,xyz->x", mu, mu, cost).mean()
 
 
 def weights(mu):  # (X,Y) -> (X,Y,Y)

@@ -2,7 +2,8 @@
 
 `parser` and `parse` read a program's own flags beside those of ipo.py that mean something in it. `start`
 makes policy, pairs and reference as ipo.run does before it trains, so that a program with the same flags
-begins where `python ipo.py` begins. `finish` says the answer, then its figures, and writes OUT/report.json.
+begins where `python ipo.py` begins. `fit` trains on any loss. `finish` says the answer, then its figures, a
+`table` of Rows for instance, and writes OUT/report.json.
 `main` turns what went wrong into one line and an exit status.
 """
 import argparse
@@ -75,6 +76,22 @@ def start(args, source=None):
     return policy, source
 
 
+def fit(policy, losses, args, evaluate):
+    """Descends on each of `losses`, which are computed when they are asked for. Leaves ckpt.pt in --out.
+
+    evaluate(policy) gives numbers by name for the log lines. Raises ipo.Stopped.
+    """
+    optimizer, log = ipo.adam(policy), []
+    for step, loss in enumerate(losses, 1):
+        loss.backward()
+        ipo.optimizer_step(policy, optimizer, step, args.steps, args.lr)
+        if step % args.log_every == 0 or step == args.steps:
+            numbers = {"batch loss": loss.item(), **evaluate(policy)}
+            ipo.told(f"step {step}/{args.steps}", numbers)
+            log.append({"step": step, **numbers})
+            model.save(f"{args.out}/ckpt.pt", policy, args, step=step, log=log)
+
+
 def make_folder(out):
     """Makes a folder for report.json and pictures. Raises Refused if it holds a run, whose report that is."""
     if os.path.exists(f"{out}/ref.pt"):
@@ -87,6 +104,23 @@ def refuse_twice(flag, values):
     for value in values:
         if values.count(value) > 1:
             raise data.Refused(f"{flag}: {value} is given twice; give each value once")
+
+
+class Row(dict):
+    """A row of a table, {column: number, text or None}. A column is as wide as its name, or 7 characters."""
+
+    def __str__(self):
+        cells = []
+        for name, value in self.items():
+            shown = f"{value:z.4f}" if isinstance(value, float) else value or "-"
+            cells.append(shown.rjust(max(len(name), 7)))
+        return "  ".join(cells)
+
+
+def table(first, rows):  # a name for the first column, {name: Row} -> figures for start.finish
+    """The rows with their head."""
+    head = Row({name: name for name in next(iter(rows.values()))})
+    return {first: str(head), **rows}
 
 
 def finish(args, answer, figures, **more):

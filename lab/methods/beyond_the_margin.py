@@ -26,8 +26,7 @@ from torch.nn.functional import logsigmoid, relu
 
 import data
 import ipo
-from lab.common import start
-from lab.methods import descent
+from lab.common import exact, start
 
 
 class Side(NamedTuple):
@@ -107,15 +106,16 @@ def expectation(source, args):  # -> a function of log pi (X,Y) that gives ()
         first = Side(*(column[:, :, None] for column in columns))
         second = Side(*(column[:, None, :] for column in columns))
         cost = both_orders(first, second, source.pstar, args)
-        value = descent.mean_over_pairs(cost, source.mu)
+        value = exact.mean_over_pairs(cost, source.mu)
         if args.loss == "slic_hf":
-            value = value - args.lam * (source.base * logp).sum(-1).mean()
+            sft_logp = (source.base * logp).sum(-1)
+            value = value - args.lam * sft_logp.mean()
         return value
 
     return mean
 
 
-def row(loss, args):  # -> descent.Row
+def row(loss, args):  # -> start.Row
     """One run, in a folder of its own."""
     print(f"\n{loss}, in {args.out}")
     policy, source = start.start(args)
@@ -127,9 +127,9 @@ def row(loss, args):  # -> descent.Row
         logp = source.table(policy)
         return ipo.means({"kl_ref": data.kl(logp, source.exact["ref"])})
 
-    descent.fit(policy, losses(policy, source, args), args, evaluate)
-    mean, logp = expectation(source, args), source.table(policy)
-    return descent.measured(mean, logp, source, source.pstar)[0]
+    start.fit(policy, losses(policy, source, args), args, evaluate)
+    mean = expectation(source, args)
+    return exact.measured(mean, source.table(policy), source, source.pstar)[0]
 
 
 def run(argv):
@@ -145,7 +145,7 @@ def run(argv):
     far = max(row["KL to its minimiser"] or 0 for row in rows.values())
     said = (f"World {args.data}: each ends at the exact minimiser of its own loss, which is no pi*. "
             f"The trained policies of {', '.join(rows)} are at most {far:.4f} nats from there.")
-    start.finish(args, said, descent.table("KL, loss in nats", rows))
+    start.finish(args, said, start.table("KL, loss in nats", rows))
 
 
 if __name__ == "__main__":

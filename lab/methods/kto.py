@@ -22,7 +22,6 @@ import data
 import ipo
 import model
 from lab.common import exact, start
-from lab.methods import descent
 
 NEEDED = 'write {"prompt": "...", "completion": "...", "label": true or false}'
 UNREAD = "-"  # stands where a pair has its other response; nothing is learned from it
@@ -160,7 +159,7 @@ def run(argv):
         args.block_size = policy.config.block_size
     policy, source = start.start(args, World(args) if world else Thumbs(args))
     args.loss = "kto"  # so the saved flags of the policy say what trained it
-    descent.fit(policy, losses(policy, source, args), args, source.evaluate)
+    start.fit(policy, losses(policy, source, args), args, source.evaluate)
     numbers = source.evaluate(policy)
     said = "Liked rows moved by {liked:+.2f} nats against the reference, the others by {disliked:+.2f}."
     if world:

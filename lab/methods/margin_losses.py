@@ -28,7 +28,6 @@ import data
 import ipo
 import model
 from lab.common import exact, start
-from lab.methods import descent
 
 
 def both_ways(f):  # f(z) -> loss(h, p, tau)
@@ -149,7 +148,7 @@ def expectation(source, args):  # -> a function of log pi (X,Y) that gives ()
             cost = loss(h, q, args.tau)
         else:  # the winner stands first: with probability q it is y, else z, and both orders are in the sum
             cost = 2 * q * loss(h, torch.ones_like(q), args.tau)
-        return descent.mean_over_pairs(cost, source.mu)
+        return exact.mean_over_pairs(cost, source.mu)
 
     return mean
 
@@ -162,13 +161,13 @@ def prepared(name, args):  # -> the source of one run, with its flags in source.
     return source
 
 
-def row(source):  # -> descent.Row
+def row(source):  # -> start.Row
     """One run of the core, in a folder of its own, and what became of it."""
     one = source.args
     print(f"\n{one.loss}, in {one.out}")
     ipo.run(one, source=source)
     trained = source.table(model.load(f"{one.out}/ckpt.pt")[0])
-    mine, best = descent.measured(expectation(source, one), trained, source, source.true)
+    mine, best = exact.measured(expectation(source, one), trained, source, source.true)
     ref, opt = source.exact["ref"], source.exact["opt"]
     known = ipo.means({
         "pi* to ref": data.kl(opt, ref),
@@ -177,7 +176,7 @@ def row(source):  # -> descent.Row
     })
     if mine["KL to its minimiser"] is None:
         known["minimiser to pi*"] = None
-    return descent.Row({"pi* of Psi": PSI[one.loss][0]} | known | mine)
+    return start.Row({"pi* of Psi": PSI[one.loss][0]} | known | mine)
 
 
 def answer(rows, args):
@@ -210,7 +209,7 @@ def run(argv):
     start.make_folder(args.out)
     sources = [prepared(name, args) for name in names]
     rows = {source.args.loss: row(source) for source in sources}
-    start.finish(args, answer(rows, args), descent.table("KL and loss in nats", rows))
+    start.finish(args, answer(rows, args), start.table("KL and loss in nats", rows))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import torch
 
 import data
 from lab.common import exact, pictures, start
-from lab.methods import descent
 
 
 def read(folders):  # -> the world of the first run, {folder: log pi (X,Y)}
@@ -67,7 +66,7 @@ def run(argv):
         kl = data.kl(logp, ref).item()
         win = exact.win(logp, world.pstar, uniform).item()
         lost = float(numpy.interp(kl, *frontier)) - win
-        rows[folder] = descent.Row({"KL to ref": kl, "win rate": win, "lost": lost})
+        rows[folder] = start.Row({"KL to ref": kl, "win rate": win, "lost": lost})
     start.make_folder(args.out)
     draw(rows, frontier, f"{args.out}/family.png")
     lost = {name: row["lost"] for name, row in rows.items()}
@@ -75,7 +74,7 @@ def run(argv):
     lowest = max(lost, key=lost.get)
     said = (f"Of {len(rows)} policies {above} lie above the frontier. "
             f"The lowest is {lowest}, which wins {lost[lowest]:.4f} less than is possible at its KL.")
-    start.finish(args, said, descent.table("KL in nats", rows))
+    start.finish(args, said, start.table("KL in nats", rows))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import torch
 import data
 import ipo
 import model
-from lab.common import start
-from lab.methods import beyond_the_margin, descent, on_the_frontier
+from lab.common import exact, start
+from lab.methods import beyond_the_margin, on_the_frontier
 from lab.methods.beyond_the_margin import COSTS, Side
 
 pytestmark = pytest.mark.usefixtures("bt3")
@@ -102,7 +102,7 @@ def test_what_is_convex_has_one_minimum(loss):
     torch.manual_seed(0)
     far = (3 * torch.randn(2, 4, dtype=torch.float64)).log_softmax(-1)
     mean = beyond_the_margin.expectation(world, flags_of(loss))
-    row, _ = descent.measured(mean, far, world, world.pstar)
+    row, _ = exact.measured(mean, far, world, world.pstar)
     assert row["two starts apart"] < (1e-6 if loss == "cpo" else 1e-3)
 
 
@@ -159,7 +159,7 @@ def test_dpop_with_lam_5_does_not_leave_the_reference():
     """Among coin flips every winner is a loser elsewhere, and to lower it costs five times what it gains."""
     world = small(3)
     mean = beyond_the_margin.expectation(world, flags_of("dpop", lam=5.0))
-    _, best = descent.measured(mean, world.exact["ref"], world, world.pstar)
+    _, best = exact.measured(mean, world.exact["ref"], world, world.pstar)
     assert data.kl(best, world.exact["ref"]) < 1e-4
 
 

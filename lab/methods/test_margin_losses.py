@@ -1,4 +1,4 @@
-"""The claims of margin_losses and descent: values, slopes, links, large margins, exact minimisers, runs."""
+"""The claims of margin_losses: values, slopes, links, large margins, exact minimisers, runs."""
 import itertools
 import json
 import math
@@ -11,7 +11,7 @@ import torch
 import data
 import ipo
 from lab.common import exact, start
-from lab.methods import descent, margin_losses
+from lab.methods import margin_losses
 
 pytestmark = pytest.mark.usefixtures("bt3")
 SMALL = ["--data", "bt3", "--steps", "3", "--sft_steps", "3", "--pairs", "300", "--log_every", "3"]
@@ -231,7 +231,7 @@ def test_a_policy_at_the_minimiser_has_distance_zero():
     world = small()
     margin_losses.add_losses(0.1)
     mean = margin_losses.expectation(world, SimpleNamespace(loss="ipo", tau=0.5, labels="hard"))
-    row, _ = descent.measured(mean, optimum(lambda q: q), world, world.pstar)
+    row, _ = exact.measured(mean, optimum(lambda q: q), world, world.pstar)
     assert row["KL to its minimiser"] == pytest.approx(0, abs=1e-6)
     assert row["loss above it"] == pytest.approx(0, abs=1e-6)
 
@@ -241,7 +241,7 @@ def test_a_loss_that_falls_without_end_has_no_minimiser():
     world = small()
     world.pstar = (world.pstar > 0.5).double() + torch.eye(4) / 2
     mean = margin_losses.expectation(world, SimpleNamespace(loss="dpo", tau=0.01, labels="hard"))
-    row, _ = descent.measured(mean, world.exact["ref"], world, world.pstar)
+    row, _ = exact.measured(mean, world.exact["ref"], world, world.pstar)
     assert row["KL to its minimiser"] is None
 
 
