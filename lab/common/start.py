@@ -58,15 +58,17 @@ def parse(own, argv, defaults="", without=(), world=False):
     return args
 
 
-def start(args, source=None):
-    """-> (policy, source) after SFT, the pairs drawn and the reference in OUT/ref.pt. Raises Refused."""
+def start(args, world=ipo.WorldSource, file=ipo.FileSource):
+    """-> (policy, source) after SFT, the pairs drawn and the reference in OUT/ref.pt. Raises Refused.
+
+    world, file: which makes the source.
+    """
     torch.manual_seed(args.seed)
     policy = None
     if args.init_from:
         policy, args.tokenizer = model.load(args.init_from)
         args.block_size = policy.config.block_size
-    if source is None:
-        source = ipo.WorldSource(args) if args.data in data.WORLDS else ipo.FileSource(args)
+    source = world(args) if args.data in data.WORLDS else file(args)
     ipo.refuse_what_cannot_run(source, args)
     args.tokenizer = source.tokenizer.name
     if policy is None:

@@ -14,17 +14,18 @@ liked row far below z0 has no slope, so too high an --lr drives both kinds down:
 difference. Among responses with g > 1/2 the loss is not convex. The exact answer here is the minimiser that
 LBFGS finds from the reference, and KL(answer||pi) is its distance, since the answer has zeros.
 """
+import json
 import sys
 
 import torch
 
 import data
 import ipo
-import model
 from lab.common import exact, start
 
+KINDS = {"prompt": str, "completion": str, "label": bool}  # a row's keys
 NEEDED = 'write {"prompt": "...", "completion": "...", "label": true or false}'
-UNREAD = "-"  # stands where a pair has its other response; nothing is learned from it
+UNREAD = {True: "\0", False: "\1"}  # by label: stands where a pair has its other response, and is not read
 
 
 def cost(f, z0, label, args):  # (R,), (), (R,) in 0..1 -> (R,)
@@ -36,10 +37,14 @@ def cost(f, z0, label, args):  # (R,), (), (R,) in 0..1 -> (R,)
 
 def parse(item, notes):  # -> data.Pair
     """One line of a file, in TRL's unpaired form. A row's p is its label."""
-    for key, kind in {"prompt": str, "completion": str, "label": bool}.items():
+    for key, kind in KINDS.items():
         if not isinstance(item.get(key), kind):
-            raise data.Refused(f"{key!r} is {data.short(item.get(key))}; {NEEDED}")
-    return data.Pair(item["prompt"], item["completion"], UNREAD, float(item["label"]))
+            found = json.dumps(item.get(key, "no such key"))
+            raise data.Refused(f"{key!r} is {data.short(found)}; {NEEDED}")
+    unused = ", ".join(sorted(item.keys() - KINDS.keys()))
+    notes[f"lines with keys that are not used: {data.short(unused)!r}"] += unused != ""
+    liked = item["label"]
+    return data.Pair(item["prompt"], item["completion"], UNREAD[liked], float(liked))
 
 
 class Thumbs(ipo.FileSource):
@@ -47,7 +52,10 @@ class Thumbs(ipo.FileSource):
 
     def __init__(self, args):
         print("data: from here on a row counts as a pair")
-        super().__init__(args, pairs=data.read_jsonl(args.data, parse))
+        try:
+            super().__init__(args, pairs=data.read_jsonl(args.data, parse))
+        except data.Refused as error:
+            raise data.Refused(str(error).replace(data.NEEDED, NEEDED)) from None
         rows, label = self.labelled(self.train)
         self.sft_weight = torch.zeros(len(self.pairs.length)).scatter(0, rows, label)
         for which in (self.train, self.held_out):
@@ -153,16 +161,12 @@ def losses(policy, source, args):
 
 def run(argv):
     args = start.parse(start.parser(__doc__), argv, "--tau 0.5 --out out/kto", without=["loss"])
-    world = args.data in data.WORLDS
-    if args.init_from:
-        policy, args.tokenizer = model.load(args.init_from)
-        args.block_size = policy.config.block_size
-    policy, source = start.start(args, World(args) if world else Thumbs(args))
+    policy, source = start.start(args, World, Thumbs)
     args.loss = "kto"  # so the saved flags of the policy say what trained it
     start.fit(policy, losses(policy, source, args), args, source.evaluate)
     numbers = source.evaluate(policy)
     said = "Liked rows moved by {liked:+.2f} nats against the reference, the others by {disliked:+.2f}."
-    if world:
+    if args.data in data.WORLDS:
         said = ("Thumbs alone left {mass where g < 1/2:.1%} of the policy on responses that lose more often "
                 "than they win, where the exact answer has none. It is {KL(answer||pi):.3f} nats from there.")
     start.finish(args, said.format(**numbers), numbers)

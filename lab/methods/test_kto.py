@@ -23,7 +23,7 @@ FILE = ["--tokenizer", "bytes", "--block_size", "24", "--n_layer", "1", "--n_hea
 @pytest.fixture
 def begun(tmp_path):
     args = ipo.parse([*WORLD, "--out", str(tmp_path)])
-    policy, source = start.start(args, kto.World(args))
+    policy, source = start.start(args, kto.World)
     return args, policy, source
 
 
@@ -167,9 +167,9 @@ def test_no_prompt_is_on_both_sides(tmp_path):
 
 
 @pytest.mark.parametrize("line, why", [
-    ({"prompt": "a", "completion": "b"}, "'label' is None"),
+    ({"prompt": "a", "completion": "b"}, "'label' is \"no such key\""),
     ({"prompt": "a", "completion": "b", "label": 1}, "'label' is 1"),
-    ({"prompt": "a", "label": True}, "'completion' is None"),
+    ({"prompt": "a", "label": True}, "'completion' is \"no such key\""),
     ({"prompt": 3, "completion": "b", "label": True}, "'prompt' is 3"),
     ("{", "no JSON")])
 def test_a_bad_row_is_named(line, why, tmp_path, capsys):
@@ -179,6 +179,30 @@ def test_a_bad_row_is_named(line, why, tmp_path, capsys):
     assert said.startswith(f"kto: {path}:3: ")
     assert why in said
     assert said.count("\n") == 1
+
+
+def test_an_empty_file_is_told_what_kto_reads(tmp_path, capsys):
+    """Its own keys, and not those of pairs."""
+    path = write(tmp_path / "rows.jsonl", [])
+    assert start.main("kto", kto.run, ["--data", path, *FILE, "--out", str(tmp_path / "o")]) == 2
+    said = capsys.readouterr().err
+    assert kto.NEEDED in said
+    assert "chosen" not in said
+
+
+def test_no_row_is_dropped_for_what_it_says(tmp_path, capsys):
+    """A dash is an answer. The same answer with another label is not the same row."""
+    lines = [{"prompt": "a", "completion": "-", "label": label} for label in (True, False)]
+    source = thumbs_of(tmp_path, [*LINES, *lines], "--holdout", "0")
+    assert len(source.train) == len(LINES) + 2
+    said = capsys.readouterr().out
+    assert "dropped" not in said
+    assert "twice" not in said
+
+
+def test_keys_that_kto_does_not_use_are_counted(tmp_path, capsys):
+    thumbs_of(tmp_path, [*LINES, LINES[0] | {"score": 3}], "--holdout", "0")
+    assert "1 lines with keys that are not used: 'score'" in capsys.readouterr().out
 
 
 def test_one_kind_of_label_is_refused(tmp_path, capsys):

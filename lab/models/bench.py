@@ -36,14 +36,14 @@ TAU, RATE = 0.1, 1e-5
 def parse(argv):
     """Flags and the pairs that the steps take, in the file's order. Raises Refused."""
     own = start.parser(__doc__)
-    own.add_argument("--data", required=True, help="JSONL file of 24 pairs or more; p is taken for 1")
+    own.add_argument("--data", required=True, help="JSONL file; the first 24 pairs count, p is taken for 1")
     own.add_argument("--init_from", required=True, help="a folder or hub id of GPT-2's weights")
     own.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # one turn, in a process of its own
     own.set_defaults(device=ipo.DEVICE, dtype="float32", batch_size=BATCH)
     args = own.parse_args(argv)
     found = [pair for pair in data.read_jsonl(args.data) if pair.chosen != pair.rejected]
     if len(found) < STEPS * BATCH:
-        raise Refused(f"--data {args.data}: {len(found)} pairs; give {STEPS * BATCH} or more")
+        raise Refused(f"--data {args.data}: {len(found)} unequal pairs; give {STEPS * BATCH} or more")
     return args, found[:STEPS * BATCH]
 
 

@@ -20,6 +20,7 @@ from data import Refused, short
 
 KEYS = ("prompt", "chosen", "rejected")
 MESSAGES = '[{"role": "user", "content": "..."}]'
+CONVERT = f"; of ShareGPT's messages, of a single one or a text {data.CONVERT}"
 
 
 def quiet():
@@ -93,8 +94,13 @@ class Tokenizer:
         return min(asked, limit - len(self.start))
 
     def decode_single_token_bytes(self, token):
-        """What a token stands for, or its name if that is no whole letter or has SentencePiece's space."""
+        """What a token stands for: its bytes if it is no whole letter, or SentencePiece's name for it."""
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
         name, text = self.hf.convert_ids_to_tokens(token), self.decode([token])
+        # of each letter by which byte-level BPE writes a byte
+        byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
+        if "\ufffd" in text and byte_of.keys() >= set(name):
+            return bytes(byte_of[letter] for letter in name)
         return (name if "\ufffd" in text or "\u2581" in name else text).encode()
 
     def decode(self, ids):
@@ -107,7 +113,7 @@ def parse_pair(item, notes, tokenizer):
         pair = data.parse_pair(item, notes)
         responses = [Text(text, pair.prompt, False) for text in (pair.chosen, pair.rejected)]
         return data.Pair(pair.prompt, *responses, pair.p)
-    before, prompt, *texts = render(*conversation(item), tokenizer)
+    before, prompt, *texts = render(*conversation(item, notes), tokenizer)
     pair = data.parse_pair(item | dict.fromkeys(KEYS, ""), notes)  # for p
     responses = [Text(text, before + prompt, True) for text in texts]
     return data.Pair(Text(prompt, before, True), *responses, pair.p)
@@ -118,21 +124,26 @@ def is_message(value):
     return all(isinstance(text, str) for text in texts)
 
 
-def messages(item, key):
-    """The messages under this key, with role and content alone. Raises Refused."""
-    value = item.get(key)
+def messages(item, key, notes):
+    """The messages under this key, with role and content alone; counts those with more. Raises Refused."""
+    value = item.get(key, "no such key")
     if not isinstance(value, list) or not all(map(is_message, value)):
-        raise Refused(f"{key!r} is {short(json.dumps(value))}, no list of messages; write {MESSAGES}; of "
-                      f"ShareGPT's messages, of a single one or a text {data.CONVERT}")
+        found = short(json.dumps(value, default=str))
+        raise Refused(f"{key!r} is {found}, no list of messages; write {MESSAGES}{CONVERT}")
+    notes["messages with more than role and content, unused"] += sum(len(message) > 2 for message in value)
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
-def conversation(item):  # -> messages, chosen text, rejected text
+def conversation(item, notes):  # -> messages, chosen text, rejected text
     """What stands before the last message, and the two texts of the last message. Raises Refused."""
-    shared = messages(item, "prompt") if "prompt" in item else []
-    chosen, rejected = (joined(shared, messages(item, key), key) for key in KEYS[1:])
+    for key in KEYS:
+        if not isinstance(item.get(key, []), (list, str)):
+            messages(item, key, notes)  # refuses it: a text beside it is no fault
+    shared = messages(item, "prompt", notes) if "prompt" in item else []
+    chosen, rejected = (joined(shared, messages(item, key, notes), key) for key in KEYS[1:])
     if chosen[:-1] != rejected[:-1] or len(chosen) == 1:
-        raise Refused("chosen and rejected need messages, the same in both, before their last ones")
+        raise Refused("chosen and rejected need messages, the same in both, before their last ones; write "
+                      "them under 'prompt', or name their key: python -m lab.models.jsonl FILE --prompt KEY")
     return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
 
 
@@ -144,8 +155,9 @@ def joined(shared, found, key):
         return found
     if found[0]["role"] == "assistant":
         return shared + found
-    raise Refused(f"'prompt' begins with {short(shared[0])} and {key!r} with {short(found[0])}, so they do "
-                  f"not fit; begin both alike, or leave the prompt's messages out of {key!r}")
+    raise Refused(f"'prompt' begins with {short(json.dumps(shared[0]))} and {key!r} with "
+                  f"{short(json.dumps(found[0]))}, so they do not fit; begin both alike, or leave the "
+                  f"prompt's messages out of {key!r}")
 
 
 def render(before, chosen, rejected, tokenizer):  # -> start, prompt, chosen, rejected: texts

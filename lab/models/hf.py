@@ -109,7 +109,8 @@ def run(argv):
     ipo.run(args, policy, ipo.FileSource(args, tokenizer, pairs))
     policy.hf.save_pretrained(f"{args.out}/export")
     tokenizer.hf.save_pretrained(f"{args.out}/export")
-    print(f"\nThe model is trained; AutoModelForCausalLM.from_pretrained loads it from {args.out}/export.")
+    out = Refused(args.out)  # its name as one line
+    print(f"\nThe model is trained; AutoModelForCausalLM.from_pretrained loads it from {out}/export.")
 
 
 if __name__ == "__main__":

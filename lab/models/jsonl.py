@@ -10,8 +10,8 @@ or a data set's id on the hub: OWNER/NAME. Behind a data set or a folder :SPLIT 
 Keys of other names are given by --prompt, --chosen and --rejected. Two whole dialogues, as in Anthropic-HH,
 are split behind the last "Assistant:" that they share. ShareGPT's messages, a single message, and a text
 beside messages become lists of messages, which python -m lab.models.hf reads. A row that cannot be used is
-left out, and counted with its reason.
-Trap: nothing is guessed. A file with labels instead of pairs is KTO's, and is refused.
+left out, and counted with its reason. Keys that are not written are named.
+Trap: nothing is guessed. A file with labels instead of pairs is KTO's, and is refused with what to do.
 """
 import csv
 import gzip
@@ -48,11 +48,13 @@ def load(source):
     import datasets  # here, since it takes seconds
     datasets.disable_progress_bars()
     name, _, split = source.partition(":")
+    split = split or "train"
     if os.path.exists(f"{name}/dataset_dict.json") or os.path.exists(f"{name}/state.json"):
         found = datasets.load_from_disk(name)
-        return list(found[split or "train"] if isinstance(found, dict) else found)
+        splits = found if isinstance(found, dict) else {"train": found}
+        return list(splits[split])
     # streaming leaves no cache behind
-    return list(datasets.load_dataset(name, split=split or "train", streaming=True))
+    return list(datasets.load_dataset(name, split=split, streaming=True))
 
 
 def read_bytes(raw):
@@ -61,8 +63,9 @@ def read_bytes(raw):
         return read_bytes(gzip.decompress(raw))
     if raw.startswith(b"PK\x03\x04"):
         archive = zipfile.ZipFile(io.BytesIO(raw))
-        parts = [read_bytes(archive.read(name)) for name in archive.namelist() if not name.endswith("/")]
-        return sum(parts, [])
+        # no folders, and no __MACOSX/._NAME beside each NAME
+        names = [name for name in archive.namelist() if not name.endswith("/") and "__MACOSX" not in name]
+        return sum((read_bytes(archive.read(name)) for name in names), [])
     if raw.startswith(b"PAR1"):
         return pyarrow.parquet.read_table(io.BytesIO(raw)).to_pylist()
     if raw.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
@@ -75,7 +78,9 @@ def read_bytes(raw):
         return read_json(text)
     between = max(",\t;", key=text.partition("\n")[0].count)
     csv.field_size_limit(2**31 - 1)
-    return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=between))
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=between)
+    data.no_key_twice([(name, "") for name in rows.fieldnames])
+    return list(rows)
 
 
 def read_json(text):
@@ -93,7 +98,7 @@ def read_json(text):
     columns = rows[0].values()
     lists = all(isinstance(part, list) for part in columns)
     if lists and not any(isinstance(part[0], dict) for part in columns if part):
-        return [dict(zip(rows[0], row)) for row in zip(*columns)]
+        return [dict(zip(rows[0], row)) for row in zip(*columns, strict=True)]
     return rows  # an object, whose lists are messages
 
 
@@ -103,6 +108,8 @@ def convert(row, names):
     """The object that ipo.py or lab.models.hf reads, of one row. Raises Refused with the reason."""
     if not isinstance(row, dict):
         raise Refused("no object")
+    if None in row:  # where csv puts cells without a name
+        raise Refused("more cells than the table's first line; quote texts that hold a delimiter")
     item = {key: row[name] for key, name in names.items() if row.get(name) is not None}
     if not {"chosen", "rejected"} <= item.keys():
         raise Refused(f"no {names['chosen']!r} or no {names['rejected']!r}")
@@ -111,8 +118,12 @@ def convert(row, names):
             item |= split_dialogues(item["chosen"], item["rejected"])
     else:
         item |= {key: as_messages(item[key], key) for key in chat.KEYS if key in item}
-        chat.conversation(item)
-    item = data.parse_json(json.dumps(item).encode())
+        chat.conversation(item, Counter())
+    # str: of what JSON lacks, a date or a decimal number, say
+    item = data.parse_json(json.dumps(item, default=str).encode())
+    p = str(item.get("p"))
+    if p.replace(".", "", 1).isdecimal():  # in a table numbers are texts
+        item["p"] = float(p)
     data.parse_pair(item | dict.fromkeys(chat.KEYS, ""), Counter())  # of p
     return item
 
@@ -134,7 +145,8 @@ def as_messages(value, key):
     found = []
     for message in value if isinstance(value, list) else [value]:
         if isinstance(message, dict) and "from" in message:
-            message = {"role": ROLES.get(message["from"]), "content": message.get("value")}
+            who = message["from"]
+            message = {"role": ROLES.get(str(who), who), "content": message.get("value")}
         found.append(message)
     return found
 
@@ -142,14 +154,16 @@ def as_messages(value, key):
 def names_of(rows, args):
     """Which key of the rows is the prompt, the chosen and the rejected response, and p. Raises Refused."""
     names = {key: getattr(args, key) for key in chat.KEYS} | {"p": "p"}
-    keys = dict.fromkeys(str(key) for row in rows if isinstance(row, dict) for key in row)
+    keys = dict.fromkeys(str(key) for row in rows if isinstance(row, dict) for key in row if key)
     if "label" in keys and names["chosen"] not in keys:
-        raise Refused(f"{args.source}: labels of single responses, not pairs; python -m lab.methods.kto "
-                      "--data takes them")
+        raise Refused(f"{args.source}: labels, not pairs; python -m lab.methods.kto --data takes JSONL of "
+                      "them; by pandas: read_csv('FILE').to_json('new.jsonl', orient='records', lines=True)")
     for key, name in names.items():
         if name not in keys and name not in ("prompt", "p"):  # whole dialogues need no prompt
             raise Refused(f"{args.source}: no key {short(name)!r} among {short(', '.join(keys))!r}; give "
                           f"--{key} and the key that holds it")
+    unused = sorted(keys.keys() - names.values())
+    data.tell(args.source, Counter({f"keys are not written: {short(', '.join(unused))!r}": len(unused)}))
     return names
 
 
@@ -165,23 +179,25 @@ def run(argv):
     try:
         rows = load(args.source)
     except Exception as error:  # what a dozen readers, datasets and its HTTP library raise
-        raise Refused(f"{args.source}: cannot be read ({short(error) or type(error).__name__}); give a file, "
-                      "a folder, an address, or a hub's OWNER/NAME, which needs a network") from None
+        why = str(error)[:150] or type(error).__name__
+        raise Refused(f"{args.source}: cannot be read ({why}); mend it, or give another file, a folder, an "
+                      "address, or a hub's OWNER/NAME, which needs a network") from None
     names = names_of(rows, args)
     items, reasons = [], Counter()
     for row in rows:
         try:
             items.append(convert(row, names))
         except Refused as error:
-            reasons[str(error)] += 1
+            reasons[str(error).replace(chat.CONVERT, "")] += 1
     for reason, count in reasons.most_common(10):
         print(f"  {count:,} left out: {reason}")
     if not items:
-        raise Refused(f"{args.source}: no row is a pair, as told above; {data.NEEDED}")
+        raise Refused(f"{args.source}: no row is a pair; of most: {max(reasons, key=reasons.get)}")
     with open(args.out, "x", encoding="utf-8") as file:
         file.writelines(json.dumps(item) + "\n" for item in items)
-    print(f"\n{len(rows):,} rows = {len(items):,} pairs in {args.out} + {sum(reasons.values()):,} left out. "
-          f"Now look: python -m lab.models.tokens --data {args.out}")
+    out = Refused(args.out)  # a name as one line
+    print(f"\n{len(rows):,} rows = {len(items):,} pairs in {out} + {sum(reasons.values()):,} left out. "
+          f"Now look: python -m lab.models.tokens --data {out}")
 
 
 if __name__ == "__main__":

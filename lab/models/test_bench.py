@@ -108,7 +108,7 @@ def test_turns_and_ratios(folder, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("change, words", [
-    (["--data", "FEW"], "1 pairs; give 24 or more"), (["--data", "bt"], "bt: no such"),
+    (["--data", "FEW"], "1 unequal pairs; give 24 or more"), (["--data", "bt"], "bt: no such"),
     (["--loss", "ipo"], "--loss")])
 def test_bad_input_is_a_line(change, words, folder, tmp_path, capsys):
     """Exit status 2, one line that names what is wrong."""

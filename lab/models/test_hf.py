@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -461,6 +462,14 @@ def test_texts_and_conversations_share_a_file(tmp_path, capsys):
     assert "1 lines with keys that are not used: 'id'" in said
 
 
+def test_what_else_a_message_holds_is_counted(tmp_path, capsys):
+    """A tool's call would be lost in silence."""
+    call = YES | {"content": "", "tool_calls": [{"function": {"name": "f"}}]}
+    path = write(tmp_path / "pairs.jsonl", FOUR[0] | {"chosen": [call]})
+    read(path, byte_tokenizer(tmp_path / "in"))
+    assert f"{path}: 1 messages with more than role and content, unused" in capsys.readouterr().out
+
+
 WRITE = 'write [{"role": "user", "content": "..."}]'
 REFUSED = [
     (None, FOUR[0], "the model's chat template refuses these messages (Cannot use chat template"),
@@ -474,7 +483,7 @@ REFUSED = [
     (CHATML, {"chosen": [USER, YES], "rejected": "No"},
      "'rejected' is \"No\", no list of messages; " + WRITE),
     (CHATML, {"prompt": [USER], "chosen": "Yes", "rejected": "No"}, "'chosen' is \"Yes\", no list"),
-    (CHATML, {"prompt": [USER], "chosen": [YES]}, "'rejected' is null, no list"),
+    (CHATML, {"prompt": [USER], "chosen": [YES]}, "'rejected' is \"no such key\", no list"),
     (CHATML, {"chosen": [USER, YES], "rejected": [USER | {"content": "Ho"}, YES]},
      "chosen and rejected need messages, the same in both, before their last ones"),
     (CHATML, {"chosen": [YES], "rejected": [NO]}, "chosen and rejected need messages"),
@@ -485,7 +494,8 @@ REFUSED = [
      "text python -m lab.models.jsonl makes"),
     (CHATML, {"prompt": None, "chosen": [USER, YES], "rejected": [USER, NO]}, "'prompt' is null, no list"),
     (CHATML, {"prompt": 5, "chosen": [USER, YES], "rejected": [USER, NO]}, "'prompt' is 5, no list"),
-    (CHATML, {"prompt": "a", "chosen": None, "rejected": "b"}, "'prompt' is \"a\", no list"),
+    (CHATML, {"prompt": "a", "chosen": None, "rejected": "b"}, "'chosen' is null, no list"),
+    (CHATML, {"prompt": "a", "chosen": "b", "rejected": 5}, "'rejected' is 5, no list"),
     (CHATML, {"chosen": [USER, YES], "rejected": ["No"]}, "'rejected' is [\"No\"], no list"),
     (CHATML, {"chosen": [USER, YES], "rejected": [USER | {"content": ["No"]}]}, "'rejected' is [{"),
     (CHATML, {"chosen": [USER, YES], "rejected": [{"content": "No"}]}, "'rejected' is [{"),
@@ -494,7 +504,7 @@ REFUSED = [
      "'prompt' is [{"),
     (CHATML, {"prompt": [{"role": "system", "content": "Be brief."}, USER], "chosen": [USER, YES],
               "rejected": [USER, NO]},
-     "'prompt' begins with {'role': 'system', 'content': 'Be brief.'} and 'chosen' with {'role': 'user', "),
+     '\'prompt\' begins with {"role": "system", "content": "Be brief."} and \'chosen\' with {"role": "us'),
     (CHATML, FOUR[0] | {"p": 2}, "'p' is 2"),
     (CHATML, {"prompt": [USER | {"content": "\ud83d"}], "chosen": [YES], "rejected": [NO]}, "no JSON in UTF")]
 
@@ -525,7 +535,7 @@ def test_a_prompt_is_put_before_an_answer_alone():
     system = {"role": "system", "content": "Be brief."}
     for more in [], [system, USER]:
         item = {"prompt": [system, USER], "chosen": [*more, YES], "rejected": [*more, NO]}
-        assert chat.conversation(item) == ([system, USER], "Yes.", "Blue")
+        assert chat.conversation(item, Counter()) == ([system, USER], "Yes.", "Blue")
 
 
 # ------------------------------------------------------------------------------------------------ the program

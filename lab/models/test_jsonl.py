@@ -1,11 +1,13 @@
 """Claims of lab/models/jsonl.py: what people bring becomes JSONL that the core or lab.models.hf reads.
 """
+import decimal
 import gzip
 import http.server
 import io
 import json
 import threading
 import zipfile
+from collections import Counter
 
 import datasets
 import pytest
@@ -111,6 +113,8 @@ def test_a_folder_of_save_to_disk(tmp_path):
         assert convert(tmp_path, f"{tmp_path}/{source}") == 0
         assert made(tmp_path) == expected
         (tmp_path / "made.jsonl").unlink()
+    for source in "one:test", "two:nope":  # no such split
+        assert convert(tmp_path, f"{tmp_path}/{source}") == 2
 
 
 def test_a_folder_of_files(tmp_path, monkeypatch):
@@ -190,7 +194,7 @@ def test_messages_become_lists_of_messages(tmp_path, row):
     source.write_text(json.dumps(row))
     assert convert(tmp_path, source) == 0
     item, = made(tmp_path)
-    assert chat.conversation(item) == ([USER], "Yes.", "No")
+    assert chat.conversation(item, Counter()) == ([USER], "Yes.", "No")
 
 
 def test_a_text_prompt_beside_whole_conversations_is_one_of_their_messages(tmp_path):
@@ -199,7 +203,7 @@ def test_a_text_prompt_beside_whole_conversations_is_one_of_their_messages(tmp_p
     source.write_text(json.dumps({"prompt": "Hi", "chosen": [USER, YES], "rejected": [USER, NO]}))
     assert convert(tmp_path, source) == 0
     item, = made(tmp_path)
-    assert chat.conversation(item) == ([USER], "Yes.", "No")
+    assert chat.conversation(item, Counter()) == ([USER], "Yes.", "No")
 
 
 def test_rows_that_cannot_be_used_are_counted(tmp_path, capsys):
@@ -229,7 +233,7 @@ WRONG = {
     "{}": "no key 'chosen' among ''",
     LINES + '{"prompt": "a", "chosen": "b"': "cannot be read (Expecting ',' delimiter: line 4",
     '{"prompt": "a", "chosen": "b", "chosen": "c"}': "a key stands there twice",
-    '{"prompt": "a", "completion": "b", "label": true}': "python -m lab.methods.kto --data takes them",
+    '{"prompt": "a", "completion": "b", "label": true}': "python -m lab.methods.kto --data takes JSONL",
     '{"chosen": "a", "rejected": "b"}': "no row is a pair",
     "\x00\x01": "of a kind that this program does not know",
 }
@@ -253,6 +257,106 @@ def test_what_is_not_there_is_a_line(tmp_path, source, capsys):
     assert convert(tmp_path, source) == 2
     line, = capsys.readouterr().err.splitlines()
     assert "cannot be read" in line
+
+
+TABLES = {
+    "prompt,chosen,rejected\na, b, c, d\n": "more cells than the table's first line",
+    "prompt,chosen,chosen,rejected\na,b,x,c\n": "a key stands there twice among 'prompt, chosen, chosen",
+    json.dumps({"prompt": ["a", "b"], "chosen": ["c"], "rejected": ["d", "e"]}): "is shorter than",
+}
+
+
+@pytest.mark.parametrize("text", TABLES)
+def test_no_cell_of_a_table_is_lost_in_silence(tmp_path, text, capsys):
+    """An unquoted comma, a name twice, columns of several lengths."""
+    (tmp_path / "table").write_text(text)
+    assert convert(tmp_path, tmp_path / "table") == 2
+    assert TABLES[text] in capsys.readouterr().err
+
+
+def test_a_table_may_have_a_probability(tmp_path):
+    (tmp_path / "table.csv").write_text("prompt,chosen,rejected,p\na,b,c,0.75\n")
+    assert convert(tmp_path, tmp_path / "table.csv") == 0
+    assert made(tmp_path)[0]["p"] == 0.75
+
+
+def test_keys_that_are_not_written_are_named(tmp_path, capsys):
+    (tmp_path / "source").write_text(json.dumps(ROWS[0] | {"score": 3, "id": 7}))
+    assert convert(tmp_path, tmp_path / "source") == 0
+    assert "2 keys are not written: 'id, score'" in capsys.readouterr().out
+
+
+def test_a_zip_file_of_macos(tmp_path):
+    """It holds a second file for each."""
+    source = tmp_path / "mac.zip"
+    source.write_bytes(zipped(("a.jsonl", LINES), ("__MACOSX/._a.jsonl", b"\0\5\x16\7")))
+    assert convert(tmp_path, source) == 0
+    assert made(tmp_path) == ROWS
+
+
+def test_values_that_json_lacks(tmp_path, capsys):
+    """Of a Parquet file: bytes are no text, a decimal number is a probability."""
+    rows = [{"prompt": "a", "chosen": b"b", "rejected": b"c", "p": decimal.Decimal("0.5")},
+            {"prompt": "a", "chosen": None, "rejected": b"c", "p": decimal.Decimal("0.5")}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "bytes")
+    assert convert(tmp_path, tmp_path / "bytes") == 2
+    assert "no list of messages" in capsys.readouterr().err
+    rows = [row | {"chosen": "b", "rejected": "c"} for row in rows]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "decimal")
+    assert convert(tmp_path, tmp_path / "decimal") == 0
+    assert made(tmp_path)[0]["p"] == 0.5
+
+
+@pytest.mark.parametrize("sender", [["x"], {}, 5, None])
+def test_a_sender_that_is_no_text_is_refused(tmp_path, sender, capsys):
+    row = CONVERSATIONS[4] | {"prompt": [{"from": sender, "value": "Hi"}]}
+    (tmp_path / "source").write_text(json.dumps(row))
+    assert convert(tmp_path, tmp_path / "source") == 2
+    assert "'prompt' is [{" in capsys.readouterr().err
+
+
+def test_the_last_line_says_what_is_wrong_with_most_rows(tmp_path, capsys):
+    """And does not send its user to this program."""
+    bad = [{"chosen": 5}, {"chosen": None}, {"rejected": None}]
+    bad = [ROWS[0] | wrong for wrong in bad]
+    (tmp_path / "source").write_text(json.dumps(bad))
+    assert convert(tmp_path, tmp_path / "source") == 2
+    out, err = capsys.readouterr()
+    assert "no row is a pair; of most: no 'chosen' or no 'rejected'" in err
+    assert "1 left out: 'chosen' is [5], no list of messages" in out
+    assert "lab.models.jsonl" not in out
+
+
+def test_the_advice_on_sharegpt_can_be_followed(tmp_path, capsys):
+    """Its prompt has another key."""
+    row = dict(CONVERSATIONS[4])
+    row["conversations"] = row.pop("prompt")
+    (tmp_path / "source").write_text(json.dumps(row))
+    assert convert(tmp_path, tmp_path / "source") == 2
+    assert "python -m lab.models.jsonl FILE --prompt KEY" in capsys.readouterr().err
+    assert convert(tmp_path, tmp_path / "source", "--prompt", "conversations") == 0
+    item, = made(tmp_path)
+    assert chat.conversation(item, Counter()) == ([USER], "Yes.", "No")
+
+
+def test_the_advice_on_labels_can_be_followed(tmp_path, capsys):
+    """A table becomes lines that KTO reads."""
+    pandas = pytest.importorskip("pandas")
+    (tmp_path / "table.csv").write_text("prompt,completion,label\na,b,true\nc,d,false\n")
+    assert convert(tmp_path, tmp_path / "table.csv") == 2
+    advice = "read_csv('FILE').to_json('new.jsonl', orient='records', lines=True)"
+    assert advice in capsys.readouterr().err
+    table = pandas.read_csv(tmp_path / "table.csv")
+    table.to_json(tmp_path / "new.jsonl", orient="records", lines=True)
+    first = (tmp_path / "new.jsonl").read_text().splitlines()[0]
+    assert json.loads(first) == {"prompt": "a", "completion": "b", "label": True}
+
+
+def test_a_name_with_a_line_break_makes_no_second_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "source").write_text(LINES)
+    assert start.main("jsonl", jsonl.run, ["source", "--out", "a\nb\x1b[31m"]) == 0
+    assert "pairs in a\\nb\\x1b[31m + 0 left out" in capsys.readouterr().out
 
 
 def test_a_file_is_not_replaced(tmp_path, capsys):

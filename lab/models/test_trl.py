@@ -16,7 +16,7 @@ import transformers
 import data
 import ipo
 from lab.common import start
-from lab.models import chat, hf
+from lab.models import chat, hf, test_hf
 from test_bench import random_gpt2, write_pairs
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
@@ -262,6 +262,27 @@ def test_equal_responses_are_dropped_and_counted(folder, pairs, tmp_path, monkey
     done = command(monkeypatch, folder, twice, tmp_path / "out", "--max_steps", "2")
     assert logged(done) == pytest.approx(core(folder, pairs)[0][:2], rel=1e-5)
     assert "1 of 25 pairs left out, of two equal responses" in capsys.readouterr().out
+
+
+def test_odd_pairs_are_counted_as_in_the_core(folder, pairs, tmp_path, monkeypatch, capsys):
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text('{"prompt": "say", "chosen": "say a", "rejected": ""}\n' + Path(pairs).read_text())
+    command(monkeypatch, folder, odd, tmp_path / "out", "--max_steps", "1")
+    said = capsys.readouterr().out
+    assert "1 pairs with an empty or blank response" in said
+    assert "1 pairs with a response that repeats its prompt" in said
+
+
+def test_the_advice_on_dropout_can_be_followed(pairs, tmp_path, capsys):
+    """Llama's in its attention, which TRL does not switch off."""
+    test_hf.random_model(tmp_path / "in")
+    test_hf.byte_tokenizer(tmp_path / "in")
+    flags = argv(str(tmp_path / "in"), pairs, tmp_path / "out", "--max_steps", "1")
+    assert main(flags) == 1
+    assert "set every dropout in the model's config.json to 0" in capsys.readouterr().err
+    config = tmp_path / "in/config.json"
+    config.write_text(config.read_text().replace('"attention_dropout": 0.5', '"attention_dropout": 0.0'))
+    assert main(flags) == 0
 
 
 def test_conversations_are_texts_by_the_models_template(folder, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ that is longer than the model's context is left out.
 """
 import shutil
 import sys
+from collections import Counter
 from functools import partial
 
 import torch
@@ -69,8 +70,8 @@ class IPOTrainer(trl.DPOTrainer):
         # rounding adds up like a random walk over the tokens of a response
         rounding = (0.05 if half else 1e-4) * mask.sum(1).max().sqrt()
         if self.state.global_step == 0 and h.abs().max() > rounding:  # of every part of the first batch
-            raise ipo.Stopped(f"before the first step a margin is {h.abs().max():.3g}, not 0: the reference "
-                              "is not this policy; remove OUTPUT_DIR/cache")
+            raise ipo.Stopped(f"before the first step a margin is {h.abs().max():.3g}, not 0: the policy is "
+                              "not its reference; set every dropout in the model's config.json to 0")
         h = self.accelerator.gather(h.detach())  # of all processes
         self._metrics["train" if model.training else "eval"]["h"].append(h.mean().item())
         return (loss, out) if return_outputs else loss
@@ -108,7 +109,9 @@ def read(path, name):
     """The pairs of a file that can be trained on, as dicts; says which are left out. Raises Refused."""
     tokenizer = chat.Tokenizer(name)
     found = data.read_jsonl(path, partial(chat.parse_pair, tokenizer=tokenizer))
-    size = tokenizer.context(10**9)
+    size, notes = tokenizer.context(10**9), Counter()
+    data.count_oddities(found, notes)
+    data.tell(path, notes)
     kept = []
     for pair in found:
         prompt, *responses = (len(tokenizer.encode_ordinary(text)) for text in pair[:3])
@@ -140,7 +143,7 @@ def run(argv):
         trainer.save_model()
     except (ValueError, RuntimeError) as error:  # TRL's refusals; Refused and Stopped are ValueErrors, too
         raise error if isinstance(error, Refused) else Refused(short(error)) from None
-    print(f"\nThe model is trained on {len(pairs):,} pairs; it is in {args.output_dir}.")
+    print(f"\nThe model is trained on {len(pairs):,} pairs; it is in {Refused(args.output_dir)}.")
 
 
 if __name__ == "__main__":
