@@ -1,7 +1,7 @@
 """Preference pairs as tensors, the toy world with its exact answers, and pairs from your own file.
 
 A row is a prompt with one response. A pair is two rows with the same prompt, and p, the probability that an
-annotator prefers the first response ("chosen") to the second ("rejected"). Nothing here touches a parameter.
+annotator prefers the first response ("chosen") to the second ("rejected"). There is no model in this file.
 Sizes: N pairs in all, B in a batch, R rows, T tokens in a row, X prompts of the world, Y responses to each.
 """
 import hashlib
@@ -22,8 +22,8 @@ class Refused(ValueError):
     """Bad input, in one line: what was found, where, and the remedy."""
 
     def __init__(self, message):
-        # a line break or a terminal's escape code in somebody's file name must not reach the screen: ascii
-        # makes '\\n' of it, quotes included
+        # A line break or a terminal's escape code in somebody's file name must not reach the screen. ascii
+        # writes it as a backslash and letters, within quotes, which [1:-1] takes off.
         safe = [c if c.isprintable()
                 else ascii(c)[1:-1] for c in message]
         super().__init__("".join(safe))
@@ -39,7 +39,7 @@ def short(text):
 class Batch(NamedTuple):
     """B pairs as tensors. Rows 0..B-1 hold the chosen responses, rows B..2B-1 the rejected ones."""
     tokens: torch.Tensor    # (2B,T) int64
-    mask: torch.Tensor      # (2B,T) bool, True on the tokens of the response, its end of text included
+    mask: torch.Tensor      # (2B,T) bool, True on the tokens of the response (with its end of text)
     p: torch.Tensor         # (B,) float32, probability that the chosen response is preferred
     ref_logp: torch.Tensor  # (2B,) log-prob of each response under the reference, nats
 
@@ -47,8 +47,9 @@ class Batch(NamedTuple):
 class PairData:
     """All rows in one table, and the pairs that they form.
 
-    tokens (R,T) int32, padded on the right; length (R,) without the padding, prompt_len (R,) of the prompt.
-    chosen, rejected (N,): the rows of each pair; p (N,); prompt (N,): equal numbers mean equal prompts.
+    tokens (R,T) int32, to save memory, padded on the right with 0; length (R,) without the padding,
+    prompt_len (R,) of the prompt. chosen, rejected (N,): the rows of each pair; p (N,); prompt (N,): a number
+    for each prompt, so that `hold_out` sees which pairs share one.
     ref_logp (R,): the reference's log-prob of each response, once it has been computed.
     """
 
@@ -84,12 +85,15 @@ class PairData:
     def digest(self):
         """A fingerprint of rows and labels: other data have another."""
         parts = self.tokens, self.prompt_len, self.chosen, self.rejected, self.p
-        # join takes the bytes of arrays
+        # join takes arrays, too, as bytes
         return hashlib.sha256(b"".join(part.numpy() for part in parts)).hexdigest()
 
 
 def shuffled(n, size, steps, generator):  # -> (steps,size)
-    """A row of indices for each step: all of 0..n-1 in random order, then in another, and so on."""
+    """A row of indices for each step: all of 0..n-1 in random order, then in another, and so on.
+
+    A row may hold the end of one order and the beginning of the next.
+    """
     epochs = -(-steps * size // n)  # rounded up
     orders = [torch.randperm(n, generator=generator) for _ in range(epochs)]
     return torch.cat(orders)[:steps * size].view(steps, size)
@@ -97,10 +101,12 @@ def shuffled(n, size, steps, generator):  # -> (steps,size)
 
 # -------------------------------------------------------------------------------------------- the toy world
 # Four prompts, "pizza review:" and so on. A response is any string of at most three of seven words, "" too:
-# 1 + 7 + 49 + 343 = 400 responses to each prompt. The model reads 13 ids (the words, end of text, and the
-# prompts' words), and emits the first 8: the words and end of text. After the third word its context of 5
-# tokens is full: 2 of the prompt, 3 of the response. So it can say nothing outside the list, and its
-# probabilities of the 400 sum to one. That is why every average below is an exact sum.
+# 1 + 7 + 49 + 343 = 400 responses to each prompt. The model reads 13 ids: 7 words, end of text, 4 subjects
+# and "review:". It emits the first 8. Its context has 5 tokens, 2 of them for the prompt. So a response of
+# less than three words ends with end of text, and one of three words ends because the context is full. The
+# model can say nothing else, and its probabilities of the 400 sum to one. That is why every average below is
+# an exact sum. The table holds what a word, or the end of a text, adds to the reward of a review of each
+# subject.
 
 REWARDS = """
           pizza  coffee  beer  gelato
@@ -112,12 +118,15 @@ awful      -0.9    -0.9  -0.9    -0.9
 hot         0.5     0.7  -0.6    -0.9
 cold       -0.5    -0.7   0.6     0.4
 <|endoftext|> 0       0     0       0
-"""  # what a word, or the end of a text, adds to the reward of a review of each subject
+"""
 SUBJECTS, *LINES = [line.split() for line in REWARDS.strip().splitlines()]
-WORTH = {word: [float(value) for value in values] for word, *values in LINES}
-WORDS = list(WORTH)[:-1]  # without end of text
+VALUES = {word: [float(value) for value in values] for word, *values in LINES}  # a word's four numbers
+WORDS = list(VALUES)[:-1]  # without end of text
 WORLDS = ("bt", "deterministic", "cyclic")  # kinds of preferences, see `preference`
-END = 0.25  # SFT makes the reference from random texts, which end so likely after their first or second word
+# SFT makes the reference from random texts, in which each word is as likely as any other. These are the
+# shares of texts with 0, 1, 2 and 3 words: after the first and the second word a text ends with probability
+# 1/4. None is empty, though the model may answer with nothing.
+LENGTHS = 0, 1/4, 3/16, 9/16
 
 
 class Words:
@@ -129,7 +138,7 @@ class Words:
         self.n_vocab = len(self.words)
         self.eot_token = len(words)
 
-    def encode_ordinary(self, text):
+    def encode_ordinary(self, text):  # tiktoken's name for it
         for word in set(text.split()) - set(self.words):
             raise Refused(f"the world has no word {short(word)!r}; it has {', '.join(self.words)}")
         return [self.words.index(word) for word in text.split()]
@@ -142,36 +151,36 @@ class World:
     """X prompts, Y responses to each, and every probability known, in float64.
 
     reward (X,Y). pstar (X,Y,Y): pstar[x,y,z] is the probability that y is preferred to z, written p*(y>z).
-    base (Y,): the distribution of the texts that the reference is trained on. pairs: a PairData whose row
-    x * Y + y is prompt x with response y; `draw` gives it pairs. Other words make a smaller world, for tests.
+    base (Y,): the distribution of SFT's texts. pairs: a PairData whose row x * Y + y is prompt x with
+    response y; `draw` gives it pairs. Fewer words or lengths make a smaller world, for tests.
     """
 
-    def __init__(self, name, words=WORDS, longest=3):
+    def __init__(self, name, words=WORDS, lengths=LENGTHS):
         self.tokenizer = Words(words)
         self.prompts = [self.tokenizer.encode_ordinary(f"{subject} review:") for subject in SUBJECTS]
-        eot = len(words)  # end of text
-        self.responses, base, padded, rows = [], [], [], []
-        # base: a text of SFT has 1, 2, 3 words with probability 1/4, 3/16, 9/16, each word as likely as any
-        # other. It is never empty, though the model can say so.
-        left = 1.0  # the probability that a text has `length` words or more
-        for length in range(longest + 1):
-            ends = 1.0 if length == longest else END * (length > 0)  # the probability that it has no more
+        eot, longest = len(words), len(lengths) - 1  # 7, which is the id of end of text, and 3
+        texts, base = [], []  # the ids of each response, without end of text, and how likely SFT takes it
+        for length, share in enumerate(lengths):
+            # all strings of so many words; of 0 words there is one, the empty string
             for ids in itertools.product(range(eot), repeat=length):
-                self.responses.append(self.tokenizer.decode(ids))
-                base.append(left * ends / eot ** length)
-                padded.append([*ids] + [eot] * (longest - length))
-                rows.append(padded[-1][:length + 1])  # after the last word no end of text: no room is left
-            left *= 1 - ends
+                texts.append(list(ids))
+                base.append(share / eot ** length)
+        self.responses = [self.tokenizer.decode(ids) for ids in texts]
         self.base = torch.tensor(base, dtype=torch.float64)
-        worth = [WORTH[word] for word in (*words, EOT)]
-        worth = torch.tensor(worth, dtype=torch.float64)  # (words + 1, X)
-        padded = torch.tensor(padded)         # (Y, longest), end of text behind a short response
-        self.reward = worth[padded].sum(1).T  # (Y, longest, X) summed over words, (Y,X), turned: (X,Y)
+        # filled up with end of text, which adds nothing to a reward
+        filled = [ids + [eot] * (longest - len(ids)) for ids in texts]
+        padded = torch.tensor(filled)  # (Y, longest)
+        values = [VALUES[word] for word in (*words, EOT)]
+        values = torch.tensor(values, dtype=torch.float64)  # (words + 1, X)
+        self.reward = values[padded].sum(1).T  # (Y, longest, X) summed over words, (Y,X), turned: (X,Y)
         self.pstar = preference(name, self.reward, padded[:, 0])
+        # the rows: each response with one end of text, for which a third word leaves no room. Each prompt
+        # has them all.
+        rows = [(ids + [eot])[:longest] for ids in texts]
         prompts = [prompt for prompt in self.prompts for _ in rows]
-        self.pairs = PairData(prompts, rows * len(SUBJECTS))  # each prompt with the list of all responses
-        # of its model: the context, the ids that it reads, the ids that it says (words and end of text)
-        self.sizes = len(prompts[0]) + longest, self.tokenizer.n_vocab, eot + 1
+        self.pairs = PairData(prompts, rows * len(SUBJECTS))
+        # 5, 13 and 8: its model's context, how many ids it reads, and how many it emits
+        self.sizes = 2 + longest, self.tokenizer.n_vocab, eot + 1
 
     def draw(self, n, mu, labels, generator):
         """Gives self.pairs n pairs: two independent responses from mu (X,Y), and a label.
@@ -181,12 +190,12 @@ class World:
         every policy, so it has no gradient.
         """
         X, Y = self.reward.shape
-        each = n // X + 1  # pairs for each prompt
-        # the first `each` columns are first responses, the others second ones
+        each = -(-n // X)  # pairs for each prompt, rounded up
+        # all pairs of the first prompt, then of the second; the last ones may get a few less
+        x = torch.arange(X).repeat_interleave(each)[:n]
         draws = torch.multinomial(mu, 2 * each, replacement=True, generator=generator)  # (X, 2 each)
-        x = torch.arange(n) % X  # the prompts take turns, so responses are read column by column
-        first = draws[:, :each].T.flatten()[:n]
-        second = draws[:, each:].T.flatten()[:n]
+        first = draws[:, :each].flatten()[:n]
+        second = draws[:, each:].flatten()[:n]
         p = self.pstar[x, first, second]
         if labels == "hard":
             wins = torch.rand(n, generator=generator) < p
@@ -200,17 +209,19 @@ def preference(name, reward, first):  # (X,Y), (Y,) -> (X,Y,Y)
 
     bt: s(r(y) - r(z)), s the sigmoid: Bradley-Terry's model. deterministic: 1 if r(y) > r(z), 1/2 on a tie.
     cyclic: s(r(y) - r(z) + 2 c), where c is 1 if y's first word beats z's, -1 if it loses, else 0. Word i
-    beats word j if (i - j) % 3 is 1, and loses if it is 2. Any three neighbours are rock, paper and scissors,
-    so no reward explains these preferences. A response with itself: 1/2.
+    beats word j if (i - j) % 3 is 1, and loses if it is 2. So good (1) beats superb (0), fine (2) beats good,
+    and superb beats fine: the 2 is more than any two words differ in value, 1.8. No reward explains such a
+    circle. A response with itself: 1/2 in each world.
     """
     gap = reward[:, :, None] - reward[:, None, :]
-    gap = gap.round(decimals=4)  # the same words in another order add up to another last digit
+    # the same words in another order add up to another last digit; rounded, they are a tie
+    gap = gap.round(decimals=4)
     if name == "deterministic":
         return (gap.sign() + 1) / 2
     if name == "cyclic":
-        step = (first[:, None] - first) % 3
+        step = (first[:, None] - first) % 3  # (Y,Y)
         beats = (step == 1).double() - (step == 2).double()
-        beats[0] = beats[:, 0] = 0  # response 0 is the empty one, which has no first word
+        beats[0] = beats[:, 0] = 0  # response 0 is the empty one: its end of text is no word
         gap = gap + 2 * beats
     return gap.sigmoid()
 
@@ -223,13 +234,14 @@ def mean_over_opponents(worth, mu):  # (X,Y,Y), (X,Y) -> (X,Y)
 
 
 def optimum(ref_logp, worth, mu, tau):  # (X,Y), (X,Y,Y), (X,Y) -> (X,Y)
-    """log pi*: ref(y) exp(g(y) / tau), normalised, with g(y) the mean of worth = Psi(p*) over mu  (eq. 7).
+    """The log of pi*(y) = ref(y) exp(g(y) / tau) / Z, with g(y) the mean of worth = Psi(p*) over mu  (eq. 7).
 
-    Infinite worth (logit of a certain preference) counts as a million: then g counts sure wins less sure
-    losses, and pi* is the limit that DPO tends to and never reaches. The deterministic world has such pairs.
+    For DPO's Psi, the logit, the worth of a certain win is infinite, and pi* gives all probability to the
+    response that wins most. (The deterministic world has certain wins.) A million stands for infinity here,
+    which is enough for that. DPO tends to this limit, and never reaches it.
     """
     g = mean_over_opponents(worth.clamp(-1e6, 1e6), mu)
-    return (ref_logp + g / tau).log_softmax(-1)
+    return (ref_logp + g / tau).log_softmax(-1)  # which divides by Z
 
 
 def kl(logp, other):  # (X,Y), (X,Y) -> ()
@@ -250,7 +262,7 @@ class Pair(NamedTuple):
 
 NEEDED = 'write {"prompt": "...", "chosen": "...", "rejected": "..."}, and "p" if you like'
 CONVERT = "python -m lab.models.jsonl makes JSONL of it"
-FIRST_BYTES = {
+FIRST_BYTES = {  # of files that are no JSONL
     b"\x1f\x8b": "gzip",
     b"PK\x03\x04": "a zip archive",
     b"PAR1": "Parquet",
@@ -261,6 +273,7 @@ FIRST_BYTES = {
     b"[": "a JSON array",
     b"{\n": "JSON over several lines",
 }
+# what marks that somebody else speaks; see count_oddities
 TURNS = ("\n\nHuman:", "\n\nAssistant:", "<|im_start|>", "<|user|>", "<|start_header_id|>", "[INST]")
 
 
@@ -270,7 +283,8 @@ def get_tokenizer(name):
         return Words(WORDS)
     if name == "bytes":
         ids = {bytes([byte]): byte for byte in range(256)}
-        # every character apart (?s: line breaks, too), then its bytes, and no merges
+        # 256 tokens, one a byte, and end of text. The pattern takes the characters one by one (?s: line
+        # breaks, too), so that nothing is merged.
         return tiktoken.Encoding(name, pat_str="(?s).", mergeable_ranks=ids, special_tokens={EOT: 256})
     try:
         return tiktoken.get_encoding(name)
@@ -283,6 +297,7 @@ def read_jsonl(path, parse=None):
     """The pairs of a JSONL file, a list; prints what was skipped. Raises Refused, naming the first bad line.
 
     parse(item, notes) -> Pair reads the object of one line; by default parse_pair. lab/ reads conversations.
+    notes: a Counter of what will be told.
     """
     if not os.path.isfile(path):
         found = "a folder" if os.path.isdir(path) else "no such file"
@@ -319,16 +334,16 @@ def refuse_other_formats(path, line):
 def tell(where, notes):
     """Prints a line for each thing that happened."""
     for what, count in (+notes).items():  # +: without those that never happened
-        print(Refused(f"{where}: {count:,} {what}"))  # which prints a file's name as one line
+        print(Refused(f"{where}: {count:,} {what}"))  # not raised: it only makes one line of a file's name
 
 
 def parse_json(line):
     """The object that one line (bytes) holds, a dict. Raises Refused."""
     try:
         item = json.loads(line, object_pairs_hook=no_key_twice)
-        # "\ud83d", half a letter, is JSON and no text: encode raises UnicodeError
+        # "\ud83d", half of a character, is JSON and no text: encode raises UnicodeError
         json.dumps(item, ensure_ascii=False).encode()
-    except Refused:
+    except Refused:  # which is a ValueError, too
         raise
     except (ValueError, RecursionError) as error:
         raise Refused(f"no JSON in UTF-8 ({short(error)}); {NEEDED}") from None
@@ -338,7 +353,7 @@ def parse_json(line):
 
 
 def no_key_twice(items):
-    """The object with these (key, value) pairs."""
+    """The dict of these (key, value) pairs. Raises Refused if a key comes twice."""
     keys = [key for key, _ in items]
     if len(set(keys)) < len(keys):
         raise Refused(f"a key stands there twice among {short(', '.join(keys))!r}; keep one of them")
@@ -377,7 +392,7 @@ def encode(pairs, tokenizer, block_size):
     number_of = {}  # prompts are told apart as texts: two long ones may be cut to the same tokens
     for pair in pairs:
         prompt, chosen, rejected = (tokenizer.encode_ordinary(text) for text in pair[:3])
-        # for the prompt, the same for both responses; 1 is end of text
+        # tokens left for the prompt, beside the longer response and its end of text
         room = block_size - 1 - max(len(chosen), len(rejected))
         if chosen == rejected:
             notes["pairs dropped: chosen and rejected are the same tokens"] += 1
@@ -385,7 +400,7 @@ def encode(pairs, tokenizer, block_size):
             notes[f"pairs dropped: a response leaves no room for a prompt in {block_size} tokens"] += 1
         else:
             notes[f"prompts cut from the left to fit {block_size} tokens"] += len(prompt) > room
-            prompt = prompt[-room:] or end  # GPT-2 was trained with end of text before each text
+            prompt = prompt[-room:] or end  # an empty one is end of text, as GPT-2 has it before each text
             prompts += [prompt, prompt]
             responses += [chosen + end, rejected + end]
             p.append(pair.p)
@@ -401,7 +416,7 @@ def encode(pairs, tokenizer, block_size):
 
 
 def count_oddities(pairs, notes):
-    """Counts what is kept and scored as it stands, and perhaps should not be."""
+    """Counts, over all pairs, what is scored as it stands and perhaps should not be."""
     seen = set()
     for prompt, chosen, rejected, _ in pairs:
         texts = f"{chosen} {rejected}"
@@ -416,9 +431,9 @@ def count_oddities(pairs, notes):
 
 
 def hold_out(data, share, seed):
-    """-> the numbers of the pairs to train on, and of those to evaluate: held out, no prompt in both.
+    """-> the indices of the pairs to train on, and of those to evaluate: held out, no prompt in both.
 
-    share: of the prompts. If that is less than one prompt, the pairs to train on are evaluated.
+    share: how many of the prompts to hold out. If it is less than one, the pairs to train on are evaluated.
     """
     n = int(data.prompt.max()) + 1
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))

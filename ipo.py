@@ -1,16 +1,17 @@
-"""nanoIPO: preference optimisation by IPO, in a world so small that the exact answer is known.
+"""nanoIPO: identity preference optimisation (IPO), in a world so small that the exact answer is known.
 
   objective  max_pi  E[ Psi(p*(y>y')) ] - tau KL(pi||ref),  y ~ pi, y' ~ mu      (Azar et al. 2023, eq. 6)
   optimum    pi*(y)  =  ref(y) exp( g(y) / tau ) / Z,  g(y) = E_{y'~mu}[ Psi(p*(y>y')) ]           (eq. 7)
   margin     h       =  log pi(yw)/ref(yw) - log pi(yl)/ref(yl)                                   (eq. 12)
   IPO        ( h - target(p) )^2,  target(p) = ( Psi(p) - Psi(1-p) ) / (2 tau)
              with Psi(q) = q and p = 1 that is ( h - 1/(2 tau) )^2                                (eq. 17)
-  DPO        -log s(tau h) for p = 1; its beta is our tau                       (Rafailov et al. 2023, eq. 7)
+  DPO        -log s(tau h) for p = 1; its beta is our tau                  (Rafailov et al. 2023, their eq. 7)
 
 pi is the policy, the model that is trained; ref the reference, the policy as it was when this training
 began; mu the distribution that the responses of the pairs come from; yw and yl the chosen ("winner") and the
-rejected response ("loser"); p the probability that yw is preferred; s the sigmoid; Z makes probabilities sum
-to one. log pi(y) is a sum over the tokens of y, in nats. README.md derives the target.
+rejected response ("loser") of a pair; p the probability that yw is preferred; s the sigmoid; Z makes
+probabilities sum to one. A response y is what README.md calls an answer. log pi(y) is a sum over its tokens,
+in nats. README.md derives the target.
 
   python ipo.py --loss ipo                          the toy world: train, then measure the distance to pi*
   python ipo.py --sample "pizza review:"            what the trained policy says
@@ -18,7 +19,7 @@ to one. log pi(y) is a sum over the tokens of y, in nats. README.md derives the 
   python ipo.py --data FILE.jsonl --init_from gpt2  ... and GPT-2's weights
 
 Sizes: B pairs, R rows (a row is a prompt with one response), T tokens in a row, C channels, V vocabulary, S
-scored tokens. A comment such as (R,T) -> (R,) behind a signature gives the shapes that go in and come out.
+scored tokens. The comment after a signature, such as (R,T) -> (R,), gives the shapes that go in and come out.
 """
 import argparse
 import json
@@ -30,7 +31,7 @@ from torch.nn.functional import logsigmoid
 
 import data
 import model
-from data import Refused
+from data import Refused  # bad input, in one line
 
 # ==================================== EXERCISE: what is a preference worth? ================================
 
@@ -39,7 +40,8 @@ def psi(q):
     """The worth of being preferred with probability q. q: a tensor of any shape; returns the same shape.
 
     By default every pair is a coin flip, stored winner first with p = 1, so that target sees psi(1) - psi(0)
-    and nothing else of psi. --labels soft gives it every p.
+    and nothing else of psi. Another psi with psi(1) - psi(0) = 1 then trains the same policy. But it has
+    another pi*, and kl_opt shows the gap. --labels soft gives target every p.
     """
     return q
 
@@ -48,7 +50,7 @@ def psi(q):
 
 
 def target(p, tau):  # (B,) -> (B,)
-    """The margin, in nats, that a pair asks for whose chosen response is preferred with probability p.
+    """The margin, in nats, that is asked of a pair if its chosen response is preferred with probability p.
 
     Read forwards, the pair asks h for Psi(p)/tau. Read backwards, with the responses exchanged, it asks -h
     for Psi(1-p)/tau, that is h for -Psi(1-p)/tau. The least-squares answer to both is their mean.
@@ -57,23 +59,24 @@ def target(p, tau):  # (B,) -> (B,)
 
 
 def ipo_loss(h, p, tau):  # (B,), (B,) -> (B,)
-    """Squared distance to the target, nats^2. It is least at the target, so h is also pulled back to it."""
+    """Squared distance to the target, nats^2. It is least at the target: an h above it is pulled back."""
     return (h - target(p, tau)) ** 2
 
 
 def dpo_loss(h, p, tau):  # (B,), (B,) -> (B,)
     """-log s(tau h), weighted by p, and the same for the exchanged pair, weighted by 1 - p.
 
-    Its slope in h is tau (s(tau h) - p), so it is least at tau h = logit(p). At p = 1 the slope is never 0,
-    so h never stops growing. The loss is linear in p, so coin flips and p itself give the same mean.
+    log s(x) has the slope 1 - s(x), so the loss has the slope tau (-p (1 - s) + (1-p) s) = tau (s - p), with
+    s at tau h. It is least where s = p, that is at tau h = logit(p). At p = 1 the slope is never 0, so h
+    never stops growing. The loss is linear in p, so coin flips and p itself give the same mean.
     """
     return -(p * logsigmoid(tau * h)
              + (1 - p) * logsigmoid(-tau * h))
 
 
 LOSSES = {"ipo": ipo_loss, "dpo": dpo_loss}
-# Not used in training: the Psi whose optimum pi* a run of this loss is compared with (README.md says why
-# DPO's is logit). The lambda looks psi up when it is called: a psi that is set later counts.
+# For measurement, not for training: the Psi whose optimum pi* a run with this loss is compared with.
+# README.md says why DPO's is logit. The lambda is for those who set ipo.psi from outside, as tests do.
 PSI_OF = {"ipo": lambda q: psi(q), "dpo": torch.logit}
 
 
@@ -81,60 +84,64 @@ def sequence_logp(policy, tokens, mask):  # (R,T), (R,T) -> (R,)
     """log pi(y|x) of each row, in nats: the sum of the log-probs of the tokens where the mask is True.
 
     The probability of a response is the product of its tokens' probabilities, so its log is a sum. The work
-    is done where the policy's weights are; what comes back is on the CPU.
+    is done where the policy's weights are. What comes back is on the CPU, as ref_logp and p are.
 
-    The token at position t + 1 is predicted at position t. A row [x0 x1 y2 y3] with the mask [0 0 1 1] has
-    its y2 predicted at position 1 and its y3 at position 2. So scored = [0 1 1], over positions 0, 1, 2. S
-    counts the ones of all rows.
+    The token at position t + 1 is predicted at position t:
+        position          0   1   2   3
+        tokens            x0  x1  y2  y3    a prompt of two tokens, a response of two
+        mask              0   0   1   1
+        predicted there   x1  y2  y3
+        scored            0   1   1         the mask without its first column
+    S counts the ones in `scored` of all rows.
     """
     device = next(policy.parameters()).device
     tokens, mask = tokens.to(device), mask.to(device)
     scored = mask[:, 1:]                                           # (R,T-1)
-    # rows of more than 16 tokens: the same numbers, faster; the toy world's have 5 at most and take the else
+    # Rows of more than 16 tokens take a faster way to the same numbers: a prompt that two rows share is
+    # computed once. The toy world's rows have 5 tokens at most, and take the else.
     if model.sharing_pays(policy, tokens):
         x = model.shared_hidden(policy, tokens[:, :-1], scored)    # (S,C)
     else:
-        x = policy.hidden(tokens[:, :-1])[scored]                  # (S,C)
-    logp = policy.head(x).float().log_softmax(-1)                  # (S,V)
+        x = policy.hidden(tokens[:, :-1])[scored]                  # (S,C) what the head turns into logits
+    logp = policy.head(x).float().log_softmax(-1)                  # (S,V) float: they may be bfloat16
     said = tokens[:, 1:][scored]                                   # (S,) the tokens of the responses
-    token_logp = torch.zeros(scored.shape, device=device)          # (R,T-1) 0 where nothing is scored
+    # back to rows, 0 where nothing is scored; a gradient goes through
+    token_logp = torch.zeros(scored.shape, device=device)          # (R,T-1)
     token_logp[scored] = logp.gather(1, said[:, None]).squeeze(1)
     return token_logp.sum(1).cpu()
 
 
 def margin(logp, ref_logp):  # (2B,), (2B,) -> (B,)
-    """h of each pair: by how many nats more the policy has raised the chosen response than the rejected."""
+    """h of each pair: by how many nats more its chosen response has risen than its rejected one."""
     chosen, rejected = (logp - ref_logp).chunk(2)  # rows 0..B-1 are chosen, rows B..2B-1 rejected
     return chosen - rejected
 
 
 # ------------------------------------------------------------------------------------------------- training
-# A source is where the trainer gets its pairs: WorldSource or FileSource below, or one of your own. It has
-# pairs (a PairData, see data.py), train (the numbers of the pairs to train on), sft_weight (how often SFT
-# takes each row), tokenizer, sizes (of a model for it), exact, and the methods set_reference and evaluate.
-
 class Stopped(Refused):
-    """A run that must not go on, in one line."""
+    """A run that must not go on; the message is one line."""
 
 
 def precision(args):
-    """A context in which matrix products are computed in --dtype. Weights and losses stay float32."""
+    """A context: with --dtype bfloat16 matrix products are made in it. Weights and losses stay float32."""
     return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
 def adam(policy):
     """Adam without weight decay, which would pull the weights to 0 and not to the reference.
 
-    optimizer_step sets the learning rate. fused: one operation for all weights, which is faster.
+    optimizer_step sets the learning rate. betas: Adam divides by a mean of squared gradients over some 100
+    steps. With the usual .999 they are 1000, half of a run in the toy world, which then ends further from its
+    optimum at tau .5 (measured). fused: one operation for all weights, which is faster.
     """
-    return torch.optim.Adam(policy.parameters(), fused=True)
+    return torch.optim.Adam(policy.parameters(), betas=(0.9, 0.99), fused=True)
 
 
 def optimizer_step(policy, optimizer, step, steps, peak):
-    """A step along the gradients that are there. If their norm is above 1, they are scaled to norm 1 before.
+    """A step of the optimiser with the gradients in .grad, which are scaled to norm 1 if theirs is above it.
 
-    The learning rate is peak times a rise to 1 over the first 50 steps (half of all, if they are few), times
-    a straight fall from 1 towards 0 over all steps.
+    The learning rate is peak times `rising`, from 0 to 1 over the first 50 steps (or half of all, if there
+    are fewer than 100), times `falling`, from 1 towards 0 over all steps.
     """
     rising = step / min(50, steps / 2)
     falling = 1 - (step - 1) / steps
@@ -146,23 +153,32 @@ def optimizer_step(policy, optimizer, step, steps, peak):
 
 
 def generator(args, number):
-    """Random numbers that depend on --seed alone, so that a resumed run draws what it drew before.
+    """Random numbers that depend on --seed and their use alone, so a resumed run draws what it drew before.
 
-    Each use has its own number: 0 SFT, 1 the order of the pairs, 2 the world's pairs. 10 leaves room.
+    number: 0 SFT, 1 the order of the pairs, 2 the world's pairs. 10 leaves room for lab/. (The first weights
+    of the policy and the split of a file are drawn from the seed itself.)
     """
     return torch.Generator().manual_seed(10 * args.seed + number)
 
+
+# The next functions take a source: where the trainer gets its pairs. WorldSource and FileSource below are
+# two, and you may write your own. Of these eight things a source has, the next functions need three:
+#   pairs       a data.PairData: a table of rows, padded(rows) -> tokens, mask, and batch(indices) -> Batch
+#   train       the indices of the pairs to train on
+#   sft_weight  (R,) how often SFT takes each row
+# and `run` further down needs the rest: tokenizer, sizes (of a model for it), set_reference(ref_logp),
+# evaluate(policy) and exact (known policies; {} if there are none).
 
 def finetune(policy, source, args):
     """SFT, supervised fine-tuning: maximum likelihood on rows of the source. It makes the reference."""
     optimizer, random = adam(policy), generator(args, 0)
     for step in range(1, args.sft_steps + 1):
-        # rows in proportion to their weight, whose sum does not matter; True: with replacement
+        # as many rows as a preference step has, in proportion to their weight; True: with replacement
         rows = torch.multinomial(source.sft_weight, 2 * args.batch_size, True, generator=random)
         tokens, mask = source.pairs.padded(rows)
         with precision(args):
             logp = sequence_logp(policy, tokens, mask)  # (R,)
-        loss = -logp.sum() / mask.sum()                 # () nats per response token
+        loss = -logp.sum() / mask.sum()                 # () nats per token of a response, all of them scored
         loss.backward()
         optimizer_step(policy, optimizer, step, args.sft_steps, args.sft_lr)
         if step % args.log_every == 0:
@@ -170,8 +186,8 @@ def finetune(policy, source, args):
 
 
 @torch.no_grad()
-def score(policy, pairs, args, which=slice(None)):  # -> (R,)
-    """log pi(y|x) of the rows of a PairData, or of `which` of them, in nats, computed as the loop does.
+def score(policy, pairs, args, which=slice(None)):  # -> (R,), or as many as there are in `which`
+    """log pi(y|x) of the rows of a PairData, or of `which` of them, in nats, in the loop's precision.
 
     2B rows at a time, as in a training step, so this never needs more memory than training.
     """
@@ -182,7 +198,10 @@ def score(policy, pairs, args, which=slice(None)):  # -> (R,)
 
 
 def shuffled_batches(source, args):
-    """Yields the Batch of each step: all pairs in random order, then in another, and so on."""
+    """Yields the Batch of each step: all pairs in random order, then in another, and so on.
+
+    By default the toy world has nearly as many pairs as its steps take, so each is seen about once.
+    """
     for index in data.shuffled(len(source.train), args.batch_size,
                                args.steps, generator(args, 1)):
         yield source.pairs.batch(source.train[index])
@@ -191,8 +210,8 @@ def shuffled_batches(source, args):
 def train(policy, batches, args, evaluate):
     """Preference training on batches, an iterable of Batch, however made. Returns the log, a list of dicts.
 
-    evaluate(policy) gives numbers by name, for the log. Leaves ckpt.pt in --out. A run that is resumed goes
-    on from there: it gets the same batches again, and skips those that it has seen. Raises Stopped.
+    evaluate(policy) -> {name: number}, for the log. Leaves ckpt.pt in --out. A run that is resumed goes on
+    from there: it gets the same batches again, and skips those that it has seen. Raises Stopped.
     """
     optimizer = adam(policy)
     seen, log = last_checkpoint(policy, optimizer, args)
@@ -209,7 +228,7 @@ def train(policy, batches, args, evaluate):
         optimizer_step(policy, optimizer, step, args.steps, args.lr)
         if step % args.log_every == 0 or step == args.steps:
             numbers = {"batch loss": loss.item(), **evaluate(policy)}
-            if numbers.get("h", 0) is None:  # what is not finite is None, see means
+            if numbers.get("h", 0) is None:  # `means` puts None for what is not finite
                 raise Stopped(f"step {step}: the policy is not finite; lower --lr")
             told(f"step {step}/{args.steps}", numbers)
             log.append({"step": step, **numbers})
@@ -221,7 +240,9 @@ def train(policy, batches, args, evaluate):
 def last_checkpoint(policy, optimizer, args):
     """(step, log) of the run's ckpt.pt, whose weights and optimiser it restores; (0, []) if there is none.
 
-    A new run has none, since `claim` has removed that of an older one.
+    A new run has none, since `claim` below has removed that of an older one. A resumed run has its flags from
+    ref.pt. So a ckpt.pt with other flags (but for at_present's) is of another run, and one without a step is
+    a ref.pt under the wrong name.
     """
     path = f"{args.out}/ckpt.pt"
     if not os.path.exists(path):
@@ -239,23 +260,24 @@ def last_checkpoint(policy, optimizer, args):
 def check_start(policy, batch, logp, loss):
     """Before the first step the policy is the reference, so every margin is 0, but for rounding.
 
-    In float32 that is less than .01 nats. In bfloat16 it is more; how much, a pass in float32 over the same
-    batch shows. A margin is made of four log-probs, hence the 4.
+    In float32 rounding is less than .01 nats. In bfloat16 it is more, and a second pass in float32 measures
+    it. A margin is made of four log-probs (two of the policy, two of the reference), each off by about as
+    much. Hence the 4.
     """
     exact = sequence_logp(policy, batch.tokens, batch.mask)  # outside of `precision`, so in float32
     rounding = (logp - exact).abs().max()
     largest = margin(logp, batch.ref_logp).abs().max()
     print(f"step 0: loss {loss:.6g}, largest margin {largest:.1g} nats")
-    if not largest <= 4 * rounding + 0.01:  # a NaN is not
+    if not largest <= 4 * rounding + 0.01:  # not >, which would let a NaN pass
         raise Stopped("before the first step a margin is not 0: ref_logp is not this policy's; make it again")
 
 
 # ---------------------------------------------------------------------------------------------- measurement
 
 def pair_numbers(logp, ref_logp, p, args):  # (2B,), (2B,), (B,) -> numbers by name
-    """Means over pairs, in nats: the loss, h, log pi/ref of the chosen and of the rejected response.
+    """Means over pairs: the loss, and in nats h and log pi/ref of the chosen and of the rejected response.
 
-    accuracy is the share of margins with the label's sign; no margin, or no label (p = 1/2), counts one half.
+    accuracy: 1 if h has the sign of p - 1/2, 0 if it has the other, 1/2 if one of them is 0.
     """
     chosen, rejected = (logp - ref_logp).chunk(2)
     h = chosen - rejected
@@ -269,10 +291,10 @@ def pair_numbers(logp, ref_logp, p, args):  # (2B,), (2B,), (B,) -> numbers by n
 
 
 def means(values):
-    """{name: tensor} -> {name: its mean}. None stands for what is infinite or unknown, as JSON has neither.
+    """{name: tensor} -> {name: its mean}. None stands for NaN and for 10,000 or more: JSON has no infinity.
 
-    With tau from .01 on no number reaches 10,000, but those of DPO's optimum on certain preferences: see
-    data.optimum.
+    A sound run stays below: the least tau is .01, for which IPO's loss begins at 50^2. DPO's optimum on
+    certain preferences does not, see data.optimum.
     """
     values = {name: value.mean().item() for name, value in values.items()}
     return {name: value if abs(value) < 1e4 else None for name, value in values.items()}
@@ -287,25 +309,31 @@ def told(name, numbers):
 # ---------------------------------------------------------------------------------- where the pairs come from
 
 class WorldSource(data.World):
-    """The toy world, its exact optimum, and how far a policy is from it."""
+    """The toy world, its exact optimum, and how far a policy is from it.
+
+    From data.World it has prompts (X of them), responses (Y), reward (X,Y), pstar (X,Y,Y), base (Y,), pairs
+    (R = X Y rows) and draw.
+    """
 
     def __init__(self, args):
         super().__init__(args.data)
         self.args = args
         self.train = torch.arange(args.pairs)
         self.sft_weight = self.base.repeat(len(self.prompts))  # (R,) how often SFT takes a row
-        # every value that p can have in a pair: refuse_what_cannot_run asks before the pairs are drawn
+        # A stand-in. The pairs are drawn in set_reference, as with --mu ref they come from the reference.
+        # Until then p has every value that a pair can have: refuse_what_cannot_run looks at them.
         self.pairs.p = torch.ones(1) if args.labels == "hard" else self.pstar
 
     def set_reference(self, ref_logp):  # (R,)
-        """Draws the pairs, and computes the optimum pi*, which is known if the loss has a Psi."""
+        """Draws the pairs, and computes the optimum pi* if PSI_OF has the loss."""
         args = self.args
         self.pairs.ref_logp = ref_logp
-        ref = ref_logp.view_as(self.reward).double()
+        ref = ref_logp.view_as(self.reward).double()  # (X,Y)
         uniform = torch.full_like(ref, 1 / len(self.responses))  # EXERCISE: another mu; rows sum to 1
         self.mu = uniform if args.mu == "uniform" else ref.exp()
         self.draw(args.pairs, self.mu, args.labels, generator(args, 2))
-        self.exact = {"ref": ref}  # each is a line of the report, and a number kl_NAME of every policy
+        # name -> log-probs (X,Y) of a policy that is known; the report has a line for each
+        self.exact = {"ref": ref}
         if args.loss in PSI_OF:
             worth = PSI_OF[args.loss](self.pstar)  # (X,Y,Y)
             self.exact["opt"] = data.optimum(ref, worth, self.mu, args.tau)
@@ -315,7 +343,7 @@ class WorldSource(data.World):
         return score(policy, self.pairs, self.args).view_as(self.reward).double()
 
     def numbers(self, logp):  # (X,Y) -> numbers by name
-        """Means over all pairs; then KL(pi||ref) and KL(pi||pi*), which are exact sums."""
+        """Means over all pairs; then kl_ref = KL(pi||ref) and kl_opt = KL(pi||pi*), which are exact sums."""
         rows = self.pairs.pair_rows(self.train)  # train is all pairs
         numbers = pair_numbers(logp.flatten()[rows], self.pairs.ref_logp[rows],
                                self.pairs.p, self.args)
@@ -328,24 +356,24 @@ class WorldSource(data.World):
 
 class FileSource:
     """Pairs of a JSONL file, or a list of data.Pair: some to train on, some held out, no prompt in both."""
-    exact = {}
+    exact = {}  # no policy is known
 
     def __init__(self, args, tokenizer=None, pairs=None):
         self.args = args
         self.tokenizer = tokenizer or data.get_tokenizer(args.tokenizer)
         self.pairs = data.encode(pairs or data.read_jsonl(args.data),
                                  self.tokenizer, args.block_size)
-        # of a model: the context, the ids that it reads, the ids that it emits
+        # of a model: the context, how many ids it reads, how many it emits
         self.sizes = args.block_size, self.tokenizer.n_vocab, self.tokenizer.n_vocab
         self.train, self.held_out = data.hold_out(self.pairs, args.holdout, args.seed)
-        self.sft_weight = torch.zeros(len(self.pairs.length))  # (R,) the rows of training pairs, all alike
+        self.sft_weight = torch.zeros(len(self.pairs.length))  # (R,) both rows of each training pair
         self.sft_weight[self.pairs.pair_rows(self.train)] = 1
 
     def set_reference(self, ref_logp):  # (R,)
         self.pairs.ref_logp = ref_logp
 
     def evaluate(self, policy):
-        """Means over the held-out pairs."""
+        """Means over the held-out pairs, or over all if --holdout leaves none."""
         rows = self.pairs.pair_rows(self.held_out)
         logp = score(policy, self.pairs, self.args, rows)
         return pair_numbers(logp, self.pairs.ref_logp[rows],
@@ -355,24 +383,26 @@ class FileSource:
 # ------------------------------------------------------------------------------------------------ the program
 
 DEVICE = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")  # cuda, mps, ... if any
-# The default of each flag, in a world and for a file; and what it is with --init_from, --sample or --resume:
-# the same (=) or another. Where - stands the flag does nothing, so it is refused. none: not set.
+# The default of each flag in a world and for a file, and then with --init_from, --sample or --resume.
+#   =      as it was without that flag
+#   -      the flag does nothing, so it is refused if it is given
+#   none   not set
 FLAGS = f"""
 flag         world    file     init_from  sample  resume  takes         meaning
 loss         ipo      ipo      =          -       -       {'|'.join(LOSSES)}  the loss on the margin
 tau          0.2      0.1      =          -       -       0.01..1e9     pull to the reference; DPO's beta
-data         bt       bt       =          -       -       text          bt, deterministic, cyclic, or a file
+data         bt       (given)  =          -       -       text          bt, deterministic, cyclic, or a file
 init_from    none     none     =          =       -       text          a run's .pt file, or GPT-2's weights
 out          out      out      =          =       =       text          folder of the run's files
 labels       hard     -        =          -       -       hard|soft     coin flips, winner first; or p* itself
 mu           uniform  -        =          -       -       uniform|ref   where the responses come from
-pairs        500000   -        =          -       -       1..1e7        pairs to draw
+pairs        560000   -        =          -       -       1..1e7        pairs to draw
 tokenizer    -        gpt2     -          -       -       text          gpt2, or bytes (needs no network)
 holdout      -        0.1      =          -       -       0.0..0.9      share of the prompts to hold out
 block_size   -        256      -          -       -       1..1e6        context in tokens
-steps        2000     200      =          -       -       1..1e7        steps of preference training
+steps        2200     200      =          -       -       1..1e7        steps of preference training
 batch_size   256      16       =          -       -       1..1e6        pairs in a step
-lr           1.5e-3   1e-4     =          -       -       1e-9..1e9     peak learning rate
+lr           2.5e-3   1e-4     =          -       -       1e-9..1e9     peak learning rate
 sft_steps    200      400      0          -       -       0..1e7        steps of SFT before it
 sft_lr       3e-3     1e-3     =          -       -       1e-9..1e9     peak learning rate of SFT
 log_every    200      50       =          -       -       1..1e7        steps between log lines and saves
@@ -387,6 +417,7 @@ temperature  -        -        -          1       -       0.0..1e9      of that 
 resume       none     none     =          -       =       yes           go on with the run in --out
 overwrite    none     none     =          -       -       yes           replace the run in --out
 """
+# the first line has the names of the columns; the eighth, meaning, has blanks in it
 NAMES, *ROWS = [line.split(maxsplit=7)
                 for line in FLAGS.strip().splitlines()]
 
@@ -400,17 +431,19 @@ def parse(argv=None):
     """All flags of a run. What is not given has the default of its kind of run. Raises Refused."""
     parser = Parser(usage=__doc__ + FLAGS, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for name, *_, takes, _ in ROWS:
-        alone = {"nargs": "?", "const": "yes"} if takes == "yes" else {}  # --resume, --overwrite
+        # --resume alone means --resume yes; so with --overwrite
+        alone = {"nargs": "?", "const": "yes"} if takes == "yes" else {}
         parser.add_argument(f"--{name}", **alone)
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))  # SUPPRESS: what was typed, and no defaults
     kinds = ["world" if given.get("data", "bt") in data.WORLDS else "file"]
-    kinds += [kind for kind in NAMES[3:6] if kind in given]  # init_from, sample, resume
+    # the columns init_from, sample and resume
+    kinds += [kind for kind in NAMES[3:6] if kind in given]
     flags = {}
     for cells in ROWS:
         row = dict(zip(NAMES, cells))
         name = row["flag"]
-        # the last kind of run that has a say: world or file, then init_from, sample, resume. For a file with
-        # --init_from: tau .1, then =, is .1. sft_steps 400, then 0, is 0. n_layer 4, then -, is refused.
+        # the last of these columns that is not =. For a file with --init_from: tau has .1 and =, so .1;
+        # sft_steps has 400 and 0, so 0; n_layer has 4 and -, so it is refused.
         default = [row[kind] for kind in kinds if row[kind] != "="][-1]
         if default == "-" and name in given:
             raise Refused(f"--{name} does nothing here ({', '.join(kinds)}); leave it out")
@@ -418,13 +451,13 @@ def parse(argv=None):
         if name in given or default not in ("-", "none"):
             flags[name] = value_of(name, given.get(name, default), row["takes"])
     args = argparse.Namespace(**flags)
-    if args.resume:
+    if args.resume:  # all flags come from ref.pt, but for three
         args = argparse.Namespace(**at_present(model.read(f"{args.out}/ref.pt")["flags"], args))
     return args
 
 
 def at_present(flags, args):
-    """The saved flags of a run, with the folder and the device that it has now."""
+    """The saved flags of a run, with the three that may be others now."""
     return flags | {"out": args.out, "device": args.device, "resume": args.resume}
 
 
@@ -432,7 +465,7 @@ def value_of(name, text, takes):
     """The value of a flag. Raises Refused if it is not what the table says that the flag takes."""
     if text in takes.split("|") or takes == "text" and text:
         return text
-    low, _, high = takes.partition("..")        # "1..1e7" takes whole numbers, "0.0..1e9" all
+    low, _, high = takes.partition("..")        # "1..1e7" takes whole numbers; "0.0..1e9", with a point, all
     kind = int if low.isdigit() else float
     try:                                        # what is no number is a ValueError, and refused
         if kind(low) <= kind(text) <= float(high):
@@ -445,7 +478,8 @@ def value_of(name, text, takes):
 def claim(out, overwrite):
     """Makes the folder ready for a new run. What an older run left there is removed.
 
-    A finished run in a world, which takes half a minute, is replaced. Any other needs --overwrite: Refused.
+    A finished run (it has a report.json) in a world takes half a minute, and is replaced. Any other is
+    Refused without --overwrite.
     """
     os.makedirs(out, exist_ok=True)
     old = {"report.json", "ckpt.pt", "ref.pt"}.intersection(os.listdir(out))
@@ -460,7 +494,7 @@ def claim(out, overwrite):
 
 def refuse_what_cannot_run(source, args):
     """Raises Refused, before anything is replaced, if data, weights and loss do not fit together."""
-    # GPT-2's weights for a world, say, whose words are other tokens
+    # GPT-2's weights for a world, say, whose words are other tokens. None: new weights fit any tokens.
     if args.tokenizer not in (None, source.tokenizer.name):
         raise Refused(f"--init_from {args.init_from} knows the tokens of {args.tokenizer}, and --data "
                       f"{args.data} has those of {source.tokenizer.name}; use weights of the same kind")
@@ -468,8 +502,8 @@ def refuse_what_cannot_run(source, args):
     # the loss at h = 0: infinite if a target is
     loss = LOSSES[args.loss](0 * p, p, args.tau)
     if not loss.isfinite().all():
-        raise Refused("a label asks for an infinite margin, since this psi is infinite at 0 or 1 (as DPO's, "
-                      "which over-fits); use --labels soft or another psi")
+        raise Refused("a label asks for an infinite margin, since this psi is infinite at 0 or 1 (as logit "
+                      "is); use --labels soft or another psi")
 
 
 def run(args, policy=None, source=None):
@@ -484,7 +518,7 @@ def run(args, policy=None, source=None):
         policy, args.tokenizer = model.load(args.init_from)
         args.block_size = policy.config.block_size  # a file's texts are cut to it
     source = source or (WorldSource(args) if args.data in data.WORLDS else FileSource(args))
-    refuse_what_cannot_run(source, args)
+    refuse_what_cannot_run(source, args)  # before make_reference removes an older run
     args.tokenizer = source.tokenizer.name
     policy = policy or model.GPT(model.GPTConfig(
         *source.sizes, args.n_layer, args.n_head, args.n_embd))
@@ -513,16 +547,17 @@ def make_reference(policy, source, args):
     path = f"{args.out}/ref.pt"
     if not args.resume:
         claim(args.out, args.overwrite)
-    args.resume = args.overwrite = None  # from here on a resumed run is like any other
+    # Both files hold the flags, and last_checkpoint compares them. These two are no part of the run.
+    args.resume = args.overwrite = None
     saved = model.read(path) if os.path.exists(path) else {}
     if "ref_logp" in saved:
         model.restore(policy, saved)
     else:
-        model.save(path, policy, args)  # its flags are what --resume needs if SFT is interrupted
+        model.save(path, policy, args)  # only for its flags: --resume needs them if SFT is interrupted
         finetune(policy, source, args)
         saved["ref_logp"] = score(policy, source.pairs, args)
     source.set_reference(saved["ref_logp"])
-    digest = source.pairs.digest()
+    digest = source.pairs.digest()  # of the pairs of now; on --resume it must be the saved one
     if saved.get("digest", digest) != digest:
         raise Refused(f"--resume: --data {args.data} is not what it was when this run began; bring it back")
     model.save(path, policy, args, ref_logp=saved["ref_logp"], digest=digest)

@@ -1,6 +1,6 @@
 """A GPT with GPT-2's names and shapes, sampling, files of weights, and GPT-2's own weights.
 
-Nothing here knows what a preference is. Read up to "for speed"; the rest gives the same numbers faster.
+Nothing here knows what a preference is. What follows "for speed" gives the same numbers faster; skip it.
 Sizes: R rows, T tokens in a row, C channels, V vocabulary (the ids that the model can emit).
 """
 import hashlib
@@ -18,13 +18,14 @@ from data import Refused, short
 
 @dataclass
 class GPTConfig:
-    """Sizes of a GPT; the defaults are GPT-2's smallest (124M parameters)."""
-    block_size: int = 1024   # the context: the most tokens that the model can see at once
-    vocab_size: int = 50257  # ids that it can read
-    head_size: int = 50257   # ids that it can emit: 0 .. head_size-1; the toy world never says its prompts
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768        # channels C, a multiple of n_head
+    """Sizes of a GPT. The comments give those of the smallest GPT-2, which has 124M parameters."""
+    block_size: int  # 1024, the context: the most tokens that the model can see at once
+    vocab_size: int  # 50257 ids that it can read
+    head_size: int   # 50257 ids that it can emit (of its last layer, not of an attention head): the first
+                     # ones of the vocabulary. The toy world's model never says the words of its prompts.
+    n_layer: int     # 12
+    n_head: int      # 12
+    n_embd: int      # 768 channels (C), a multiple of n_head
 
 
 class Attention(nn.Module):
@@ -37,7 +38,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x):  # (R,T,C) -> (R,T,C)
-        q, k, v = self.split(self.c_attn(x))
+        q, k, v = self.split(self.c_attn(x))  # (3, R, heads, T, C / heads), unpacked
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.c_proj(self.merge(y))
 
@@ -78,7 +79,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The language model. `hidden` and `head` are two methods, as a loss needs logits at few positions."""
+    """The language model. `hidden` and `head` are two methods, so that logits are made only where scored."""
 
     def __init__(self, config):
         super().__init__()
@@ -92,13 +93,14 @@ class GPT(nn.Module):
             "ln_f": nn.LayerNorm(config.n_embd),
         })
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):
-                # each block adds two outputs to the stream; this keeps the sum's size that of one (as GPT-2)
-                nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5)
-            elif p.dim() == 2:  # the other linear layers and both embeddings; LayerNorms stay as they are
+            if p.dim() == 2:  # linear layers and both embeddings; LayerNorms stay as they are
                 nn.init.normal_(p, std=0.02)
-            elif name.endswith("bias"):
+            if name.endswith("bias"):
                 nn.init.zeros_(p)
+            if name.endswith("c_proj.weight"):
+                # the stream x is a sum of 2 n_layer outputs of c_proj; a sum of n random numbers is sqrt(n)
+                # times as large as one of them, so each begins that much smaller (as in GPT-2)
+                p.data /= (2 * config.n_layer) ** 0.5
 
     def embed(self, tokens, position):  # (...), (...) -> (...,C)
         return self.transformer.wte(tokens) + self.transformer.wpe(position)
@@ -115,7 +117,12 @@ class GPT(nn.Module):
 
     def head(self, x):  # (...,C) -> (...,V)
         """Logits: a dot product with the word vector of each id that can be emitted ("tied" to wte)."""
-        return F.linear(x, self.transformer.wte.weight[:self.config.head_size])
+        weight = self.transformer.wte.weight
+        # No slice where all ids can be emitted: autograd fills the gradient of a slice up to full size with
+        # zeros, one more copy of the largest matrix.
+        if self.config.head_size < self.config.vocab_size:
+            weight = weight[:self.config.head_size]
+        return F.linear(x, weight)
 
     def forward(self, tokens):  # (R,T) -> (R,T,V)
         return self.head(self.hidden(tokens))
@@ -138,11 +145,11 @@ def generate(policy, tokenizer, text, temperature=1.0, seed=0, max_new_tokens=64
     ids = prompt[:]
     for _ in range(min(max_new_tokens, room)):
         x = policy.hidden(torch.tensor([ids], device=device))[0, -1]  # (C,)
-        # (V,), without ids that the tokenizer lacks: some models of others have more of them
+        # (V,), without ids that the tokenizer lacks: some models have more, to fill up their matrices
         logits = policy.head(x).cpu().double()[:tokenizer.n_vocab]
         if not logits.isfinite().all():
             raise Refused("the policy's weights are not finite: its run diverged; train again, --lr lower")
-        # less their maximum, or a small temperature would overflow; 1e-9 leaves the likeliest token alone
+        # less their maximum, or a small temperature would overflow; at 1e-9 only the likeliest token is left
         probs = ((logits - logits.max()) / max(temperature, 1e-9)).softmax(0)
         token = int(torch.multinomial(probs, 1, generator=random))
         if token == tokenizer.eot_token:
@@ -155,10 +162,11 @@ def generate(policy, tokenizer, text, temperature=1.0, seed=0, max_new_tokens=64
 # ------------------------------------------------------------------------------------------ files of weights
 
 def seal(file):
-    """A digest of an open zip file's checksums. torch.save writes a zip file, with a checksum for each entry.
+    """A digest of an open zip file's checksums, which `save` writes to the end of the file as its comment.
 
-    testzip finds an entry that was damaged; the seal finds one that was exchanged, added or removed. This is
-    against accidents. Against code in a file there is weights_only, below.
+    torch.save writes a zip file, in which each tensor is an entry with a checksum. testzip finds an entry
+    that was damaged. The seal finds one that was exchanged, added or removed. Both are against accidents.
+    Against code in a file there is weights_only, below.
     """
     checksums = [(entry.filename, entry.CRC) for entry in file.infolist()]
     return hashlib.sha256(repr(checksums).encode()).digest()
@@ -204,7 +212,7 @@ def load(path):
 
 
 def restore(policy, saved):
-    """Gives the policy the weights that `read` has found. Raises Refused if another model had them."""
+    """Gives the policy the weights that `read` has found. Raises Refused if they are of another model."""
     try:
         policy.load_state_dict(saved["model"])
     except RuntimeError as error:
@@ -225,12 +233,12 @@ def from_gpt2(name):
         c, weights = theirs.config, theirs.eval().state_dict()
         sizes = c.n_positions, c.vocab_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd
         policy = GPT(GPTConfig(*sizes))
-        for key, p in policy.state_dict().items():
+        for key, p in policy.state_dict().items():  # the same names; theirs has the head once more
             # GPT-2 keeps the matrices of its linear layers transposed
             flip = key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
             p.copy_(weights[key].T if flip else weights[key])  # p shares its memory with the policy's weight
-        # transformers makes up weights that a file lacks; a variant of GPT-2 (another activation, scale or
-        # head) has the same names, and other logits; one with other ids has other tokens
+        # Three tests. transformers makes up weights that a file lacks. A GPT-2 of other ids has other
+        # tokens. A variant (another activation, scale or head) has the same names, and other logits.
         tokens = torch.arange(8)[None]
         same = torch.allclose(policy(tokens), theirs(tokens).logits,
                               rtol=1e-4, atol=1e-3)
@@ -245,14 +253,14 @@ def from_gpt2(name):
 
 # --------------------------------------------------------------------------------- for speed; skip at first
 # The two responses of a pair share a prompt, and under causal attention they share all that is computed on
-# it. So compute each distinct prefix (a position with all tokens before it) once. The rows [a b c], [a b d],
-# [e f] have U = 6 of them: a, ab, abc, abd, e, ef, numbered as they come. The rows then are [0 1 2], [0 1 3],
-# [4 5].
+# it. So compute each distinct prefix (a token with all before it) once. The rows [a b c], [a b d], [e f] have
+# U = 6 of them: a, ab, abc, abd, e, ef, numbered as they come. The rows then are [0 1 2], [0 1 3], [4 5]. The
+# linear layers, which are nearly all of the work, see 6 positions and not 8.
 
 def sharing_pays(policy, tokens):
     """Rows as short as the toy world's lose more by the search for prefixes than they gain.
 
-    Other models than our GPT take no part.
+    Other models than our GPT take no part, since `shared_hidden` reaches into its blocks.
     """
     return type(policy) is GPT and tokens.shape[1] > 16
 
@@ -273,50 +281,58 @@ def shared_hidden(policy, tokens, wanted):  # (R,T), (R,T) -> (S,C)
 class Prefixes:
     """The distinct prefixes of these rows. What stands after a row's last wanted position is left out.
 
-    tokens, position (U,): each prefix's last token, and where it stands. where (R,T): the numbers of a row's
-    prefixes. rows: of each row that has new ones, all its numbers and how many are new. In the example:
-    [0 1 2] and 3, [0 1 3] and 1, [4 5] and 2. Once a prefix is new, all longer ones of the row are new, so
-    they are the row's last.
+    In the example:
+        tokens    (U,)   [a b c d e f]                  the last token of each prefix
+        position  (U,)   [0 1 2 2 0 1]                  where it stands
+        where     (R,T)  [[0 1 2] [0 1 3] [4 5 0]]      the numbers of each row's prefixes, then zeros
+        rows             [0 1 2] and 3, [0 1 3] and 1, [4 5] and 2
+    rows holds each row's numbers, and how many of them are new. The new ones are the last, since a prefix
+    that contains a new one is new. A row without new ones needs no work and is left out.
     """
 
     def __init__(self, tokens, wanted):  # (R,T), (R,T)
-        # (number of the prefix without its last token, or -1; last token) -> number of the prefix. Of the
-        # example's first row (-1,a): 0, (0,b): 1, (1,c): 2. Its second has the first two, and then (1,d): 3.
+        # A prefix is known by the number of the prefix before it (-1 if there is none) and its last token. In
+        # the example the first row makes number = {(-1,a): 0, (0,b): 1, (1,c): 2}. The second row finds the
+        # first two there and adds (1,d): 3.
         number = {}
         position, self.rows = [], []
         self.where = torch.zeros_like(tokens)
-        # (R,) up to the last wanted position; argmax finds the first True from the right
+        # (R,) up to the last wanted position; argmax finds the first True, here from the right
         length = tokens.shape[1] - wanted.flip(1).int().argmax(1)
         for row, n in enumerate(length.tolist()):
             before, last, numbers = len(number), -1, []
             for t, token in enumerate(tokens[row, :n].tolist()):
-                last = number.setdefault((last, token), len(number))  # its number, or the next free one
-                if last == len(position):  # the latter: it is new
+                if (last, token) not in number:
+                    number[last, token] = len(number)
                     position.append(t)
+                last = number[last, token]
                 numbers.append(last)
             self.where[row, :n] = torch.tensor(numbers)
-            if len(number) > before:
-                self.rows.append((self.where[row, :n], len(number) - before))
+            new = len(number) - before
+            if new:  # a row that stands there twice needs no work the second time
+                self.rows.append((self.where[row, :n], new))
         self.tokens = tokens.new_tensor([token for _, token in number])  # on the device of `tokens`
         self.position = tokens.new_tensor(position)
 
     def attend(self, attention, x):  # (U,C) -> (U,C)
-        """Attention, a row at a time: its new prefixes ask, all of its prefixes answer."""
+        """Attention, a row at a time: queries of its new prefixes, keys and values of all its prefixes."""
+        # made once for U prefixes, and laid out row by row
         numbers = [row for row, _ in self.rows]
         qkv = take(attention.c_attn(x), torch.cat(numbers))  # (U,3C) -> (all rows' lengths, 3C)
         y = []
         parts = qkv.split([len(row) for row in numbers])
         for part, (row, new) in zip(parts, self.rows):
             q, k, v = attention.split(part[None])     # (1, heads, t, C / heads)
-            mask = causal_lower_right(new, len(row))  # the last query sees all keys, the one before one less
+            # 2 queries and 4 keys: [1 1 1 0] and [1 1 1 1], so the last query sees all
+            mask = causal_lower_right(new, len(row))
             z = F.scaled_dot_product_attention(q[:, :, -new:], k, v, mask)
             y.append(attention.merge(z)[0])
-        # numbers were given as prefixes came, so one row's new ones behind another's are 0 .. U-1
+        # new prefixes were numbered row by row, and y has them row by row: y[i] is prefix i
         return attention.c_proj(torch.cat(y))
 
 
 def take(x, where):  # (U,C), (S,) -> (S,C)
-    """x[where]. Its gradient sums over all that took a row, and many take a shared prompt. A bfloat16 has
-    8 significant bits, so 256 + 1 is 256 and such a sum would stall; it is made in float32."""
+    """x[where], whose gradient is a sum over all that took a row. Many take a shared prompt's. In bfloat16,
+    which has 8 significant bits, 256 + 1 is 256: a long sum stops growing. So it is made in float32."""
     wide = x.float() if x.dtype == torch.bfloat16 else x
     return F.embedding(where, wide).to(x.dtype)

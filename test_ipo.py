@@ -892,7 +892,7 @@ def random_policies():
 
 def reward(text, x):
     """The sum of the words' values for the subject of prompt x."""
-    return sum(data.WORTH[word][x] for word in text.split())
+    return sum(data.VALUES[word][x] for word in text.split())
 
 
 def preferred(name, x, a, b):
@@ -945,7 +945,7 @@ def test_every_review_of_three_words_is_there_once():
 
 
 def test_a_world_of_other_words_and_lengths():
-    world = data.World("bt", ["good", "dull"], 1)
+    world = data.World("bt", ["good", "dull"], (0, 1))
     assert world.responses == ["", "good", "dull"]
     good_to_dull = world.pstar[0, 1, 2].item()
     assert good_to_dull == approx(1 / (1 + math.exp(-1)))
@@ -1000,9 +1000,10 @@ def drawn(labels, n=200_001, seed=0, name="bt"):
     return world, mu, x, first, second
 
 
-def test_prompts_take_turns():
-    prompts = drawn("hard", 6)[2]
-    assert prompts.tolist() == [0, 1, 2, 3, 0, 1]
+def test_prompts_have_as_many_pairs_each():
+    """The last one less, if their number is no multiple of four."""
+    prompts = drawn("hard", 10)[2]
+    assert prompts.bincount().tolist() == [3, 3, 3, 1]
 
 
 @cases("labels", ["hard", "soft"])
@@ -1124,8 +1125,7 @@ def test_in_the_limit_the_most_sure_wins_take_everything():
     limit = policy_of(*SURE, 0.5, torch.logit)
     assert limit.tolist() == approx([share, 1 - share, 0, 0])
 
-
-SMALL_WORLD = ["superb", "dull", "hot"], 2  # its words, and how many a response has at most
+SMALL_WORLD = ["superb", "dull", "hot"], (0, 1/4, 3/4)  # its words, and how many texts of SFT have 0, 1, 2
 
 
 @pytest.fixture
@@ -1767,7 +1767,7 @@ def test_adam_is_torchs_without_weight_decay():
     torch.manual_seed(0)
     ours, theirs = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
     theirs.load_state_dict(ours.state_dict())
-    optimizers = ipo.adam(ours), torch.optim.Adam(theirs.parameters())
+    optimizers = ipo.adam(ours), torch.optim.Adam(theirs.parameters(), betas=(0.9, 0.99))
     for layer, optimizer in zip((ours, theirs), optimizers):
         for _ in range(3):
             optimizer.zero_grad()
@@ -1780,7 +1780,7 @@ def test_adam_is_torchs_without_weight_decay():
 
 def descend(policy, loss_of, steps, peak):
     """The losses of some steps of Adam; loss_of(number of the step, from 0)."""
-    optimizer = torch.optim.Adam(policy.parameters())
+    optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.99))
     losses = []
     for step in range(steps):
         loss = loss_of(step)
@@ -2012,7 +2012,7 @@ def test_the_optimum_is_at_no_distance_from_itself(default_run):
 
 def test_the_log_has_a_line_every_log_every_steps(default_run):
     steps = [line["step"] for line in report(default_run[0])["log"]]
-    assert steps == list(range(200, 2001, 200))
+    assert steps == list(range(200, 2201, 200))
 
 
 def test_the_last_step_is_logged_too(small_world, tmp_path):
@@ -2165,7 +2165,7 @@ def test_an_edit_of_psi_is_trained(small_world, tmp_path):
 
 def test_an_infinite_target_is_refused_with_the_lesson(tmp_path):
     ipo.psi = torch.logit
-    refused("infinite at 0 or 1 (as DPO's, which over-fits); use --labels soft", *WORLD, "--out", tmp_path)
+    refused("infinite at 0 or 1 (as logit is); use --labels soft", *WORLD, "--out", tmp_path)
     assert not os.listdir(tmp_path)
 
 
@@ -2768,7 +2768,7 @@ def test_a_flag_that_is_repeated_counts_once():
 
 def test_defaults_differ_for_a_file():
     world, file = options(), options("--data", "x")
-    assert [world.tau, world.steps, world.batch_size] == [0.2, 2000, 256]
+    assert [world.tau, world.steps, world.batch_size] == [0.2, 2200, 256]
     assert [file.tau, file.steps, file.batch_size] == [0.1, 200, 16]
 
 

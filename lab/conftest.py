@@ -32,10 +32,10 @@ def bt3(monkeypatch):
     """One more world, --data bt3: Bradley-Terry's, with 4 prompts x 4 responses."""
     make = data.World.__init__
 
-    def init(self, name, words=data.WORDS, longest=3):
+    def init(self, name, words=data.WORDS, lengths=data.LENGTHS):
         if name == "bt3":
-            words, longest = ["good", "dull", "hot"], 1
-        make(self, name, words, longest)
+            words, lengths = ["good", "dull", "hot"], (0, 1)
+        make(self, name, words, lengths)
 
     monkeypatch.setattr(data.World, "__init__", init)
     monkeypatch.setattr(data, "WORLDS", (*data.WORLDS, "bt3"))

@@ -112,7 +112,7 @@ def test_a_folder_without_a_run_says_what_is_there(tmp_path, capsys):
 
 def test_a_log_without_what_is_drawn_is_refused(tmp_path, capsys):
     policy = torch.nn.Linear(1, 1)
-    policy.config = ipo.model.GPTConfig()
+    policy.config = ipo.model.GPTConfig(1024, 50257, 50257, 12, 12, 768)
     flags = ipo.parse(["--out", str(tmp_path)])
     ipo.model.save(f"{tmp_path}/ckpt.pt", policy, flags, log=[{"step": 1, "reward": 2.0}])
     assert "no number in common that can be drawn" in refusal(tmp_path, capsys)

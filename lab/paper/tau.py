@@ -35,8 +35,8 @@ def plan(argv):
     add = own.add_argument
     add("--loss", nargs="+", default=["ipo", "dpo"], help="losses [ipo dpo]")
     add("--tau", nargs="+", type=number, default=["0.1", "0.2", "0.5", "1"], help="taus [0.1 0.2 0.5 1]")
-    add("--steps", nargs="+", help="steps of preference training, one number or several [2000]")
-    add("--pairs", nargs="+", help="pairs to draw, one number or several [500000]")
+    add("--steps", nargs="+", help="steps of preference training, one number or several [2200]")
+    add("--pairs", nargs="+", help="pairs to draw, one number or several [560000]")
     add("--seed", nargs="+", help="one or several [0]")
     add("--out", default="out/tau", help="folder of the runs, report.json and picture [out/tau]")
     args = start.parse(own, argv, world=True)
