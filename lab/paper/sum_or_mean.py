@@ -23,9 +23,9 @@ class Long(data.World):
     """Two words, at most seven in a response: 255 responses."""
 
     def __init__(self, name):
-        super().__init__(name, ["superb", "dull"], 7)
-        length = self.pairs.length - self.pairs.prompt_len  # (R,) in tokens
-        self.tokens = length.view_as(self.reward)
+        ends = [0.75 ** words / 4 for words in range(6)]  # after each word 1/4 of the texts end
+        super().__init__(name, ["superb", "dull"], [0, *ends, 0.75 ** 6])
+        self.tokens = (self.pairs.length - 2).view_as(self.reward)  # 2 are the prompt's
         self.ref = exact.of_base(self)
         self.mu = self.ref.exp()
         self.g = data.mean_over_opponents(self.pstar, self.mu)
