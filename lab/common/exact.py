@@ -209,8 +209,8 @@ def run(argv=None):
     own.add_argument("--b", type=float, default=0.5, help="share of the reference in IPO-MD's mixture [0.5]")
     own.add_argument("--out", default="out/exact", help="folder of report.json [out/exact]")
     args = own.parse_args(argv)
-    if not 0 < args.tau < 1e9 or not 0 <= args.b < 1:
-        raise data.Refused("--tau must be above 0, --b from 0 to below 1")
+    if not 0.01 <= args.tau <= 1e9 or not 0 <= args.b < 1:
+        raise data.Refused("--tau takes 0.01 to 1e9, --b from 0 to below 1")
     world = data.World(args.data)
     ref, pstar = of_base(world), world.pstar
     uniform = torch.full_like(ref, 1 / ref.shape[1])

@@ -84,7 +84,8 @@ def theirs(args, found):
     config = trl.DPOConfig(
         tempfile.gettempdir(), beta=TAU, learning_rate=RATE, lr_scheduler_type="constant", max_length=None,
         max_steps=STEPS, per_device_train_batch_size=BATCH, train_sampling_strategy="sequential",
-        precompute_ref_log_probs=True, gradient_checkpointing=False, bf16=False,
+        # 0.99 as in ipo.adam
+        precompute_ref_log_probs=True, gradient_checkpointing=False, bf16=False, adam_beta2=0.99,
         use_cpu=args.device == "cpu", save_strategy="no", report_to="none", disable_tqdm=True)
     # from_list keeps TRL's cache to this process
     pairs = datasets.Dataset.from_list([pair._asdict() for pair in found])

@@ -19,7 +19,6 @@ import data
 from data import Refused, short
 
 KEYS = ("prompt", "chosen", "rejected")
-MESSAGES = '[{"role": "user", "content": "..."}]'
 CONVERT = f"; of ShareGPT's messages, of a single one or a text {data.CONVERT}"
 
 
@@ -128,8 +127,8 @@ def messages(item, key, notes):
     """The messages under this key, with role and content alone; counts those with more. Raises Refused."""
     value = item.get(key, "no such key")
     if not isinstance(value, list) or not all(map(is_message, value)):
-        found = short(json.dumps(value, default=str))
-        raise Refused(f"{key!r} is {found}, no list of messages; write {MESSAGES}{CONVERT}")
+        it = short(json.dumps(value, default=str))
+        raise Refused(f'{key!r} is {it}, not messages; write [{{"role": "user", "content": "..."}}]{CONVERT}')
     notes["messages with more than role and content, unused"] += sum(len(message) > 2 for message in value)
     return [{"role": message["role"], "content": message["content"]} for message in value]
 

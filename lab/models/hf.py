@@ -109,8 +109,8 @@ def run(argv):
     ipo.run(args, policy, ipo.FileSource(args, tokenizer, pairs))
     policy.hf.save_pretrained(f"{args.out}/export")
     tokenizer.hf.save_pretrained(f"{args.out}/export")
-    out = Refused(args.out)  # its name as one line
-    print(f"\nThe model is trained; AutoModelForCausalLM.from_pretrained loads it from {out}/export.")
+    # Refused makes one line of a name
+    print(f"\nIt is trained; AutoModelForCausalLM.from_pretrained loads it from {Refused(args.out)}/export.")
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def test_a_run_says_where_the_model_is_and_who_made_it(tmp_path, capsys):
     texts(tmp_path / "pairs.jsonl")
     assert main(flags(tmp_path)) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("The model is trained") and str(tmp_path / "out/export") in last
+    assert last.startswith("It is trained") and str(tmp_path / "out/export") in last
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["flags"]["program"] == "lab.models.hf"
     assert report["after"]["loss"] < 20
@@ -481,22 +481,22 @@ REFUSED = [
      "the model's chat template refuses these messages (no system here); mend their roles or order"),
     ("{{ messages|length }}" + CHATML, FOUR[0], "the model's chat template writes the prompt otherwise"),
     (CHATML, {"chosen": [USER, YES], "rejected": "No"},
-     "'rejected' is \"No\", no list of messages; " + WRITE),
-    (CHATML, {"prompt": [USER], "chosen": "Yes", "rejected": "No"}, "'chosen' is \"Yes\", no list"),
-    (CHATML, {"prompt": [USER], "chosen": [YES]}, "'rejected' is \"no such key\", no list"),
+     "'rejected' is \"No\", not messages; " + WRITE),
+    (CHATML, {"prompt": [USER], "chosen": "Yes", "rejected": "No"}, "'chosen' is \"Yes\", not messages"),
+    (CHATML, {"prompt": [USER], "chosen": [YES]}, "'rejected' is \"no such key\", not messages"),
     (CHATML, {"chosen": [USER, YES], "rejected": [USER | {"content": "Ho"}, YES]},
      "chosen and rejected need messages, the same in both, before their last ones"),
     (CHATML, {"chosen": [YES], "rejected": [NO]}, "chosen and rejected need messages"),
     (CHATML, {"chosen": [USER, YES], "rejected": [USER]}, "'rejected' does not end in a message of role"),
     (CHATML, {"prompt": [USER], "chosen": [], "rejected": []}, "'chosen' does not end in a message of role"),
     (CHATML, {"prompt": "Hi", "chosen": [USER, YES], "rejected": [USER, NO]},
-     "'prompt' is \"Hi\", no list of messages; " + WRITE + "; of ShareGPT's messages, of a single one or a "
+     "'prompt' is \"Hi\", not messages; " + WRITE + "; of ShareGPT's messages, of a single one or a "
      "text python -m lab.models.jsonl makes"),
-    (CHATML, {"prompt": None, "chosen": [USER, YES], "rejected": [USER, NO]}, "'prompt' is null, no list"),
-    (CHATML, {"prompt": 5, "chosen": [USER, YES], "rejected": [USER, NO]}, "'prompt' is 5, no list"),
-    (CHATML, {"prompt": "a", "chosen": None, "rejected": "b"}, "'chosen' is null, no list"),
-    (CHATML, {"prompt": "a", "chosen": "b", "rejected": 5}, "'rejected' is 5, no list"),
-    (CHATML, {"chosen": [USER, YES], "rejected": ["No"]}, "'rejected' is [\"No\"], no list"),
+    (CHATML, {"prompt": None, "chosen": [USER, YES], "rejected": [USER, NO]}, "'prompt' is null, not"),
+    (CHATML, {"prompt": 5, "chosen": [USER, YES], "rejected": [USER, NO]}, "'prompt' is 5, not messages"),
+    (CHATML, {"prompt": "a", "chosen": None, "rejected": "b"}, "'chosen' is null, not messages"),
+    (CHATML, {"prompt": "a", "chosen": "b", "rejected": 5}, "'rejected' is 5, not messages"),
+    (CHATML, {"chosen": [USER, YES], "rejected": ["No"]}, "'rejected' is [\"No\"], not messages"),
     (CHATML, {"chosen": [USER, YES], "rejected": [USER | {"content": ["No"]}]}, "'rejected' is [{"),
     (CHATML, {"chosen": [USER, YES], "rejected": [{"content": "No"}]}, "'rejected' is [{"),
     (CHATML, {"prompt": [USER], "chosen": YES, "rejected": NO}, "'chosen' is {"),

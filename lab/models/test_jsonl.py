@@ -216,7 +216,7 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path, capsys):
     source.write_text(LINES + "\n".join(bad))
     assert convert(tmp_path, source) == 0
     said = capsys.readouterr().out
-    for reason in ("no 'chosen' or no 'rejected'", "no object", "'p' is 3", "'chosen' is [5], no list of",
+    for reason in ("no 'chosen' or no 'rejected'", "no object", "'p' is 3", "'chosen' is [5], not messages",
                    "no JSON in UTF-8"):
         assert f"1 left out: {reason}" in said
     assert f"8 rows = 3 pairs in {tmp_path / 'made.jsonl'} + 5 left out" in said
@@ -300,7 +300,7 @@ def test_values_that_json_lacks(tmp_path, capsys):
             {"prompt": "a", "chosen": None, "rejected": b"c", "p": decimal.Decimal("0.5")}]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "bytes")
     assert convert(tmp_path, tmp_path / "bytes") == 2
-    assert "no list of messages" in capsys.readouterr().err
+    assert "not messages" in capsys.readouterr().err
     rows = [row | {"chosen": "b", "rejected": "c"} for row in rows]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "decimal")
     assert convert(tmp_path, tmp_path / "decimal") == 0
@@ -323,7 +323,7 @@ def test_the_last_line_says_what_is_wrong_with_most_rows(tmp_path, capsys):
     assert convert(tmp_path, tmp_path / "source") == 2
     out, err = capsys.readouterr()
     assert "no row is a pair; of most: no 'chosen' or no 'rejected'" in err
-    assert "1 left out: 'chosen' is [5], no list of messages" in out
+    assert "1 left out: 'chosen' is [5], not messages" in out
     assert "lab.models.jsonl" not in out
 
 

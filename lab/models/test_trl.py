@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -24,11 +25,11 @@ datasets = pytest.importorskip("datasets", reason="datasets is not installed")
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 from lab.models import trl_ipo
 
-# in file order, at a constant rate, in float32
+# in file order, at a constant rate, in float32, with ipo.adam's averages
 SAME = {"bf16": False, "use_cpu": True, "lr_scheduler_type": "constant", "learning_rate": 1e-3,
         "max_steps": 5, "per_device_train_batch_size": 4, "train_sampling_strategy": "sequential",
         "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "gradient_checkpointing": False,
-        "logging_steps": 1}
+        "logging_steps": 1, "adam_beta2": 0.99}
 TAU = 0.1
 
 
@@ -365,6 +366,26 @@ def test_bad_flags_are_a_line(change, words, folder, pairs, tmp_path, capsys):
     line, = capsys.readouterr().err.splitlines()
     assert line.startswith("trl_ipo: ")
     assert words in line
+
+
+@pytest.mark.parametrize("change, words", [
+    (["--gradient_accumulation_steps", "0"], "by zero"),
+    (["--model_init_kwargs", '{"a": 1}'], "unexpected keyword argument 'a'")])
+def test_what_trl_does_not_check_is_a_line(change, words, folder, pairs, tmp_path, capsys):
+    """TRL shows a bar while it scores the reference; no traceback follows."""
+    assert main([*argv(folder, pairs, tmp_path / "out"), *change]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("trl_ipo: ")
+    assert words in line
+
+
+def test_a_refusal_has_no_warnings_before_it(pairs, tmp_path):
+    """In a process of its own, as transformers warns once."""
+    command = [sys.executable, "-m", "lab.models.trl_ipo", "--model", "absent", "--data", pairs]
+    top = Path(ipo.__file__).parent
+    done = subprocess.run([*command, "--output_dir", str(tmp_path)], cwd=top, capture_output=True, text=True)
+    line, = done.stderr.splitlines()
+    assert line.startswith("trl_ipo: model absent")
 
 
 def test_a_run_that_diverges_stops(folder, pairs, tmp_path, capsys):

@@ -17,6 +17,7 @@ that is longer than the model's context is left out.
 """
 import shutil
 import sys
+import warnings
 from collections import Counter
 from functools import partial
 
@@ -126,6 +127,7 @@ def read(path, name):
 
 def run(argv):
     datasets.disable_progress_bars()
+    warnings.simplefilter("ignore", FutureWarning)  # what TRL's own defaults make transformers say
     try:
         args, m, own = parse(list(sys.argv[1:] if argv is None else argv))
         cache = f"{args.output_dir}/cache"
@@ -141,7 +143,8 @@ def run(argv):
                              quantization_config=trl.get_quantization_config(m))
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         trainer.save_model()
-    except (ValueError, RuntimeError) as error:  # TRL's refusals; Refused and Stopped are ValueErrors, too
+    # what TRL raises on flags that it cannot use; Refused and Stopped are ValueErrors, too
+    except (ValueError, RuntimeError, TypeError, ArithmeticError) as error:
         raise error if isinstance(error, Refused) else Refused(short(error)) from None
     print(f"\nThe model is trained on {len(pairs):,} pairs; it is in {Refused(args.output_dir)}.")
 
