@@ -119,8 +119,7 @@ def add_losses(label_noise):
     ipo.LOSSES.update(NEW)
     for name in ("cdpo", "robust"):
         ipo.LOSSES[name] = functools.partial(NEW[name], label_noise=label_noise)
-    for name, (_, psi) in PSI.items():
-        ipo.PSI_OF[name] = psi
+    ipo.PSI_OF.update({name: psi for name, (_, psi) in PSI.items()})
 
 
 class Flipped(ipo.WorldSource):
@@ -182,10 +181,9 @@ def row(source):  # -> start.Row
 def answer(rows, args):
     """A sentence in the words of the question."""
     found = {name: row["minimiser to pi*"] for name, row in rows.items()}
-    known = {name: kl for name, kl in found.items() if kl is not None}
-    same = [name for name, kl in known.items() if kl < 1e-4]
-    other = [f"{name} ({kl:.4f} nats from it)" for name, kl in known.items() if kl >= 1e-4]
-    endless = found.keys() - known.keys()
+    endless = [name for name, kl in found.items() if kl is None]
+    same = [name for name, kl in found.items() if kl is not None and kl < 1e-4]
+    other = [f"{name} ({kl:.4f} nats from it)" for name, kl in found.items() if name not in endless + same]
     return (f"World {args.data}, tau {args.tau:g}, {args.labels} labels, {args.noise:.0%} of them flipped. "
             f"These optimise pi* of their Psi: {', '.join(same) or 'none'}. "
             f"These optimise another policy: {', '.join(other) or 'none'}. "
@@ -197,12 +195,11 @@ def run(argv):
     own.add_argument("--loss", nargs="+", choices=PSI, help="which losses [all]")
     own.add_argument("--noise", type=float, default=0.0, help="share of labels that are flipped [0]")
     args = start.parse(own, argv, "--tau 1 --out out/margin_losses", ["loss"], world=True)
-    names = args.loss or ["ipo", "dpo", *NEW]
+    # at p = 1 rebel's target is infinite
+    names = args.loss or [name for name in PSI if name != "rebel" or args.labels == "soft"]
     if args.noise and args.loss is None:
         names = ["ipo", "dpo", "cdpo", "robust"]
     start.refuse_twice("--loss", names)
-    if args.loss is None and args.labels == "hard":
-        names = [name for name in names if name != "rebel"]  # its target at p = 1 is infinite
     if args.noise >= 0.5:
         raise data.Refused(f"--noise {args.noise} is no share below 0.5; more would reverse the labels")
     add_losses(args.noise or 0.1)

@@ -1,17 +1,23 @@
-"""Where do all methods end on one picture: how often do they win, how far from the reference?
+"""Where do all methods end: how far from the reference, how often do they win, how near to their answer?
 
-Reads ref.pt and ckpt.pt of finished runs in a world, whichever program made them, and enumerates each policy.
-Its win rate is E p*(y>y'), with y from the policy, y' uniform and p* the true preferences. The frontier is
-the highest win rate at each KL(pi||ref): no policy lies above it. `lost` is how far below it a policy lies.
+Reads the runs in these folders, at any depth, whichever program made them, and enumerates each policy. Its
+win rate is E p*(y>y'), with y from the policy, y' uniform and p* the true preferences. The frontier is the
+highest win rate at each KL(pi||ref): no policy lies above it. How far a policy ended from its own exact
+answer is read from the report.json of the program that trained it.
 
-  python -m lab.methods.on_the_frontier out/all --out out/picture    a folder of runs, or several of either
-  python -m lab.methods.margin_losses --out out/all                  this makes such a folder
-  python -m lab.methods.kto --out out/all/kto                        and this adds a run to it
+  python -m lab.methods.margin_losses --out out/all/0                a folder for each loss
+  python -m lab.methods.kto --out out/all/0/kto                      adds a run to it
+  python -m lab.methods.kto --seed 1 --out out/all/1/kto             the same method at another seed
+  python -m lab.methods.on_the_frontier out/all --out out/picture    a table in Markdown, and family.png
 
-Traps: a method's tau says where along the frontier it stops, so rows of different taus are no ranking. Runs
-of another world or from another reference (another seed) have another frontier; they are skipped, and named.
+Runs whose folders have one name are one row: their median, lowest and highest, each run measured from its own
+reference. Trap: a method's tau says where along the frontier it stops, so rows of different taus are no
+ranking.
 """
+import json
+import statistics
 import sys
+from pathlib import Path
 
 import numpy
 import torch
@@ -19,37 +25,52 @@ import torch
 import data
 from lab.common import exact, pictures, start
 
-
-def read(folders):  # -> the world of the first run, {folder: log pi (X,Y)}
-    """The runs that belong in one picture with the first; a line for each that does not."""
-    first, found = None, {}
-    for folder in folders:
-        try:
-            world = pictures.source_of(folder)
-            first = first or world
-            same = torch.equal(world.exact["ref"], first.exact["ref"])
-            if world.args.data != first.args.data or not same:
-                raise data.Refused("a run in another world or from another reference than the first")
-            found[folder] = pictures.policy_of(folder, world)
-        except data.Refused as error:
-            print(f"{folder}: skipped, {error}")
-    if not found:
-        raise data.Refused("no finished run in a world here")
-    return first, found
+# how programs call the distance from the exact answer in their reports
+ANSWERS = {"KL to its minimiser", "KL to its exact answer", "KL(answer||pi)"}
 
 
-def draw(rows, frontier, path):
-    """Win rate against KL of the runs, numbered as in the table, and the frontier."""
-    figure, axes = pictures.panels(1, 1, width=8, height=6)
-    axis = axes[0][0]
-    axis.plot(*frontier, "k-")
-    for number, (name, row) in enumerate(rows.items(), 1):
-        kl, win, _ = row.values()
-        axis.plot(kl, win, "o", label=f"{number} {name}")
-        axis.annotate(str(number), (kl, win))
-    far = max(row["KL to ref"] for row in rows.values())
-    axis.set(xlim=(0, 1.1 * far), xlabel="KL(pi||ref), nats", ylabel="win rate; black: the frontier")
-    axis.legend(fontsize=12, loc="center left", bbox_to_anchor=(1, 0.5))
+def to_answer(folder):  # -> nats, or None where no report says it
+    """Looks also one folder above, where a program of several runs reports a row for each."""
+    for path in (folder / "report.json", folder.parent / "report.json"):
+        report = json.loads(path.read_text()) if path.exists() else {}
+        row = report.get(folder.name, report)
+        for name in ANSWERS & row.keys():
+            return row[name]
+    return None
+
+
+def place(folder):  # -> the world's name, its frontier, {column: number or None}
+    world = pictures.source_of(folder)
+    logp, ref = pictures.policy_of(folder, world), world.exact["ref"]
+    uniform = torch.full_like(ref, 1 / ref.shape[1])
+    frontier = exact.frontier(ref, world.pstar, uniform)
+    kl = data.kl(logp, ref).item()
+    win = exact.win(logp, world.pstar, uniform).item()
+    row = {"KL to ref": kl, "win rate": win, "below the frontier": numpy.interp(kl, *frontier) - win}
+    row["to its exact answer"] = to_answer(folder)
+    return world.args.data, frontier, row
+
+
+def cell(values):  # -> text
+    known = sorted(value for value in values if value is not None)
+    if not known:
+        return "-"
+    text = f"{statistics.median(known):z.4f}"
+    return text if len(known) == 1 else f"{text} ({known[0]:z.4f} to {known[-1]:z.4f})"
+
+
+def draw(methods, frontier, path):
+    """Two panels of the methods, numbered as in the table; the frontier is of one run's reference."""
+    figure, axes = pictures.panels(1, 2, width=8, height=6)
+    for axis, column in zip(axes[0], ("win rate", "below the frontier")):
+        for number, (name, rows) in enumerate(methods.items(), 1):
+            x, y = [row["KL to ref"] for row in rows], [row[column] for row in rows]
+            axis.plot(x, y, "o", label=f"{number} {name}")
+            axis.annotate(str(number), (x[0], y[0]), fontsize=12)
+        axis.set(xlim=axis.get_xlim(), xlabel="KL(pi||ref), nats", ylabel=column)
+    axes[0, 0].plot(*frontier, "k-")
+    axes[0, 1].set(xscale="log", yscale="log")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right", fontsize=12)
     pictures.save(figure, path)
 
 
@@ -58,23 +79,26 @@ def run(argv):
     own.add_argument("folders", nargs="+", help="of a run each, or of folders of runs")
     own.add_argument("--out", default="out/picture", help="folder for the picture [out/picture]")
     args = own.parse_args(argv)
-    world, found = read([folder for given in args.folders for folder in pictures.folders(given)])
-    ref, uniform = world.exact["ref"], torch.full_like(world.mu, 1 / world.mu.shape[1])
-    frontier = exact.frontier(ref, world.pstar, uniform)
-    rows = {}
-    for folder, logp in found.items():
-        kl = data.kl(logp, ref).item()
-        win = exact.win(logp, world.pstar, uniform).item()
-        lost = float(numpy.interp(kl, *frontier)) - win
-        rows[folder] = start.Row({"KL to ref": kl, "win rate": win, "lost": lost})
+    methods, worlds = {}, set()
+    files = [path for given in args.folders for path in sorted(Path(given).rglob("ckpt.pt"))]
+    for path in files:
+        world, frontier, row = place(path.parent)
+        worlds.add(world)
+        methods.setdefault(path.parent.name, []).append(row)
+    if len(worlds) != 1:
+        raise data.Refused(f"{' '.join(args.folders)}: runs of {len(worlds)} worlds ({', '.join(worlds)}); "
+                           "name folders of finished runs in one world")
     start.make_folder(args.out)
-    draw(rows, frontier, f"{args.out}/family.png")
-    lost = {name: row["lost"] for name, row in rows.items()}
-    above = sum(below < -1e-6 for below in lost.values())
-    lowest = max(lost, key=lost.get)
-    said = (f"Of {len(rows)} policies {above} lie above the frontier. "
-            f"The lowest is {lowest}, which wins {lost[lowest]:.4f} less than is possible at its KL.")
-    start.finish(args, said, start.table("KL in nats", rows))
+    draw(methods, frontier, f"{args.out}/family.png")
+    table = {"| method": f"| runs | {' | '.join(row)} |", "|---": "|---" * 5 + "|"}
+    for number, (name, rows) in enumerate(methods.items(), 1):
+        cells = [cell([each[column] for each in rows]) for column in row]
+        table[f"| {number} {name}"] = f"| {len(rows)} | {' | '.join(cells)} |"
+    lost = [(each["below the frontier"], name) for name, rows in methods.items() for each in rows]
+    above = sum(below < -1e-6 for below, _ in lost)
+    said = (f"Of {len(lost)} policies {above} lie above the frontier. The lowest is one of {max(lost)[1]}, "
+            f"which wins {max(lost)[0]:.4f} less than is possible at its KL.")
+    start.finish(args, said, table, methods=methods)
 
 
 if __name__ == "__main__":

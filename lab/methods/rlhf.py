@@ -20,17 +20,14 @@ Trap: a baseline that holds the sample itself makes the gradient (k-1)/k as larg
 import copy
 import itertools
 import sys
-from pathlib import Path
 
 import torch
 
 import data
 import ipo
-import model
 from lab.common import exact, start
+from lab.methods.margin_losses import rebel
 from lab.methods.reward_model import best_policy, fit, parse_world, refuse_given, table, taught
-
-IDLE = ("pairs", "labels", "mu", "batch_size")  # without --compare
 
 
 def baseline(value):  # (X,k) -> (X,k)
@@ -63,41 +60,35 @@ def answer(ref_logp, r, args):  # (X,Y), (X,Y) -> (X,Y)
     return (ref_logp - (nu - r).log()).log_softmax(-1)
 
 
-def train(policy, world, r, args):
-    """RLOO on rewards r (X,Y)."""
-    read, optimizer, random = exact.Table(world), ipo.adam(policy), ipo.generator(args, 4)
-    ref = world.exact["ref"]
-    end = answer(ref, r, args)
-    for step in range(1, args.steps + 1):
+def losses(policy, world, r, args):
+    """Yields the loss of each step's samples, on rewards r (X,Y)."""
+    read, random, ref = exact.Table(world), ipo.generator(args, 4), world.exact["ref"]
+    for step in range(args.steps):
         logp = read(policy)  # (X,Y)
         if not logp.isfinite().all():
             raise ipo.Stopped(f"step {step}: the policy is not finite; lower --lr or raise --tau")
         y = torch.multinomial(logp.detach().exp(), args.k, replacement=True, generator=random)  # (X,k)
         drawn = [each.gather(1, y) for each in (logp, ref, r)]
-        loss(*drawn, args).backward()
-        ipo.optimizer_step(policy, optimizer, step, args.steps, args.lr)
-        if step % args.log_every == 0:
-            reward = (logp.exp() * r).sum(-1)
-            numbers = ipo.means({"reward": reward, "kl_answer": data.kl(logp, end)})
-            ipo.told(f"RLHF {step}/{args.steps}", numbers)
-    model.save(f"{args.out}/ckpt.pt", policy, args, step=args.steps)
+        yield loss(*drawn, args)
+
+
+def losses_of_pairs(policy, world, f, args):
+    """Yields the mean of f over each step's pairs."""
+    for batch in ipo.shuffled_batches(world, args):
+        logp = ipo.sequence_logp(policy, batch.tokens, batch.mask)
+        h = ipo.margin(logp, batch.ref_logp)
+        yield f(h, batch.p, args.tau).mean()
 
 
 def others(reference, world, args):
-    """{name: log pi (X,Y)} of DPO and of IPO's loop with Psi = logit, on the world's pairs."""
-    tables, psi = {}, ipo.psi
-    mine = copy.copy(args)
+    """{name: log pi (X,Y)} of DPO and of IPO with Psi = logit, which is REBEL, on the world's pairs."""
+    tables, mine = {}, copy.copy(args)
     mine.lr = ipo.parse([]).lr
-    try:
-        ipo.psi = torch.logit
-        for name, mine.loss in (("DPO", "dpo"), ("IPO with logit", "ipo")):
-            Path(args.out, "ckpt.pt").unlink(missing_ok=True)  # or ipo.train would go on from there
-            print(f"{name}:")
-            policy = copy.deepcopy(reference)
-            ipo.train(policy, ipo.shuffled_batches(world, mine), mine, lambda policy: {})
-            tables[name] = world.table(policy)
-    finally:
-        ipo.psi = psi
+    for name, f in {"DPO": ipo.dpo_loss, "IPO with logit": rebel}.items():
+        print(f"{name}:")
+        policy = copy.deepcopy(reference)
+        start.fit(policy, losses_of_pairs(policy, world, f, mine), mine, lambda policy: {})
+        tables[name] = world.table(policy)
     return tables
 
 
@@ -106,9 +97,8 @@ def compare(tables, args):
     figures = {}
     for (name, logp), (other, theirs) in itertools.combinations(tables.items(), 2):
         figures[f"{name}, {other}"] = max(data.kl(logp, theirs), data.kl(theirs, logp)).item()
-    far = max(figures.values())
-    text = (f"RLHF, DPO, IPO with Psi = logit and the exact optimum are at most {far:.5f} nats from one "
-            f"another, at tau {args.tau}.")
+    text = (f"RLHF, DPO, IPO with Psi = logit and the exact optimum are at most {max(figures.values()):.5f} "
+            f"nats from one another, at tau {args.tau}.")
     return text, figures
 
 
@@ -124,17 +114,15 @@ def parse(argv):
         refuse_given(argv, ["data", "labels", "kl"], "is chosen by --compare; elsewhere the optima differ")
         args.labels = "soft"
     else:
-        refuse_given(argv, IDLE, "does nothing without --compare")
+        refuse_given(argv, ["pairs", "labels", "mu", "batch_size"], "does nothing without --compare")
     return args
 
 
 def said(figures, args):
     """The answer of a run, in a sentence or two."""
-    rlhf = figures["KL to ref exp(r/tau)/Z"]
-    text = f"RLOO ends {rlhf:.4f} nats from ref exp(r/tau)/Z, at tau {args.tau}."
+    text = f"RLOO ends {figures['KL to ref exp(r/tau)/Z']:.4f} nats from ref exp(r/tau)/Z, at tau {args.tau}."
     if args.kl == "k3":
-        own = figures["KL to its own answer"]
-        text += f" With k3 the answer is another, tau ref/(nu - r), and that is {own:.4f} nats away."
+        text += f" Its own answer with k3, tau ref/(nu - r), is {figures['KL to its exact answer']:.4f} away."
     return text
 
 
@@ -147,13 +135,16 @@ def run(argv):
     if args.compare:
         tables = others(policy, world, args)
         r = table(fit(policy, world, args, args.steps, lr=3e-3), world)
-    train(policy, world, r, args)
+    end = answer(ref, r, args)
+    print("RLHF:")
+    start.fit(policy, losses(policy, world, r, args), args,
+              lambda policy: ipo.means({"kl_answer": data.kl(world.table(policy), end)}))
     logp = world.table(policy)
     if args.compare:
         start.finish(args, *compare({"RLHF": logp, **tables, "exact": right}, args))
         return
     figures = ipo.means({
-        "KL to its own answer": data.kl(logp, answer(ref, r, args)),
+        "KL to its exact answer": data.kl(logp, end),
         "KL to ref exp(r/tau)/Z": data.kl(logp, right),
         "KL to the reference": data.kl(logp, ref),
         "win rate": exact.win(logp, world.pstar, world.mu),

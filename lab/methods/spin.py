@@ -66,7 +66,7 @@ def play(policy, world, p_data, args):
         ipo.train(policy, batches(world, p_data, opponent, mine, random), mine, distance)
         figures[f"after round {number}"] = data.kl(p_data, world.table(policy))
         figures[f"  exact round {number}"] = data.kl(p_data, theory)
-    return figures
+    return figures | {"KL(answer||pi)": data.kl(theory, world.table(policy))}
 
 
 def run(argv):

@@ -187,30 +187,60 @@ def test_bad_input_is_one_line(argv, why, tmp_path, capsys):
 
 @pytest.fixture
 def runs(tmp_path):
-    """A finished run of ipo.py, one that is hardly trained, and one of another seed."""
-    few = [*SMALL[2:], "--data", "bt3", "--tau", "0.5", "--lr", "5e-3"]
+    """Finished runs of ipo.py at two seeds, and at one of them one that is hardly trained."""
+    few = ["--data", "bt3", "--sft_steps", "5", "--pairs", "1000", "--tau", "0.5", "--lr", "1e-2"]
     for name, own in {
-        "end": ["--steps", "300"],
-        "begin": ["--steps", "1"],
-        "other": ["--steps", "1", "--seed", "1"],
+        "0/end": ["--steps", "40"],
+        "0/begin": ["--steps", "1"],
+        "1/end": ["--steps", "1", "--seed", "1"],
     }.items():
         assert ipo.main([*few, *own, "--out", f"{tmp_path}/all/{name}"]) == 0
     return tmp_path
 
 
-def test_runs_lie_on_the_frontier_or_below(runs, figures, capsys):
-    folders = [f"{runs}/all/{name}" for name in ("end", "begin", "other")]
-    argv = [*folders, "--out", f"{runs}/picture"]
+def picture(runs):
+    """report.json of on_the_frontier."""
+    argv = [f"{runs}/all", "--out", f"{runs}/picture"]
     assert start.main("on_the_frontier", on_the_frontier.run, argv) == 0
-    report = json.loads((runs / "picture/report.json").read_text())
-    known = json.loads((runs / "all/end/report.json").read_text())
-    end, begin, other = (report.get(folder) for folder in folders)
+    return json.loads((runs / "picture/report.json").read_text())
+
+
+def test_runs_lie_on_the_frontier_or_below(runs, figures):
+    methods = picture(runs)["methods"]
+    begin, end = methods["begin"][0], methods["end"][0]
+    known = json.loads((runs / "all/0/end/report.json").read_text())
     assert end["KL to ref"] == pytest.approx(known["after"]["kl_ref"], abs=1e-9)
-    assert end["lost"] > -1e-6
-    assert begin["win rate"] < end["win rate"]
-    assert "all/other: skipped" in capsys.readouterr().out
-    assert other is None
+    assert end["below the frontier"] > -1e-6
+    assert end["below the frontier"] < begin["below the frontier"]
     assert list(figures) == [f"{runs}/picture/family.png"]
+
+
+def test_seeds_of_one_name_are_one_row_of_a_markdown_table(runs, figures, capsys):
+    """Two runs: their mean, the lower, the higher."""
+    ends = [row["win rate"] for row in picture(runs)["methods"]["end"]]
+    line, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  | 2 end ")]
+    low, high = sorted(ends)
+    assert line.count("|") == 7
+    assert f"| {(low + high) / 2:.4f} ({low:.4f} to {high:.4f}) |" in line
+
+
+def test_the_distance_is_read_from_the_report_of_the_run_or_of_the_folder_above(tmp_path):
+    (tmp_path / "kto").mkdir()
+    (tmp_path / "kto/report.json").write_text('{"KL(answer||pi)": 0.5}')
+    (tmp_path / "report.json").write_text('{"cpo": {"KL to its minimiser": 0.25}}')
+    assert on_the_frontier.to_answer(tmp_path / "kto") == 0.5
+    assert on_the_frontier.to_answer(tmp_path / "cpo") == 0.25
+    assert on_the_frontier.to_answer(tmp_path / "none") is None
+
+
+def test_runs_of_two_worlds_are_one_line(tmp_path, capsys):
+    for world in ("bt3", "cyclic"):
+        argv = ["--data", world, "--steps", "1", "--sft_steps", "1", "--pairs", "100"]
+        assert ipo.main([*argv, "--out", f"{tmp_path}/{world}"]) == 0
+    assert start.main("on_the_frontier", on_the_frontier.run, [str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "2 worlds" in said and "cyclic" in said
 
 
 def test_a_folder_without_runs_is_one_line(tmp_path, capsys):

@@ -18,7 +18,7 @@ FAST = ["--steps", "300", "--sft_steps", "40", "--lr", "6e-3", "--batch_size", "
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     """Worlds with 13 responses."""
-    monkeypatch.setattr(data.World.__init__, "__defaults__", (["superb", "dull", "hot"], 2))
+    monkeypatch.setattr(data.World.__init__, "__defaults__", (["superb", "dull", "hot"], (0, 1/4, 3/4)))
 
 
 def finished(tmp_path, *flags):

@@ -16,7 +16,7 @@ FEW = ["--pairs", "4000", "--sft_steps", "5", "--steps", "100"]
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     """Worlds with 4 prompts x 4 responses."""
-    monkeypatch.setattr(data.World.__init__, "__defaults__", (["good", "dull", "hot"], 1))
+    monkeypatch.setattr(data.World.__init__, "__defaults__", (["good", "dull", "hot"], (0, 1)))
 
 
 def finished(tmp_path, *flags):

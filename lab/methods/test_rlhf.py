@@ -19,7 +19,7 @@ PAIRS = ["--pairs", "4000"]
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     """Worlds with 4 prompts x 4 responses."""
-    monkeypatch.setattr(data.World.__init__, "__defaults__", (["good", "dull", "hot"], 1))
+    monkeypatch.setattr(data.World.__init__, "__defaults__", (["good", "dull", "hot"], (0, 1)))
 
 
 def finished(tmp_path, *flags):
@@ -97,7 +97,7 @@ def test_training_ends_at_the_exact_answer(tmp_path):
 
 def test_k3_ends_at_another_answer(tmp_path):
     report = finished(tmp_path, "--kl", "k3")
-    assert report["KL to its own answer"] < 1e-3
+    assert report["KL to its exact answer"] < 1e-3
     assert report["KL to ref exp(r/tau)/Z"] > 0.01
     assert "k3" in report["answer"]
 
@@ -136,9 +136,10 @@ def test_three_ways_lead_to_one_policy(tmp_path):
     assert min(figures) > 0
 
 
-def test_compare_puts_psi_back(tmp_path):
-    finished(tmp_path, "--compare", *PAIRS, "--steps", "1")
-    assert ipo.psi(0.3) == 0.3
+def test_the_loss_of_logit_is_ipo_with_that_psi(monkeypatch):
+    monkeypatch.setattr(ipo, "psi", torch.logit)
+    h, p = torch.tensor([0.3, -2.0]), torch.tensor([0.8, 0.1])
+    assert torch.allclose(rlhf.rebel(h, p, 0.5), ipo.ipo_loss(h, p, 0.5))
 
 
 @pytest.mark.parametrize("flags, why", [

@@ -16,7 +16,7 @@ FAST = ["--steps", "300", "--sft_steps", "40", "--lr", "6e-3", "--log_every", "1
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     """Worlds with 13 responses."""
-    monkeypatch.setattr(data.World.__init__, "__defaults__", (["superb", "dull", "hot"], 2))
+    monkeypatch.setattr(data.World.__init__, "__defaults__", (["superb", "dull", "hot"], (0, 1/4, 3/4)))
 
 
 def two_policies(X=3, Y=5):
@@ -82,6 +82,7 @@ def test_rounds_reach_what_exact_rounds_reach(tmp_path):
     assert report["after round 2"] == pytest.approx(report["  exact round 2"], abs=0.02)
     assert report["  exact round 2"] < report["  exact round 1"] / 2
     assert f"is {report['after round 2']:.4f} nats" in report["answer"]
+    assert report["KL(answer||pi)"] < 0.02
 
 
 @pytest.mark.parametrize("flags, why", [
