@@ -39,7 +39,7 @@ def short(text):
 class Batch(NamedTuple):
     """B pairs as tensors. Rows 0..B-1 hold the chosen responses, rows B..2B-1 the rejected ones."""
     tokens: torch.Tensor    # (2B,T) int64
-    mask: torch.Tensor      # (2B,T) bool, True on the tokens of the response (with its end of text)
+    mask: torch.Tensor      # (2B,T) bool, True on the tokens of the response (and end of text, if any)
     p: torch.Tensor         # (B,) float32, probability that the chosen response is preferred
     ref_logp: torch.Tensor  # (2B,) log-prob of each response under the reference, nats
 
@@ -103,10 +103,10 @@ def shuffled(n, size, steps, generator):  # -> (steps,size)
 # Four prompts, "pizza review:" and so on. A response is any string of at most three of seven words, "" too:
 # 1 + 7 + 49 + 343 = 400 responses to each prompt. The model reads 13 ids: 7 words, end of text, 4 subjects
 # and "review:". It emits the first 8. Its context has 5 tokens, 2 of them for the prompt. So a response of
-# less than three words ends with end of text, and one of three words ends because the context is full. The
-# model can say nothing else, and its probabilities of the 400 sum to one. That is why every average below is
-# an exact sum. The table holds what a word, or the end of a text, adds to the reward of a review of each
-# subject.
+# less than three words ends with end of text, and one of three words ends because the context is full. These
+# are the leaves of a tree: at each word one of 7 words or the end, three levels deep. So the model can say
+# nothing else, its probabilities of the 400 sum to one, and optimum and KL below are exact sums. The table
+# holds what a word, or the end of a text, adds to the reward of a review of each subject.
 
 REWARDS = """
           pizza  coffee  beer  gelato
@@ -125,7 +125,7 @@ WORDS = list(VALUES)[:-1]  # without end of text
 WORLDS = ("bt", "deterministic", "cyclic")  # kinds of preferences, see `preference`
 # SFT makes the reference from random texts, in which each word is as likely as any other. These are the
 # shares of texts with 0, 1, 2 and 3 words: after the first and the second word a text ends with probability
-# 1/4. None is empty, though the model may answer with nothing.
+# 1/4, which makes 1/4, 3/4 of 1/4, and the rest. None is empty, though the model may answer with nothing.
 LENGTHS = 0, 1/4, 3/16, 9/16
 
 
@@ -158,7 +158,8 @@ class World:
     def __init__(self, name, words=WORDS, lengths=LENGTHS):
         self.tokenizer = Words(words)
         self.prompts = [self.tokenizer.encode_ordinary(f"{subject} review:") for subject in SUBJECTS]
-        eot, longest = len(words), len(lengths) - 1  # 7, which is the id of end of text, and 3
+        # there are 7 words, so the id of end of text is 7; and 3
+        eot, longest = len(words), len(lengths) - 1
         texts, base = [], []  # the ids of each response, without end of text, and how likely SFT takes it
         for length, share in enumerate(lengths):
             # all strings of so many words; of 0 words there is one, the empty string
@@ -174,8 +175,7 @@ class World:
         values = torch.tensor(values, dtype=torch.float64)  # (words + 1, X)
         self.reward = values[padded].sum(1).T  # (Y, longest, X) summed over words, (Y,X), turned: (X,Y)
         self.pstar = preference(name, self.reward, padded[:, 0])
-        # the rows: each response with one end of text, for which a third word leaves no room. Each prompt
-        # has them all.
+        # each response and one end of text; of three words and end of text [:longest] cuts the latter off
         rows = [(ids + [eot])[:longest] for ids in texts]
         prompts = [prompt for prompt in self.prompts for _ in rows]
         self.pairs = PairData(prompts, rows * len(SUBJECTS))
@@ -191,7 +191,8 @@ class World:
         """
         X, Y = self.reward.shape
         each = -(-n // X)  # pairs for each prompt, rounded up
-        # all pairs of the first prompt, then of the second; the last ones may get a few less
+        # all pairs of the first prompt, then of the second; the last ones may get a few less. Position i of
+        # first and second is of prompt x[i].
         x = torch.arange(X).repeat_interleave(each)[:n]
         draws = torch.multinomial(mu, 2 * each, replacement=True, generator=generator)  # (X, 2 each)
         first = draws[:, :each].flatten()[:n]
@@ -210,8 +211,8 @@ def preference(name, reward, first):  # (X,Y), (Y,) -> (X,Y,Y)
     bt: s(r(y) - r(z)), s the sigmoid: Bradley-Terry's model. deterministic: 1 if r(y) > r(z), 1/2 on a tie.
     cyclic: s(r(y) - r(z) + 2 c), where c is 1 if y's first word beats z's, -1 if it loses, else 0. Word i
     beats word j if (i - j) % 3 is 1, and loses if it is 2. So good (1) beats superb (0), fine (2) beats good,
-    and superb beats fine: the 2 is more than any two words differ in value, 1.8. No reward explains such a
-    circle. A response with itself: 1/2 in each world.
+    and superb beats fine: the 2 is more than any two words differ in value, 1.8. So among responses of one
+    word the circle decides, and no reward explains it. A response with itself: 1/2 in each world.
     """
     gap = reward[:, :, None] - reward[:, None, :]
     # the same words in another order add up to another last digit; rounded, they are a tie
@@ -236,9 +237,9 @@ def mean_over_opponents(worth, mu):  # (X,Y,Y), (X,Y) -> (X,Y)
 def optimum(ref_logp, worth, mu, tau):  # (X,Y), (X,Y,Y), (X,Y) -> (X,Y)
     """The log of pi*(y) = ref(y) exp(g(y) / tau) / Z, with g(y) the mean of worth = Psi(p*) over mu  (eq. 7).
 
-    For DPO's Psi, the logit, the worth of a certain win is infinite, and pi* gives all probability to the
-    response that wins most. (The deterministic world has certain wins.) A million stands for infinity here,
-    which is enough for that. DPO tends to this limit, and never reaches it.
+    In the deterministic world wins are certain, and for DPO's Psi, the logit, worth is infinite. Certain wins
+    and losses of a response would add up to inf - inf, which is NaN. With a million instead, pi* gives all to
+    the response that wins most. DPO tends to this limit, and never reaches it.
     """
     g = mean_over_opponents(worth.clamp(-1e6, 1e6), mu)
     return (ref_logp + g / tau).log_softmax(-1)  # which divides by Z
@@ -283,8 +284,8 @@ def get_tokenizer(name):
         return Words(WORDS)
     if name == "bytes":
         ids = {bytes([byte]): byte for byte in range(256)}
-        # 256 tokens, one a byte, and end of text. The pattern takes the characters one by one (?s: line
-        # breaks, too), so that nothing is merged.
+        # 256 tokens, one a byte, and end of text. tiktoken wants a pattern of pieces; this is any character
+        # (?s: line breaks, too).
         return tiktoken.Encoding(name, pat_str="(?s).", mergeable_ranks=ids, special_tokens={EOT: 256})
     try:
         return tiktoken.get_encoding(name)
@@ -433,7 +434,7 @@ def count_oddities(pairs, notes):
 def hold_out(data, share, seed):
     """-> the indices of the pairs to train on, and of those to evaluate: held out, no prompt in both.
 
-    share: how many of the prompts to hold out. If it is less than one, the pairs to train on are evaluated.
+    share: of the prompts. If that is less than one prompt, the pairs to train on are evaluated.
     """
     n = int(data.prompt.max()) + 1
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))

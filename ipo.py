@@ -41,7 +41,8 @@ def psi(q):
 
     By default every pair is a coin flip, stored winner first with p = 1, so that target sees psi(1) - psi(0)
     and nothing else of psi. Another psi with psi(1) - psi(0) = 1 then trains the same policy. But it has
-    another pi*, and kl_opt shows the gap. --labels soft gives target every p.
+    another pi*, and kl_opt shows the gap. --labels soft gives target every p. (q^2 trains IPO's policy even
+    then, see README.md.)
     """
     return q
 
@@ -66,9 +67,10 @@ def ipo_loss(h, p, tau):  # (B,), (B,) -> (B,)
 def dpo_loss(h, p, tau):  # (B,), (B,) -> (B,)
     """-log s(tau h), weighted by p, and the same for the exchanged pair, weighted by 1 - p.
 
-    log s(x) has the slope 1 - s(x), so the loss has the slope tau (-p (1 - s) + (1-p) s) = tau (s - p), with
-    s at tau h. It is least where s = p, that is at tau h = logit(p). At p = 1 the slope is never 0, so h
-    never stops growing. The loss is linear in p, so coin flips and p itself give the same mean.
+    log s(x) has the slope 1 - s(x), and 1 - s(-x) = s(x). So the loss has the slope
+    tau (-p (1 - s) + (1-p) s) = tau (s - p), with s at tau h. It is least where s = p, that is at tau h =
+    logit(p). At p = 1 the slope is never 0, so h never stops growing. The loss is linear in p, so coin flips
+    and p itself give the same mean.
     """
     return -(p * logsigmoid(tau * h)
              + (1 - p) * logsigmoid(-tau * h))
@@ -76,7 +78,7 @@ def dpo_loss(h, p, tau):  # (B,), (B,) -> (B,)
 
 LOSSES = {"ipo": ipo_loss, "dpo": dpo_loss}
 # For measurement, not for training: the Psi whose optimum pi* a run with this loss is compared with.
-# README.md says why DPO's is logit. The lambda is for those who set ipo.psi from outside, as tests do.
+# README.md says why DPO's is logit. The lambda looks psi up when it is called, so a test may replace ipo.psi.
 PSI_OF = {"ipo": lambda q: psi(q), "dpo": torch.logit}
 
 
@@ -97,15 +99,16 @@ def sequence_logp(policy, tokens, mask):  # (R,T), (R,T) -> (R,)
     device = next(policy.parameters()).device
     tokens, mask = tokens.to(device), mask.to(device)
     scored = mask[:, 1:]                                           # (R,T-1)
-    # Rows of more than 16 tokens take a faster way to the same numbers: a prompt that two rows share is
-    # computed once. The toy world's rows have 5 tokens at most, and take the else.
+    # With our GPT, rows of more than 16 tokens take a faster way to the same numbers: a prompt that two rows
+    # share is computed once. (Skip it at first.) The toy world's rows have 5 tokens at most, and take the
+    # else.
     if model.sharing_pays(policy, tokens):
         x = model.shared_hidden(policy, tokens[:, :-1], scored)    # (S,C)
     else:
-        x = policy.hidden(tokens[:, :-1])[scored]                  # (S,C) what the head turns into logits
+        x = policy.hidden(tokens[:, :-1])[scored]                  # (R,T-1,C), of which the S scored (S,C)
     logp = policy.head(x).float().log_softmax(-1)                  # (S,V) float: they may be bfloat16
     said = tokens[:, 1:][scored]                                   # (S,) the tokens of the responses
-    # back to rows, 0 where nothing is scored; a gradient goes through
+    # back to their places, in the order in which [scored] took them; 0 where nothing is scored
     token_logp = torch.zeros(scored.shape, device=device)          # (R,T-1)
     token_logp[scored] = logp.gather(1, said[:, None]).squeeze(1)
     return token_logp.sum(1).cpu()
@@ -119,7 +122,7 @@ def margin(logp, ref_logp):  # (2B,), (2B,) -> (B,)
 
 # ------------------------------------------------------------------------------------------------- training
 class Stopped(Refused):
-    """A run that must not go on; the message is one line."""
+    """A run that must not go on. A Refused, so that main prints it as one line."""
 
 
 def precision(args):
@@ -130,9 +133,10 @@ def precision(args):
 def adam(policy):
     """Adam without weight decay, which would pull the weights to 0 and not to the reference.
 
-    optimizer_step sets the learning rate. betas: Adam divides by a mean of squared gradients over some 100
-    steps. With the usual .999 they are 1000, half of a run in the toy world, which then ends further from its
-    optimum at tau .5 (measured). fused: one operation for all weights, which is faster.
+    optimizer_step sets the learning rate. betas: Adam divides by the root of a mean of squared gradients,
+    here over some 100 steps, with the usual .999 over 1000. That is half of a run in the toy world, which
+    then ended further from its optimum (measured at tau .5). fused: one operation for all weights, which is
+    faster.
     """
     return torch.optim.Adam(policy.parameters(), betas=(0.9, 0.99), fused=True)
 
@@ -162,12 +166,12 @@ def generator(args, number):
 
 
 # The next functions take a source: where the trainer gets its pairs. WorldSource and FileSource below are
-# two, and you may write your own. Of these eight things a source has, the next functions need three:
+# two, and you may write your own. The next functions need three things of it:
 #   pairs       a data.PairData: a table of rows, padded(rows) -> tokens, mask, and batch(indices) -> Batch
 #   train       the indices of the pairs to train on
 #   sft_weight  (R,) how often SFT takes each row
-# and `run` further down needs the rest: tokenizer, sizes (of a model for it), set_reference(ref_logp),
-# evaluate(policy) and exact (known policies; {} if there are none).
+# `run` further down also needs tokenizer, sizes (of a model for it), set_reference(ref_logp),
+# evaluate(policy) and exact: known policies by name, which numbers(logp) measures; {} if there are none.
 
 def finetune(policy, source, args):
     """SFT, supervised fine-tuning: maximum likelihood on rows of the source. It makes the reference."""
@@ -178,7 +182,8 @@ def finetune(policy, source, args):
         tokens, mask = source.pairs.padded(rows)
         with precision(args):
             logp = sequence_logp(policy, tokens, mask)  # (R,)
-        loss = -logp.sum() / mask.sum()                 # () nats per token of a response, all of them scored
+        # every True of the mask is scored, as a row never begins with its response
+        loss = -logp.sum() / mask.sum()                 # () nats per token of a response
         loss.backward()
         optimizer_step(policy, optimizer, step, args.sft_steps, args.sft_lr)
         if step % args.log_every == 0:
@@ -200,7 +205,7 @@ def score(policy, pairs, args, which=slice(None)):  # -> (R,), or as many as the
 def shuffled_batches(source, args):
     """Yields the Batch of each step: all pairs in random order, then in another, and so on.
 
-    By default the toy world has nearly as many pairs as its steps take, so each is seen about once.
+    By default the toy world's 2,200 steps take 563,200 of 560,000 pairs, so each is seen about once.
     """
     for index in data.shuffled(len(source.train), args.batch_size,
                                args.steps, generator(args, 1)):
@@ -228,7 +233,7 @@ def train(policy, batches, args, evaluate):
         optimizer_step(policy, optimizer, step, args.steps, args.lr)
         if step % args.log_every == 0 or step == args.steps:
             numbers = {"batch loss": loss.item(), **evaluate(policy)}
-            if numbers.get("h", 0) is None:  # `means` puts None for what is not finite
+            if numbers.get("h", 0) is None:  # NaN, or 10,000 and more: see means
                 raise Stopped(f"step {step}: the policy is not finite; lower --lr")
             told(f"step {step}/{args.steps}", numbers)
             log.append({"step": step, **numbers})
@@ -241,8 +246,9 @@ def last_checkpoint(policy, optimizer, args):
     """(step, log) of the run's ckpt.pt, whose weights and optimiser it restores; (0, []) if there is none.
 
     A new run has none, since `claim` below has removed that of an older one. A resumed run has its flags from
-    ref.pt. So a ckpt.pt with other flags (but for at_present's) is of another run, and one without a step is
-    a ref.pt under the wrong name.
+    ref.pt. So a ckpt.pt with other flags is of another run, and one without a step is a ref.pt under the
+    wrong name. (at_present takes --out, --device and --resume from now. make_reference has set --resume and
+    --overwrite to None.)
     """
     path = f"{args.out}/ckpt.pt"
     if not os.path.exists(path):
@@ -277,7 +283,8 @@ def check_start(policy, batch, logp, loss):
 def pair_numbers(logp, ref_logp, p, args):  # (2B,), (2B,), (B,) -> numbers by name
     """Means over pairs: the loss, and in nats h and log pi/ref of the chosen and of the rejected response.
 
-    accuracy: 1 if h has the sign of p - 1/2, 0 if it has the other, 1/2 if one of them is 0.
+    accuracy: 1 if h has the sign of p - 1/2 (with hard labels: if h is positive), 0 if it has the other, 1/2
+    if one of them is 0.
     """
     chosen, rejected = (logp - ref_logp).chunk(2)
     h = chosen - rejected
@@ -291,10 +298,10 @@ def pair_numbers(logp, ref_logp, p, args):  # (2B,), (2B,), (B,) -> numbers by n
 
 
 def means(values):
-    """{name: tensor} -> {name: its mean}. None stands for NaN and for 10,000 or more: JSON has no infinity.
+    """{name: tensor} -> {name: its mean}. None, which JSON has, stands for NaN and for 10,000 or more.
 
-    A sound run stays below: the least tau is .01, for which IPO's loss begins at 50^2. DPO's optimum on
-    certain preferences does not, see data.optimum.
+    A sound run stays below: the least tau is .01, for which IPO's loss begins at 50^2. Where one response
+    always wins, DPO's optimum does not, see data.optimum.
     """
     values = {name: value.mean().item() for name, value in values.items()}
     return {name: value if abs(value) < 1e4 else None for name, value in values.items()}
@@ -311,8 +318,8 @@ def told(name, numbers):
 class WorldSource(data.World):
     """The toy world, its exact optimum, and how far a policy is from it.
 
-    From data.World it has prompts (X of them), responses (Y), reward (X,Y), pstar (X,Y,Y), base (Y,), pairs
-    (R = X Y rows) and draw.
+    Read data.World first. From it this has prompts (X of them), responses (Y), reward (X,Y), pstar (X,Y,Y),
+    base (Y,), pairs (R = X Y rows) and draw.
     """
 
     def __init__(self, args):
@@ -320,8 +327,8 @@ class WorldSource(data.World):
         self.args = args
         self.train = torch.arange(args.pairs)
         self.sft_weight = self.base.repeat(len(self.prompts))  # (R,) how often SFT takes a row
-        # A stand-in. The pairs are drawn in set_reference, as with --mu ref they come from the reference.
-        # Until then p has every value that a pair can have: refuse_what_cannot_run looks at them.
+        # A stand-in: the pairs are not drawn yet, as with --mu ref they come from the reference.
+        # refuse_what_cannot_run needs only the values that p may take, which are 1, or all of pstar.
         self.pairs.p = torch.ones(1) if args.labels == "hard" else self.pstar
 
     def set_reference(self, ref_logp):  # (R,)
@@ -383,10 +390,10 @@ class FileSource:
 # ------------------------------------------------------------------------------------------------ the program
 
 DEVICE = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")  # cuda, mps, ... if any
-# The default of each flag in a world and for a file, and then with --init_from, --sample or --resume.
-#   =      as it was without that flag
-#   -      the flag does nothing, so it is refused if it is given
-#   none   not set
+# Columns world and file: a flag's default there. Columns init_from, sample, resume: what becomes of it if
+# that flag is given, too.   =      the same   -      the flag does nothing, so it is refused if it is given
+# none   not set lr, say, is 2.5e-3 in a world, 1e-4 for a file, the same with --init_from, and refused with
+# --sample.
 FLAGS = f"""
 flag         world    file     init_from  sample  resume  takes         meaning
 loss         ipo      ipo      =          -       -       {'|'.join(LOSSES)}  the loss on the margin
@@ -423,6 +430,7 @@ NAMES, *ROWS = [line.split(maxsplit=7)
 
 
 class Parser(argparse.ArgumentParser):
+    # argparse calls this for what it cannot parse, and would exit
     def error(self, message):
         raise Refused(message)
 
@@ -435,6 +443,7 @@ def parse(argv=None):
         alone = {"nargs": "?", "const": "yes"} if takes == "yes" else {}
         parser.add_argument(f"--{name}", **alone)
     given = vars(parser.parse_args(argv))  # SUPPRESS: what was typed, and no defaults
+    # with --resume this may be wrong, and does not matter: ref.pt has all flags
     kinds = ["world" if given.get("data", "bt") in data.WORLDS else "file"]
     # the columns init_from, sample and resume
     kinds += [kind for kind in NAMES[3:6] if kind in given]
@@ -465,9 +474,10 @@ def value_of(name, text, takes):
     """The value of a flag. Raises Refused if it is not what the table says that the flag takes."""
     if text in takes.split("|") or takes == "text" and text:
         return text
-    low, _, high = takes.partition("..")        # "1..1e7" takes whole numbers; "0.0..1e9", with a point, all
-    kind = int if low.isdigit() else float
-    try:                                        # what is no number is a ValueError, and refused
+    low, _, high = takes.partition("..")
+    kind = int if low.isdigit() else float      # "1..1e7" takes whole numbers, "0.0..1e9" all
+    # a choice such as hard|soft has no "..", so it is a ValueError, as any text that is no number
+    try:
         if kind(low) <= kind(text) <= float(high):
             return kind(text)
     except ValueError:
@@ -494,12 +504,13 @@ def claim(out, overwrite):
 
 def refuse_what_cannot_run(source, args):
     """Raises Refused, before anything is replaced, if data, weights and loss do not fit together."""
-    # GPT-2's weights for a world, say, whose words are other tokens. None: new weights fit any tokens.
+    # GPT-2's weights for a world, say, whose words are other tokens. In a world args.tokenizer is None,
+    # unless --init_from has set it: new weights fit any tokens.
     if args.tokenizer not in (None, source.tokenizer.name):
         raise Refused(f"--init_from {args.init_from} knows the tokens of {args.tokenizer}, and --data "
                       f"{args.data} has those of {source.tokenizer.name}; use weights of the same kind")
     p = source.pairs.p
-    # the loss at h = 0: infinite if a target is
+    # IPO's loss at h = 0 is infinite if a target is; DPO's never is
     loss = LOSSES[args.loss](0 * p, p, args.tau)
     if not loss.isfinite().all():
         raise Refused("a label asks for an infinite margin, since this psi is infinite at 0 or 1 (as logit "
@@ -524,6 +535,7 @@ def run(args, policy=None, source=None):
         *source.sizes, args.n_layer, args.n_head, args.n_embd))
     policy.to(args.device)
     make_reference(policy, source, args)
+    # of the known policies; for a file there are none
     columns = {name: source.numbers(logp) for name, logp in source.exact.items()}
     log = train(policy, shuffled_batches(source, args), args, source.evaluate)
     columns["after"] = source.evaluate(policy)
@@ -572,7 +584,7 @@ def sample(args):
 
 
 def main(argv=None):
-    """The command line. Exit status: 0; 1 if a run had to stop, 2 for bad input. One line says why."""
+    """The command line. Exit status 0, 1 if a run had to stop, 2 for bad input; one line says why."""
     try:
         args = parse(argv)
         if args.data in data.WORLDS:
@@ -583,7 +595,7 @@ def main(argv=None):
         # torch says in a RuntimeError that it has no memory for such sizes; any other is a fault of ours
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        # Refused makes a text printable as one line
+        # Refused makes one line of a text. A KeyboardInterrupt has none.
         print("ipo.py:", Refused(str(error) or "interrupted; --resume goes on where it was saved"),
               file=sys.stderr)
         return 1 if isinstance(error, (Stopped, KeyboardInterrupt)) else 2

@@ -164,9 +164,9 @@ def generate(policy, tokenizer, text, temperature=1.0, seed=0, max_new_tokens=64
 def seal(file):
     """A digest of an open zip file's checksums, which `save` writes to the end of the file as its comment.
 
-    torch.save writes a zip file, in which each tensor is an entry with a checksum. testzip finds an entry
-    that was damaged. The seal finds one that was exchanged, added or removed. Both are against accidents.
-    Against code in a file there is weights_only, below.
+    torch.save writes a zip file, in which each tensor is an entry with a checksum. testzip compares them, and
+    finds an entry that was damaged. An entry of another file passes it with its own checksum. The seal finds
+    that. Both are against accidents. Against code in a file there is weights_only, below.
     """
     checksums = [(entry.filename, entry.CRC) for entry in file.infolist()]
     return hashlib.sha256(repr(checksums).encode()).digest()
@@ -217,7 +217,7 @@ def restore(policy, saved):
         policy.load_state_dict(saved["model"])
     except RuntimeError as error:
         raise Refused(f"the saved weights are those of another model ({short(error)}); if lab.models.hf made "
-                      "them, that goes on with them, and its OUT/export is for transformers") from None
+                      "them, go on with lab.models.hf; transformers loads its OUT/export") from None
 
 
 # ---------------------------------------------------------------------------------------- GPT-2's own weights
@@ -237,13 +237,13 @@ def from_gpt2(name):
             # GPT-2 keeps the matrices of its linear layers transposed
             flip = key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
             p.copy_(weights[key].T if flip else weights[key])  # p shares its memory with the policy's weight
-        # Three tests. transformers makes up weights that a file lacks. A GPT-2 of other ids has other
-        # tokens. A variant (another activation, scale or head) has the same names, and other logits.
+        # transformers makes up weights that a file lacks; a GPT-2 of other ids has other tokens; a variant
+        # (another activation, scale or head) has the same names, and other logits
         tokens = torch.arange(8)[None]
         same = torch.allclose(policy(tokens), theirs(tokens).logits,
                               rtol=1e-4, atol=1e-3)
         if info["missing_keys"] or c.vocab_size != 50257 or not same:
-            raise ValueError(f"not GPT-2 but a {c.model_type} of {c.vocab_size} ids")
+            raise ValueError(f"not GPT-2's weights: a {c.model_type} of {c.vocab_size} ids")
     except Exception as error:  # transformers passes on what its HTTP library and safetensors raise
         raise Refused(f"--init_from {name}: {short(error)}; name a run's .pt file, a folder that "
                       "transformers saved, or a GPT-2 of its hub, which needs a network once (other models: "
@@ -284,10 +284,10 @@ class Prefixes:
     In the example:
         tokens    (U,)   [a b c d e f]                  the last token of each prefix
         position  (U,)   [0 1 2 2 0 1]                  where it stands
-        where     (R,T)  [[0 1 2] [0 1 3] [4 5 0]]      the numbers of each row's prefixes, then zeros
-        rows             [0 1 2] and 3, [0 1 3] and 1, [4 5] and 2
-    rows holds each row's numbers, and how many of them are new. The new ones are the last, since a prefix
-    that contains a new one is new. A row without new ones needs no work and is left out.
+        where     (R,T)  [[0 1 2] [0 1 3] [4 5 0]]      each row's prefixes, then zeros that nobody looks up
+        rows             ([0 1 2], 3), ([0 1 3], 1), ([4 5], 2)
+    rows: a row's prefixes, and how many of them are new. The new ones are the last, since a prefix that
+    contains a new one is new. A row without new ones needs no work and is left out.
     """
 
     def __init__(self, tokens, wanted):  # (R,T), (R,T)
@@ -316,7 +316,7 @@ class Prefixes:
 
     def attend(self, attention, x):  # (U,C) -> (U,C)
         """Attention, a row at a time: queries of its new prefixes, keys and values of all its prefixes."""
-        # made once for U prefixes, and laid out row by row
+        # c_attn runs on the U prefixes; `take` copies, as a shared one is a key in several rows
         numbers = [row for row, _ in self.rows]
         qkv = take(attention.c_attn(x), torch.cat(numbers))  # (U,3C) -> (all rows' lengths, 3C)
         y = []
@@ -325,6 +325,7 @@ class Prefixes:
             q, k, v = attention.split(part[None])     # (1, heads, t, C / heads)
             # 2 queries and 4 keys: [1 1 1 0] and [1 1 1 1], so the last query sees all
             mask = causal_lower_right(new, len(row))
+            # the old ones had their turn in an earlier row
             z = F.scaled_dot_product_attention(q[:, :, -new:], k, v, mask)
             y.append(attention.merge(z)[0])
         # new prefixes were numbered row by row, and y has them row by row: y[i] is prefix i
@@ -332,7 +333,8 @@ class Prefixes:
 
 
 def take(x, where):  # (U,C), (S,) -> (S,C)
-    """x[where], whose gradient is a sum over all that took a row. Many take a shared prompt's. In bfloat16,
-    which has 8 significant bits, 256 + 1 is 256: a long sum stops growing. So it is made in float32."""
+    """x[where]. The gradient of a row of x is a sum over all that took it, and many take a shared one. In
+    bfloat16, which has 8 significant bits, 256 + 1 is 256, so a long sum stops growing. F.embedding sums in
+    the dtype of `wide`, float32."""
     wide = x.float() if x.dtype == torch.bfloat16 else x
     return F.embedding(where, wide).to(x.dtype)

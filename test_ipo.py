@@ -605,7 +605,7 @@ def not_gpt2(path):
 def test_a_variant_of_gpt2_is_refused(tmp_path, variant):
     """Another activation, scale or head; ids that are not GPT-2's."""
     hugging_face(0.5, **variant).save_pretrained(tmp_path)
-    assert "not GPT-2 but a gpt2 of" in not_gpt2(tmp_path)
+    assert "not GPT-2's weights: a gpt2 of" in not_gpt2(tmp_path)
 
 
 def test_another_width_is_refused(tmp_path):
