@@ -302,8 +302,8 @@ def read_jsonl(path, parse=None):
     """
     if not os.path.isfile(path):
         found = "a folder" if os.path.isdir(path) else "no such file"
-        raise Refused(f"--data {path}: {found}; give a JSONL file or a world ({', '.join(WORLDS)}); if it is "
-                      f"a URL, a dataset on a hub or one saved in a folder, {CONVERT}")
+        raise Refused(f"--data {path}: {found}; give a JSONL file (python ipo.py takes {', '.join(WORLDS)}, "
+                      f"too); if it is a URL, a dataset on a hub or one saved in a folder, {CONVERT}")
     pairs, notes, refusals = [], Counter(), []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -347,7 +347,7 @@ def parse_json(line):
     except Refused:  # which is a ValueError, too
         raise
     except (ValueError, RecursionError) as error:
-        raise Refused(f"no JSON in UTF-8 ({short(error)}); {NEEDED}") from None
+        raise Refused(f"no JSON in UTF-8 ({short(error)}); {NEEDED}, an object a line") from None
     if not isinstance(item, dict):
         raise Refused(f"{short(json.dumps(item))} is no object; {NEEDED}")
     return item
@@ -366,16 +366,17 @@ def parse_pair(item, notes):
     texts = []
     for key in ("prompt", "chosen", "rejected"):
         if key not in item:
-            raise Refused(f"{key!r} is not among its keys ({short(', '.join(item))}); {NEEDED}; for other "
-                          f"keys, whole dialogues or KTO's labels {CONVERT}")
+            raise Refused(f"{key!r} is not among its keys ({short(', '.join(item))}); {NEEDED}; of other "
+                          f"keys or whole dialogues {CONVERT}; KTO's labels: python -m lab.methods.kto")
         if not isinstance(item[key], str):
             raise Refused(f"{key!r} is {short(json.dumps(item[key]))}, not a text; write a text; lists of "
-                          f"messages run with python -m lab.models.hf; of lists of texts {CONVERT}")
+                          f"messages run with python -m lab.models.hf; of anything else {CONVERT}")
         texts.append(item[key])
     p = item.get("p", 1.0)
     # type, since isinstance takes True for an int
     if type(p) not in (int, float) or not 0 <= p <= 1:
-        raise Refused(f"'p' is {short(p)}; write the probability that chosen is preferred, from 0 to 1")
+        raise Refused(f"'p' is {short(json.dumps(p))}; write the probability that chosen is preferred, "
+                      "from 0 to 1")
     unused = item.keys() - set(Pair._fields)
     if unused:
         notes[f"lines with keys that are not used: {short(', '.join(sorted(unused)))!r}"] += 1
@@ -409,7 +410,7 @@ def encode(pairs, tokenizer, block_size):
     count_oddities(pairs, notes)
     tell(f"data, of {len(pairs):,} pairs", notes)
     if not p:
-        raise Refused("data: every pair was dropped, as counted above; raise --block_size or mend them")
+        raise Refused("data: every pair was dropped, as counted above; mend them, or take a larger context")
     data = PairData(prompts, responses)
     chosen = 2 * torch.arange(len(p))  # rows 0, 2, 4, ...; pair_rows makes halves of them
     data.set_pairs(chosen, chosen + 1, torch.tensor(p), torch.tensor(numbers))

@@ -432,7 +432,7 @@ NAMES, *ROWS = [line.split(maxsplit=7)
 class Parser(argparse.ArgumentParser):
     # argparse calls this for what it cannot parse, and would exit
     def error(self, message):
-        raise Refused(message)
+        raise Refused(f"{message[:200]}; --help lists the flags")
 
 
 def parse(argv=None):
@@ -478,7 +478,8 @@ def value_of(name, text, takes):
     kind = int if low.isdigit() else float      # "1..1e7" takes whole numbers, "0.0..1e9" all
     # a choice such as hard|soft has no "..", so it is a ValueError, as any text that is no number
     try:
-        if kind(low) <= kind(text) <= float(high):
+        # the f-string: argparse makes a list of --tau=--
+        if kind(low) <= kind(f"{text}") <= float(high):
             return kind(text)
     except ValueError:
         pass

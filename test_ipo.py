@@ -1275,7 +1275,7 @@ null                                     -> null is no object
 {"a": 1}                                 -> 'prompt' is not among its keys (a)
 {}                                       -> 'prompt' is not among its keys ()
 {"question": "q", "chosen": "a"}         -> 'prompt' is not among its keys (question, chosen)
-{"chosen": "a", "rejected": "b"}         -> whole dialogues or KTO's labels python -m lab.models.jsonl
+{"chosen": "a", "rejected": "b"}         -> of other keys or whole dialogues python -m lab.models.jsonl
 {"prompt": "q", "rejected": "a"}         -> 'chosen' is not among its keys
 {"prompt": "q", "chosen": "a"}           -> 'rejected' is not among its keys
 {"prompt": "q", "prompt": "q"}           -> a key stands there twice among 'prompt, prompt'; keep one
@@ -1285,10 +1285,10 @@ null                                     -> null is no object
 {"prompt": null, "chosen": "a", "rejected": "b"}              -> 'prompt' is null, not a text
 {"prompt": "", "chosen": "a", "rejected": "b", "p": 1.5}      -> 'p' is 1.5; write the probability
 {"prompt": "", "chosen": "a", "rejected": "b", "p": -0.1}     -> 'p' is -0.1; write the probability
-{"prompt": "", "chosen": "a", "rejected": "b", "p": "1"}      -> 'p' is 1; write the probability
-{"prompt": "", "chosen": "a", "rejected": "b", "p": true}     -> 'p' is True; write the probability
-{"prompt": "", "chosen": "a", "rejected": "b", "p": NaN}      -> 'p' is nan; write the probability
-{"prompt": "", "chosen": "a", "rejected": "b", "p": null}     -> 'p' is None; write the probability
+{"prompt": "", "chosen": "a", "rejected": "b", "p": "1"}      -> 'p' is "1"; write the probability
+{"prompt": "", "chosen": "a", "rejected": "b", "p": true}     -> 'p' is true; write the probability
+{"prompt": "", "chosen": "a", "rejected": "b", "p": NaN}      -> 'p' is NaN; write the probability
+{"prompt": "", "chosen": "a", "rejected": "b", "p": null}     -> 'p' is null; write the probability
 """
 
 
@@ -1428,7 +1428,7 @@ def test_at_most_80_characters_of_a_line_are_shown(tmp_path, number):
     with pytest.raises(data.Refused) as error:
         read(tmp_path, pair(), LONG_LINES[number])
     said = str(error.value).removeprefix(f"{tmp_path}/p.jsonl:2: ")
-    assert len(said) < 80 + 250
+    assert len(said) < 80 + 280
     assert "z" * 81 not in said
 
 
@@ -1556,7 +1556,7 @@ def test_pairs_of_equals_are_dropped_and_counted(capsys):
 
 
 def test_if_every_pair_is_dropped_the_data_are_refused():
-    with pytest.raises(data.Refused, match="every pair was dropped, as counted above; raise"):
+    with pytest.raises(data.Refused, match="every pair was dropped, as counted above; mend"):
         encoded(pair("same", "same"))
 
 
@@ -2787,7 +2787,8 @@ BAD_COMMANDS = """
 --tau none               -> --tau is 'none'; it takes
 --tau -                  -> --tau is '-'; it takes
 --tau                    -> argument --tau: expected one argument
---tau 1 2                -> unrecognized arguments: 2
+--tau 1 2                -> unrecognized arguments: 2; --help lists the flags
+--tau=--                 -> --tau is '[]'; it takes 0.01..1e9
 --lr 0                   -> --lr is '0'; it takes
 --lr nan                 -> --lr is 'nan'; it takes
 --sft_lr nan             -> --sft_lr is 'nan'; it takes
@@ -2835,7 +2836,7 @@ extra                    -> unrecognized arguments: extra
 --data good.jsonl --tokenizer x       -> --tokenizer x: unknown, or neither on disk nor
 --data good.jsonl --tokenizer words   -> the world has no word
 --data no.jsonl --tokenizer bytes     -> --data no.jsonl: no such file; give a JSONL file
---data BT --tokenizer bytes           -> --data BT: no such file; give a JSONL file or a world (bt,
+--data BT --tokenizer bytes           -> --data BT: no such file; give a JSONL file (python ipo.py takes bt,
 --data . --tokenizer bytes            -> --data .: a folder; give a JSONL file
 --data empty.jsonl --tokenizer bytes  -> --data empty.jsonl: the file is empty
 --data same.jsonl --tokenizer bytes   -> every pair was dropped
