@@ -211,8 +211,8 @@ def preference(name, reward, first):  # (X,Y), (Y,) -> (X,Y,Y)
     bt: s(r(y) - r(z)), s the sigmoid: Bradley-Terry's model. deterministic: 1 if r(y) > r(z), 1/2 on a tie.
     cyclic: s(r(y) - r(z) + 2 c), where c is 1 if y's first word beats z's, -1 if it loses, else 0. Word i
     beats word j if (i - j) % 3 is 1, and loses if it is 2. So good (1) beats superb (0), fine (2) beats good,
-    and superb beats fine: the 2 is more than any two words differ in value, 1.8. So among responses of one
-    word the circle decides, and no reward explains it. A response with itself: 1/2 in each world.
+    and superb beats fine. The 2 c is more than any two words differ in value, 1.8. So between single words
+    such a circle decides, and no reward explains it. A response with itself: 1/2 in each world.
     """
     gap = reward[:, :, None] - reward[:, None, :]
     # the same words in another order add up to another last digit; rounded, they are a tie

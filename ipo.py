@@ -53,8 +53,8 @@ def psi(q):
 def target(p, tau):  # (B,) -> (B,)
     """The margin, in nats, that is asked of a pair if its chosen response is preferred with probability p.
 
-    Read forwards, the pair asks h for Psi(p)/tau. Read backwards, with the responses exchanged, it asks -h
-    for Psi(1-p)/tau, that is h for -Psi(1-p)/tau. The least-squares answer to both is their mean.
+    README.md derives it. For Psi(q) = q and p = 1 it is 1/(2 tau). Exchanging the responses makes 1 - p of p,
+    and turns the sign of the target, as it turns that of h.
     """
     return (psi(p) - psi(1 - p)) / (2 * tau)
 
@@ -69,8 +69,8 @@ def dpo_loss(h, p, tau):  # (B,), (B,) -> (B,)
 
     log s(x) has the slope 1 - s(x), and 1 - s(-x) = s(x). So the loss has the slope
     tau (-p (1 - s) + (1-p) s) = tau (s - p), with s at tau h. It is least where s = p, that is at tau h =
-    logit(p). At p = 1 the slope is never 0, so h never stops growing. The loss is linear in p, so coin flips
-    and p itself give the same mean.
+    logit(p). If the same response always wins, the slope is never 0, and h never stops growing. The loss is
+    linear in p, so coin flips and p itself give the same mean.
     """
     return -(p * logsigmoid(tau * h)
              + (1 - p) * logsigmoid(-tau * h))
@@ -167,7 +167,8 @@ def generator(args, number):
 
 # The next functions take a source: where the trainer gets its pairs. WorldSource and FileSource below are
 # two, and you may write your own. The next functions need three things of it:
-#   pairs       a data.PairData: a table of rows, padded(rows) -> tokens, mask, and batch(indices) -> Batch
+#   pairs       a data.PairData: a table of rows, with padded(rows) -> tokens (K,T), mask (K,T) of some rows,
+#               and batch(pairs) -> tokens (2B,T), mask (2B,T), p (B,), ref_logp (2B,), chosen rows first
 #   train       the indices of the pairs to train on
 #   sft_weight  (R,) how often SFT takes each row
 # `run` further down also needs tokenizer, sizes (of a model for it), set_reference(ref_logp),
@@ -245,7 +246,7 @@ def train(policy, batches, args, evaluate):
 def last_checkpoint(policy, optimizer, args):
     """(step, log) of the run's ckpt.pt, whose weights and optimiser it restores; (0, []) if there is none.
 
-    A new run has none, since `claim` below has removed that of an older one. A resumed run has its flags from
+    A new run has none, as that of an older one has been removed. A resumed run has its flags from
     ref.pt. So a ckpt.pt with other flags is of another run, and one without a step is a ref.pt under the
     wrong name. (at_present takes --out, --device and --resume from now. make_reference has set --resume and
     --overwrite to None.)
@@ -279,6 +280,7 @@ def check_start(policy, batch, logp, loss):
 
 
 # ---------------------------------------------------------------------------------------------- measurement
+# Read data.py up to "your own pairs" before this part.
 
 def pair_numbers(logp, ref_logp, p, args):  # (2B,), (2B,), (B,) -> numbers by name
     """Means over pairs: the loss, and in nats h and log pi/ref of the chosen and of the rejected response.
@@ -318,7 +320,7 @@ def told(name, numbers):
 class WorldSource(data.World):
     """The toy world, its exact optimum, and how far a policy is from it.
 
-    Read data.World first. From it this has prompts (X of them), responses (Y), reward (X,Y), pstar (X,Y,Y),
+    From data.World it has prompts (X of them), responses (Y), reward (X,Y), pstar (X,Y,Y),
     base (Y,), pairs (R = X Y rows) and draw.
     """
 
@@ -451,7 +453,7 @@ def parse(argv=None):
     for cells in ROWS:
         row = dict(zip(NAMES, cells))
         name = row["flag"]
-        # the last of these columns that is not =. For a file with --init_from: tau has .1 and =, so .1;
+        # The last of these columns that is not =. For a file with --init_from: tau has .1 and =, so .1;
         # sft_steps has 400 and 0, so 0; n_layer has 4 and -, so it is refused.
         default = [row[kind] for kind in kinds if row[kind] != "="][-1]
         if default == "-" and name in given:
@@ -563,9 +565,9 @@ def make_reference(policy, source, args):
     # Both files hold the flags, and last_checkpoint compares them. These two are no part of the run.
     args.resume = args.overwrite = None
     saved = model.read(path) if os.path.exists(path) else {}
-    if "ref_logp" in saved:
+    if "ref_logp" in saved:  # stopped later
         model.restore(policy, saved)
-    else:
+    else:  # new, or stopped in SFT: the first weights came from the seed, too
         model.save(path, policy, args)  # only for its flags: --resume needs them if SFT is interrupted
         finetune(policy, source, args)
         saved["ref_logp"] = score(policy, source.pairs, args)

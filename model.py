@@ -164,9 +164,9 @@ def generate(policy, tokenizer, text, temperature=1.0, seed=0, max_new_tokens=64
 def seal(file):
     """A digest of an open zip file's checksums, which `save` writes to the end of the file as its comment.
 
-    torch.save writes a zip file, in which each tensor is an entry with a checksum. testzip compares them, and
-    finds an entry that was damaged. An entry of another file passes it with its own checksum. The seal finds
-    that. Both are against accidents. Against code in a file there is weights_only, below.
+    torch.save writes a zip file, in which each tensor is an entry with a checksum. testzip, below, finds an
+    entry that was damaged. The seal finds entries that were exchanged or added, and files of other programs.
+    Both are against accidents. Against code in a file there is weights_only.
     """
     checksums = [(entry.filename, entry.CRC) for entry in file.infolist()]
     return hashlib.sha256(repr(checksums).encode()).digest()
@@ -286,8 +286,8 @@ class Prefixes:
         position  (U,)   [0 1 2 2 0 1]                  where it stands
         where     (R,T)  [[0 1 2] [0 1 3] [4 5 0]]      each row's prefixes, then zeros that nobody looks up
         rows             ([0 1 2], 3), ([0 1 3], 1), ([4 5], 2)
-    rows: a row's prefixes, and how many of them are new. The new ones are the last, since a prefix that
-    contains a new one is new. A row without new ones needs no work and is left out.
+    rows: a row's prefixes, and how many of them no earlier row had. Once a row leaves the earlier ones it
+    never comes back, so the new ones are at its end. A row without new ones needs no work and is left out.
     """
 
     def __init__(self, tokens, wanted):  # (R,T), (R,T)
@@ -333,8 +333,8 @@ class Prefixes:
 
 
 def take(x, where):  # (U,C), (S,) -> (S,C)
-    """x[where]. The gradient of a row of x is a sum over all that took it, and many take a shared one. In
-    bfloat16, which has 8 significant bits, 256 + 1 is 256, so a long sum stops growing. F.embedding sums in
-    the dtype of `wide`, float32."""
+    """x[where]. Backwards, the gradient of a row of x is a sum over all that took it, and many take a shared
+    one. In bfloat16, which has 8 significant bits, 256 + 1 is 256, so a long sum stops growing. F.embedding
+    sums in the dtype of `wide`, float32."""
     wide = x.float() if x.dtype == torch.bfloat16 else x
     return F.embedding(where, wide).to(x.dtype)
