@@ -339,7 +339,11 @@ def test_silent_bugs_stand_in_the_core():
 
 @pytest.fixture
 def small_core(tmp_path, monkeypatch):
-    """A core of one line, with a test that sees bug 4, one that sees nothing, one that always fails."""
+    """A core of one line, with a test that sees bug 4, one that sees nothing, one that always fails.
+
+    Beside it there is a folder, as in every checkout.
+    """
+    (tmp_path / ".github").mkdir()
     (tmp_path / "ipo.py").write_text("def margin(chosen, rejected):\n    return chosen - rejected\n")
     (tmp_path / "test_ipo.py").write_text(
         "import ipo\ndef test_order():\n    assert ipo.margin(3, 1) == 2\n"
