@@ -121,6 +121,7 @@ def margin(logp, ref_logp):  # (2B,), (2B,) -> (B,)
 
 
 # ------------------------------------------------------------------------------------------------- training
+
 class Stopped(Refused):
     """A run that must not go on. A Refused, so that main prints it as one line."""
 
