@@ -6,9 +6,10 @@
 
 A run, and a row, for each combination of --loss, --tau, --steps, --pairs and --seed; the other flags are
 ipo.py's and hold for all. A run is ipo.run with its flags, in OUT/LOSS-TAU: runs of one seed share reference,
-pairs and order bit for bit. "of pi*" is the optimum of the loss's Psi (for dpo logit), "ratio" the largest
-|log pi/ref|, "below" how far the win rate lies below the highest at the run's own KL to the reference. Trap:
-at one tau the losses stand at different places. Compare them at equal KL; "below" does.
+pairs and order bit for bit. "pi*" is the optimum of the loss's Psi (for dpo logit), "ratio" the largest
+|log pi/ref|, "below" how far the win rate lies below the highest at the run's own KL to the reference. A dash
+stands for 10,000 and more, where DPO's pi* on certain preferences is infinitely far.
+Trap: at one tau the losses stand at different places. Compare them at equal KL; "below" does.
 """
 import contextlib
 import itertools
@@ -20,8 +21,8 @@ import data
 import ipo
 from lab.common import exact, pictures, start
 
-COLUMNS = {"kl_ref": "KL to ref", "opt kl_ref": "of pi*", "kl_opt": "KL to pi*", "win": "win rate",
-           "opt win": "of pi*", "ratio": "ratio", "opt ratio": "of pi*", "below": "below"}
+COLUMNS = {"kl_ref": "KL to ref", "opt kl_ref": "pi* to ref", "kl_opt": "KL to pi*", "win": "win rate",
+           "opt win": "pi* wins", "ratio": "ratio", "opt ratio": "pi* ratio", "below": "below"}
 
 
 def number(text):
@@ -64,13 +65,13 @@ def measured(out):
     numbers = {}
     policies = {"": pictures.policy_of(out, source), "opt ": source.exact["opt"]}
     for name, logp in policies.items():
-        numbers[f"{name}kl_ref"] = data.kl(logp, ref).item()
-        numbers[f"{name}kl_opt"] = data.kl(logp, source.exact["opt"]).item()
-        numbers[f"{name}win"] = exact.win(logp, source.pstar, source.mu).item()
-        numbers[f"{name}ratio"] = (logp - ref).abs().max().item()
+        numbers[f"{name}kl_ref"] = data.kl(logp, ref)
+        numbers[f"{name}kl_opt"] = data.kl(logp, source.exact["opt"])
+        numbers[f"{name}win"] = exact.win(logp, source.pstar, source.mu)
+        numbers[f"{name}ratio"] = (logp - ref).abs().max()
     best = np.interp(numbers["kl_ref"], *exact.frontier(ref, source.pstar, source.mu))
     numbers["below"] = best - numbers["win"]
-    return numbers
+    return ipo.means(numbers)
 
 
 def train(args, runs):
@@ -94,7 +95,7 @@ def answer(runs, table):
         rows = [row for row in table if runs[row].loss == loss]
         rows.sort(key=lambda row: runs[row].tau)
         ends = [f"{table[row]['kl_ref']:.3f} (tau {runs[row].tau:g})" for row in (rows[0], rows[-1])]
-        parts.append(f"{loss} ends {' to '.join(ends)}")
+        parts.append(f"{loss} ends {' to '.join(dict.fromkeys(ends))}")
     below = max(numbers["below"] for numbers in table.values())
     return (f"tau buys distance. In nats from the reference {' and '.join(parts)}. At its own distance "
             f"of each run the best policy wins at most {below:.4f} more often.")
@@ -108,10 +109,10 @@ def run(argv=None):
     if table:
         drawn = [pictures.read(runs[row].out) for row in table]
         pictures.draw_runs(drawn, f"{args.out}/runs.png")
-        figures = {"": "".join(f"{title:>10}" for title in COLUMNS.values())}
+        rows = {}
         for row, numbers in table.items():
-            figures[row] = "".join(f"{numbers[name]:z10.4f}" for name in COLUMNS)
-        start.finish(args, answer(runs, table), figures, table=table)
+            rows[row] = start.Row({title: numbers[name] for name, title in COLUMNS.items()})
+        start.finish(args, answer(runs, table), start.table("loss-tau", rows), table=table)
     if len(table) < len(runs):
         raise ipo.Stopped("some runs had to stop, as said above; lower --lr or raise --tau")
 

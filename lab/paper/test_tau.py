@@ -78,6 +78,19 @@ def test_the_answer_says_how_far_each_loss_goes(grid):
     assert f"to {table['dpo-1']['kl_ref']:.3f} (tau 1)" in answer
 
 
+def test_one_run_has_one_end(tmp_path, figures):
+    tau.run([*SHORT, "--loss", "ipo", "--tau", "1", "--out", str(tmp_path)])
+    assert report(tmp_path)["answer"].count("(tau 1)") == 1
+
+
+def test_what_is_infinitely_far_is_a_dash(tmp_path, figures, capsys):
+    """DPO's pi* on certain preferences."""
+    tau.run([*SHORT, "--data", "deterministic", "--loss", "dpo", "--tau", "1", "--out", str(tmp_path)])
+    row = capsys.readouterr().out.splitlines()[-1].split()
+    assert report(tmp_path)["table"]["dpo-1"]["kl_opt"] is None
+    assert row[3] == "-"
+
+
 def test_the_picture_lies_beside_the_report(grid):
     assert (grid / "runs.png").read_bytes().startswith(b"\x89PNG")
 
