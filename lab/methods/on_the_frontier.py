@@ -67,9 +67,9 @@ def draw(methods, frontier, path):
             x, y = [row["KL to ref"] for row in rows], [row[column] for row in rows]
             axis.plot(x, y, "o", label=f"{number} {name}")
             axis.annotate(str(number), (x[0], y[0]), fontsize=12)
-        axis.set(xlim=axis.get_xlim(), xlabel="KL(pi||ref), nats", ylabel=column)
-    axes[0, 0].plot(*frontier, "k-")
-    axes[0, 1].set(xscale="log", yscale="log")
+        axis.set(xlabel="KL(pi||ref), nats", ylabel=column)
+    axes[0, 0].plot(*frontier, "k-", scalex=False, scaley=False)
+    axes[0, 1].set(xscale="log", yscale="log", ylabel="win rate below the frontier")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right", fontsize=12)
     pictures.save(figure, path)
 
