@@ -86,7 +86,7 @@ def run(argv):
         worlds.add(world)
         methods.setdefault(path.parent.name, []).append(row)
     if len(worlds) != 1:
-        raise data.Refused(f"{' '.join(args.folders)}: runs of {len(worlds)} worlds ({', '.join(worlds)}); "
+        raise data.Refused(f"{' '.join(args.folders)}: runs of {', '.join(worlds) or 'no world'}; "
                            "name folders of finished runs in one world")
     start.make_folder(args.out)
     draw(methods, frontier, f"{args.out}/family.png")

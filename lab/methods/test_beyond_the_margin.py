@@ -240,7 +240,7 @@ def test_runs_of_two_worlds_are_one_line(tmp_path, capsys):
     assert start.main("on_the_frontier", on_the_frontier.run, [str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "2 worlds" in said and "cyclic" in said
+    assert "bt3" in said and "cyclic" in said
 
 
 def test_a_folder_without_runs_is_one_line(tmp_path, capsys):
