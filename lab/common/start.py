@@ -41,10 +41,7 @@ def parse(own, argv, defaults="", without=(), world=False):
     useful = [f"--{name}" for name, *_ in ipo.ROWS if name not in useless]
     own.epilog = f"flags of python ipo.py that count here, too:\n{textwrap.fill(' '.join(useful), 100)}"
     mine, rest = own.parse_known_args(argv)
-    for word in rest:
-        name = word.partition("=")[0]
-        if name.removeprefix("--") in useless:
-            raise data.Refused(f"{name} does nothing in this program; leave it out")
+    refuse_given(rest, useless, "does nothing in this program")
     only_data = ipo.Parser(allow_abbrev=False, add_help=False)
     only_data.add_argument("--data", default="bt")
     given, _ = only_data.parse_known_args(rest)
@@ -99,6 +96,14 @@ def make_folder(out):
     if os.path.exists(f"{out}/ref.pt"):
         raise data.Refused(f"--out {out} holds a run of another program; name another folder")
     os.makedirs(out, exist_ok=True)
+
+
+def refuse_given(argv, names, why):
+    """Raises Refused if one of these flags is in argv, --two-words or --two_words."""
+    for word in sys.argv[1:] if argv is None else argv:
+        name = word.partition("=")[0].replace("-", "_")
+        if name.startswith("__") and name[2:] in names:
+            raise data.Refused(f"--{name[2:]} {why}; leave it out")
 
 
 def refuse_twice(flag, values):

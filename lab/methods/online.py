@@ -30,7 +30,7 @@ import torch
 import data
 import ipo
 from lab.common import exact, start
-from lab.methods.reward_model import fit, parse_world, refuse_given, table
+from lab.methods.reward_model import fit, parse_world, table
 
 METHODS = {"policy": "Online IPO", "mixture": "IPO-MD", "rejection": "RSO", "offline": "Offline IPO"}
 
@@ -107,9 +107,9 @@ def parse(argv):
     own.add_argument("--offline", action="store_true", help="train offline, too, and compare")
     args = parse_world(own, argv, "--out out/online")
     if args.pairs_from != "mixture":
-        refuse_given(argv, ["b"], "does nothing without --pairs_from mixture")
+        start.refuse_given(argv, ["b"], "does nothing without --pairs_from mixture")
     if args.pairs_from != "rejection" and args.labels_by == "truth":
-        refuse_given(argv, ["pairs"], "does nothing where pairs are drawn afresh")
+        start.refuse_given(argv, ["pairs"], "does nothing where pairs are drawn afresh")
     if not 0 <= args.b < 1:
         raise data.Refused("--b takes 0 to below 1")
     return args

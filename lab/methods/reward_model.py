@@ -79,14 +79,6 @@ def rmse(reward, other):  # (X,Y), (X,Y) -> ()
     return (error - error.mean(-1, keepdim=True)).square().mean().sqrt()
 
 
-def refuse_given(argv, names, why):
-    """Raises Refused if one of these flags is in argv, since it would do nothing."""
-    for word in sys.argv[1:] if argv is None else argv:
-        flag = word.partition("=")[0]
-        if flag.removeprefix("--") in names:
-            raise data.Refused(f"{flag} {why}; leave it out")
-
-
 def parse_world(own, argv, defaults="", without=()):
     """start.parse for a program of worlds alone, whose tables are small and lie on the CPU."""
     without = ("loss", "device", "dtype", *without)

@@ -27,7 +27,7 @@ import data
 import ipo
 from lab.common import exact, start
 from lab.methods.margin_losses import rebel
-from lab.methods.reward_model import best_policy, fit, parse_world, refuse_given, table, taught
+from lab.methods.reward_model import best_policy, fit, parse_world, table, taught
 
 
 def baseline(value):  # (X,k) -> (X,k)
@@ -111,10 +111,10 @@ def parse(argv):
     if args.k < 2:
         raise data.Refused("--k takes 2 or more")
     if args.compare:
-        refuse_given(argv, ["data", "labels", "kl"], "is chosen by --compare; elsewhere the optima differ")
+        start.refuse_given(argv, ["data", "labels", "kl"], "is chosen by --compare; else the optima differ")
         args.labels = "soft"
     else:
-        refuse_given(argv, ["pairs", "labels", "mu", "batch_size"], "does nothing without --compare")
+        start.refuse_given(argv, ["pairs", "labels", "mu", "batch_size"], "does nothing without --compare")
     return args
 
 

@@ -84,10 +84,7 @@ class Parser(ipo.Parser, trl.TrlParser):
 
 def parse(argv):
     """(DPOConfig, ModelConfig, own flags). Raises Refused."""
-    given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv}  # TRL takes --loss-type, too
-    for flag in UNUSED:
-        if flag in given:
-            raise Refused(f"--{flag} would change the loss or do nothing here (beta is --tau); leave it out")
+    start.refuse_given(argv, UNUSED, "would change the loss or do nothing here (beta is --tau)")
     if not torch.accelerator.is_available():
         print("no GPU here: the CPU trains, in float32 (--use_cpu True --bf16 False)")
         argv += ["--use_cpu", "True", "--bf16", "False"]
