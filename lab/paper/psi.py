@@ -45,11 +45,6 @@ def asked(tau):
     return [nats.item() if nats.isfinite() else None for nats in target]
 
 
-def row(values):
-    cells = ["-" if value is None else f"{value:z.4f}" for value in values]
-    return "".join(f"{cell:>9}" for cell in cells)
-
-
 def run(argv=None):
     own = start.parser(__doc__)
     own.add_argument("--psi", default="yours", choices=[*PSIS, "yours"], help="[yours: what ipo.py has]")
@@ -74,10 +69,8 @@ def run(argv=None):
     answer = (f"With {args.psi} as Psi at tau {args.tau:g} the policy ends {far:z.4f} nats from the "
               f"reference and {near:z.4f} from pi*.\n"
               f"KL(labels||pi*) {away:z.4f} nats: these labels lead {where}.")
-    figures = {}
-    for name, values in card.items():
-        figures[name] = row(values)
-    start.finish(args, answer, figures, **report, card=card, kl_labels_opt=away)
+    rows = {name: start.Row(zip(map(str, CARD), values)) for name, values in card.items()}
+    start.finish(args, answer, rows, **report, card=card, kl_labels_opt=away)
 
 
 if __name__ == "__main__":
