@@ -46,7 +46,7 @@ def mean_optimum(ref, asked, length):  # (X,Y) each -> (X,Y)
     return ref + length * (asked + c)
 
 
-def measured(logp, tau, world):  # -> numbers by name
+def measured(logp, tau, world):  # -> start.Row
     """How far a policy is from pi* of its tau, and of any tau: exact sums, in nats."""
     taus = np.geomspace(30, 0.003, 300)
     distances = []
@@ -56,14 +56,14 @@ def measured(logp, tau, world):  # -> numbers by name
     own, *others = distances
     far = data.kl(logp, world.ref).item()
     kls, wins = exact.frontier(world.ref, world.pstar, world.mu)
-    return {
+    return start.Row({
         "to pi*": own,
         "nearest tau": taus[np.argmin(others)].item(),
         "to that": min(others),
         "to ref": far,
         "win": exact.win(logp, world.pstar, world.mu).item(),
         "best": np.interp(far, kls, wins).item(),
-    }
+    })
 
 
 def run(argv=None):
@@ -84,15 +84,12 @@ def run(argv=None):
     for tau in args.mean_tau:
         led = mean_optimum(world.ref, world.g / tau, world.tokens)
         table[f"mean {tau:g}"] = measured(led, tau, world)
-    first, *means = table.values()
+    _, *means = table.values()
     away = max(row["to pi*"] for row in means)
     nearest = min(row["to that"] for row in means)
     answer = (f"The sum leads to pi*. The mean leads up to {away:.4f} nats from pi* of its tau, "
               f"and never nearer than {nearest:.4f} to that of any tau.")
-    figures = {"nats": "".join(f"{name:>12}" for name in first)}
-    for name, row in table.items():
-        figures[name] = "".join(f"{value:z12.4f}" for value in row.values())
-    start.finish(args, answer, figures, table=table)
+    start.finish(args, answer, start.table("nats", table), table=table)
 
 
 if __name__ == "__main__":
