@@ -69,7 +69,8 @@ def run(argv=None):
     answer = (f"With {args.psi} as Psi at tau {args.tau:g} the policy ends {far:z.4f} nats from the "
               f"reference and {near:z.4f} from pi*.\n"
               f"KL(labels||pi*) {away:z.4f} nats: these labels lead {where}.")
-    rows = {name: start.Row(zip(map(str, CARD), values)) for name, values in card.items()}
+    columns = [str(p) for p in CARD]
+    rows = {name: start.Row(zip(columns, values)) for name, values in card.items()}
     start.finish(args, answer, rows, **report, card=card, kl_labels_opt=away)
 
 
