@@ -53,11 +53,10 @@ def folders(out):
 def read(out):
     """The Run in a folder."""
     saved = model.read(f"{out}/ckpt.pt")
-    report, columns = Path(f"{out}/report.json"), {}
-    if report.exists():
-        columns = json.loads(report.read_text())
-    ref, opt = columns.get("ref", {}), columns.get("opt", {})
-    return Run(saved["flags"], [FIRST, *saved.get("log", [])], ref, opt)
+    path = Path(f"{out}/report.json")
+    report = json.loads(path.read_text()) if path.exists() else {}
+    log = [FIRST, *saved.get("log", [])]
+    return Run(saved["flags"], log, report.get("ref", {}), report.get("opt", {}))
 
 
 def source_of(out):
@@ -113,8 +112,8 @@ def draw_curves(axis, runs, name):
 
 def draw_runs(runs, path):
     """The picture of several runs that the docstring above describes. Raises Refused if there is nothing."""
-    shown = [name for name in CURVES if all(name in one.log[-1] for one in runs)]
-    shown = shown[:2]  # a world's log has all three; the distance says more there
+    # a world's log has all three; the distance says more there
+    shown = [name for name in CURVES if all(name in one.log[-1] for one in runs)][:2]
     if not shown or min(len(one.log) for one in runs) < 2:
         raise data.Refused("these runs have no number in common that can be drawn; name fewer of them")
     figure, axes = panels(1, len(shown), width=9)
@@ -122,8 +121,7 @@ def draw_runs(runs, path):
         draw_curves(axis, runs, name)
     axes[0, 0].plot([], [], color="gray", label="a label's target", **DASHED)
     axes[0, 0].plot([], [], color="gray", label="exact pi*", **DIAMOND)
-    named = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*named, loc="outside upper center", ncols=2 + len(shown))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2 + len(shown))
     save(figure, path)
 
 
