@@ -139,10 +139,8 @@ def name_link(slopes):  # of WIDE
 def name_it(loss):
     """(verdict, tau or beta, factor) of a loss of the margin."""
     costs, slopes = loss(GRID), slope(loss, GRID)
-    guesses = [as_square(costs, slopes)]
-    guesses += [as_known(f, name, costs, slopes) for name, f in KNOWN.items()]
-    guesses.append(("none", None, None))
-    return next(guess for guess in guesses if guess)
+    known = [as_known(f, name, costs, slopes) for name, f in KNOWN.items()]
+    return as_square(costs, slopes) or next(filter(None, known), ("none", None, None))
 
 
 def as_square(costs, slopes):
