@@ -30,7 +30,10 @@ from lab.common import start
 
 
 class Table:
-    """table(policy) -> (X,Y) log pi(y|x) of every response, differentiable; world: a data.World."""
+    """table(policy) -> (X,Y) log pi(y|x) of every response, differentiable; world: a data.World.
+
+    Raises ipo.Stopped if one is not finite.
+    """
 
     def __init__(self, world):
         self.shape = world.reward.shape
@@ -51,7 +54,10 @@ class Table:
         logp = policy.head(x).log_softmax(-1).cpu()           # (distinct,T,V)
         logp = logp[self.input_of]                            # (R,T,V)
         said = logp.gather(-1, self.said[..., None])[..., 0]  # (R,T)
-        return (said * self.scored).sum(1).view(self.shape)
+        logp = (said * self.scored).sum(1)                    # (R,)
+        if not logp.isfinite().all():
+            raise ipo.Stopped("the policy is not finite; lower --lr or raise --tau")
+        return logp.view(self.shape)
 
 
 def win(logp, pstar, mu):  # (X,Y), (X,Y,Y), (X,Y) -> ()
@@ -86,11 +92,9 @@ def limit(ref, q, mu, tau, labels):  # (X,Y), (X,Y,Y), (X,Y) -> (X,Y)
     The least-squares answer to what the labels of a pair ask for on average, in nats. A soft label asks for
     target(q); a hard one for target(1) with probability q, else for target(0).
     """
-    if labels == "soft":
-        asked = ipo.target(q, tau)
-    else:
-        certain = ipo.target(torch.ones_like(q), tau)
-        asked = q * certain + (1 - q) * -certain
+    asked = ipo.target(q, tau)
+    if labels == "hard":
+        asked = (2 * q - 1) * ipo.target(torch.ones_like(q), tau)
     return data.optimum(ref, asked, mu, 1)
 
 
@@ -189,7 +193,7 @@ def mirror(ref_logp, pstar, tau, b):  # -> log pi (X,Y), log mu (X,Y)
 def rewards(pstar, mu):  # -> (X,Y), mean 0
     """The Bradley-Terry fit to endless pairs: it exists also where preferences are intransitive."""
     def loss(logits):  # minimise hands log-probs over: rewards up to a constant
-        gap = margins(logits, torch.zeros_like(logits))
+        gap = margins(logits, 0 * logits)
         return -expected(logsigmoid(gap), pstar, mu)
 
     r = minimise(loss, torch.zeros_like(mu))

@@ -49,11 +49,9 @@ def batches(policy, ref, judge, mu, args):  # judge (X,Y,Y)
     world, random = data.World(args.data), ipo.generator(args, 5)
     world.pstar, world.pairs.ref_logp = judge, ref.flatten().float()
     read = exact.Table(world)
-    for step in range(args.steps):
+    for _ in range(args.steps):
         with torch.no_grad():  # the sampler is no part of the loss
             logp = read(policy).double()
-        if not logp.isfinite().all():
-            raise ipo.Stopped(f"step {step}: the policy is not finite; lower --lr or raise --tau")
         law = opponents(logp, mu, ref, args)
         world.draw(args.batch_size, law.exp(), args.labels, random)
         yield world.pairs.batch(torch.arange(args.batch_size))

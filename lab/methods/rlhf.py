@@ -63,10 +63,8 @@ def answer(ref_logp, r, args):  # (X,Y), (X,Y) -> (X,Y)
 def losses(policy, world, r, args):
     """Yields the loss of each step's samples, on rewards r (X,Y)."""
     read, random, ref = exact.Table(world), ipo.generator(args, 4), world.exact["ref"]
-    for step in range(args.steps):
+    for _ in range(args.steps):
         logp = read(policy)  # (X,Y)
-        if not logp.isfinite().all():
-            raise ipo.Stopped(f"step {step}: the policy is not finite; lower --lr or raise --tau")
         y = torch.multinomial(logp.detach().exp(), args.k, replacement=True, generator=random)  # (X,k)
         drawn = [each.gather(1, y) for each in (logp, ref, r)]
         yield loss(*drawn, args)
@@ -76,8 +74,7 @@ def losses_of_pairs(policy, world, f, args):
     """Yields the mean of f over each step's pairs."""
     for batch in ipo.shuffled_batches(world, args):
         logp = ipo.sequence_logp(policy, batch.tokens, batch.mask)
-        h = ipo.margin(logp, batch.ref_logp)
-        yield f(h, batch.p, args.tau).mean()
+        yield f(ipo.margin(logp, batch.ref_logp), batch.p, args.tau).mean()
 
 
 def others(reference, world, args):
@@ -141,8 +138,7 @@ def run(argv):
               lambda policy: ipo.means({"kl_answer": data.kl(world.table(policy), end)}))
     logp = world.table(policy)
     if args.compare:
-        start.finish(args, *compare({"RLHF": logp, **tables, "exact": right}, args))
-        return
+        return start.finish(args, *compare({"RLHF": logp, **tables, "exact": right}, args))
     figures = ipo.means({
         "KL to its exact answer": data.kl(logp, end),
         "KL to ref exp(r/tau)/Z": data.kl(logp, right),
