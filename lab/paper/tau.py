@@ -109,9 +109,8 @@ def run(argv=None):
     if table:
         drawn = [pictures.read(runs[row].out) for row in table]
         pictures.draw_runs(drawn, f"{args.out}/runs.png")
-        rows = {}
-        for row, numbers in table.items():
-            rows[row] = start.Row({title: numbers[name] for name, title in COLUMNS.items()})
+        rows = {row: start.Row({title: numbers[name] for name, title in COLUMNS.items()})
+                for row, numbers in table.items()}
         start.finish(args, answer(runs, table), start.table("loss-tau", rows), table=table)
     if len(table) < len(runs):
         raise ipo.Stopped("some runs had to stop, as said above; lower --lr or raise --tau")
