@@ -98,8 +98,7 @@ def difference(token_loss, kind):
         mask = masks(lengths, width)
         tokens = draw(mask, scale)
         ratio = (tokens[:2] - tokens[2:]).repeat(2, 1, 1)
-        twice = mask.repeat(2, 1)
-        numbers = [kind.number(*row) for row in zip(tokens, ratio, twice)]
+        numbers = [kind.number(*row) for row in zip(tokens, ratio, mask.repeat(2, 1))]
         costs = margin.values(lambda *rows: token_loss(*rows, *mask[:, None]), *tokens)
         same = margin.values(of_numbers(token_loss, kind), *numbers)
         off = (costs - same).abs().max() / (costs.max() - costs.min())

@@ -35,9 +35,8 @@ class Policy(nn.Module):
 
     def __init__(self, hf, first=(), block_size=4096):
         super().__init__()
-        text = hf.config.get_text_config()
         self.hf = hf.eval()
-        self.cap = getattr(text, "final_logit_softcapping", None)  # Gemma 2
+        self.cap = getattr(hf.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2
         self.register_buffer("first", torch.tensor(first, dtype=torch.int64), persistent=False)
         tables = hf.get_input_embeddings(), hf.get_output_embeddings()
         vocab_size = min(table.weight.shape[0] for table in tables)

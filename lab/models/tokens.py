@@ -34,8 +34,7 @@ def prepare(args):
 def piece(tokenizer, token):
     """What a token stands for, on one line; bytes that are no whole letter as \\xe4."""
     text = tokenizer.decode_single_token_bytes(token).decode("utf-8", "backslashreplace")
-    letters = [letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text]
-    return "".join(letters)
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def show(pair, tokenizer, size):
