@@ -84,8 +84,7 @@ def panels(rows, columns, width=6.5, height=3.8):  # -> figure, axes (rows, colu
         raise data.Refused("no picture without matplotlib: pip install -r lab/requirements.txt") from None
     matplotlib.rcParams |= {"font.size": 18, "legend.fontsize": 16, "lines.linewidth": 2.5}
     matplotlib.rcParams |= {"axes.grid": True, "grid.alpha": 0.3}
-    size = width * columns, 2 + height * rows
-    figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(width * columns, 2 + height * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
@@ -105,8 +104,8 @@ def draw_curves(axis, runs, name):
             axis.plot(steps[-1], one.opt[name], color=colour, **DIAMOND)
         hard_ipo = one.flags["loss"] == "ipo" and one.flags["labels"] == "hard"
         if name == "h" and hard_ipo and "loss" in one.ref:
-            target = one.ref["loss"] ** 0.5  # a hard label's loss is its target, squared, where h is 0
-            axis.axhline(target, color=colour, **DASHED)
+            # a hard label's loss is its target, squared, where h is 0
+            axis.axhline(one.ref["loss"] ** 0.5, color=colour, **DASHED)
     axis.set(xlabel="step", ylabel=CURVES[name])
 
 
