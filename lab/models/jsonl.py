@@ -48,13 +48,12 @@ def load(source):
     import datasets  # here, since it takes seconds
     datasets.disable_progress_bars()
     name, _, split = source.partition(":")
-    split = split or "train"
     if os.path.exists(f"{name}/dataset_dict.json") or os.path.exists(f"{name}/state.json"):
         found = datasets.load_from_disk(name)
         splits = found if isinstance(found, dict) else {"train": found}
-        return list(splits[split])
+        return list(splits[split or "train"])
     # streaming leaves no cache behind
-    return list(datasets.load_dataset(name, split=split, streaming=True))
+    return list(datasets.load_dataset(name, split=split or "train", streaming=True))
 
 
 def read_bytes(raw):
