@@ -94,8 +94,7 @@ def numbers(value, *shape):
     try:
         return torch.as_tensor(value).double().reshape(shape)
     except (TypeError, ValueError, RuntimeError):
-        shown = {"shape": list(shape), "yours": data.short(value)}
-        raise Wrong("shape", shown) from None
+        raise Wrong("shape", {"shape": list(shape), "yours": data.short(value)}) from None
 
 
 def exact(value):
@@ -148,8 +147,7 @@ def optimum(ref, p, tau, mu=None, worth=identity):  # (Y,), (Y,Y) -> (Y,)
     if mu is None:
         mu = torch.full_like(ref, 1 / len(ref))
     one = [ref.log()[None], worth(p)[None], mu[None]]  # prompt
-    logp = data.optimum(*one, tau)
-    return logp.exp()[0]
+    return data.optimum(*one, tau).exp()[0]
 
 
 def problems():
@@ -192,8 +190,7 @@ def check_4(psi):
 
 def check_5(psi):
     q, value = curve(psi)
-    majority = (torch.sign(q - 0.5) + 1) / 2
-    on_curve(q, value, majority)
+    on_curve(q, value, (torch.sign(q - 0.5) + 1) / 2)
 
 
 def check_6(answer):
@@ -219,8 +216,7 @@ def check_8(answer):
     need(min(around) > 0.5, "cycle")
     third = torch.full_like(p[0], 1 / 3)
     pi = optimum(third, p, 0.1)
-    shown = pi.numpy().round(3)
-    need(pi[0] > 0.75, "favourite", pi=shown)
+    need(pi[0] > 0.75, "favourite", pi=pi.numpy().round(3))
 
 
 def check_9(answer):
@@ -240,8 +236,7 @@ def check_11(answer):
     need(value.isfinite().all(), "finite")
     [slope] = torch.autograd.grad(value.sum(), h)
     need(slope[2400] < 0, "slope", slope=slope[2400])
-    both = slope + slope.flip(0)
-    need(both.std() > 1e-6, "known")
+    need((slope + slope.flip(0)).std() > 1e-6, "known")
     for p in torch.linspace(0.05, 0.95, 19)[:, None].double():
         value = loss(h, p.expand(4801), 1.0)
         swapped = loss(-h, 1 - p.expand(4801), 1.0)
@@ -297,8 +292,7 @@ def passes(number, name):
 
 
 def check_14(answer):
-    odds = exact([9.0, 1999.0])
-    compare(answer, TAUS, lambda tau: odds.log() / tau)
+    compare(answer, TAUS, lambda tau: exact([9.0, 1999.0]).log() / tau)
 
 
 def check_15(answer):
@@ -316,8 +310,7 @@ def hints(number):
     """The hints to a question, by name, and those to all."""
     text = PAGE.read_text(encoding="utf-8")
     parts = re.findall("<!-- hints\n(.*?)-->", text, re.S)
-    both = parts[0] + parts[number]
-    return dict(re.findall("^(.+?): (.+)$", both, re.M))
+    return dict(re.findall("^(.+?): (.+)$", parts[0] + parts[number], re.M))
 
 
 def written(number):
