@@ -48,6 +48,15 @@ def test_what_does_not_fit_is_refused(argv, more, why):
         parse(*argv, **more)
 
 
+def test_a_value_that_reads_like_a_flag_is_none():
+    assert parse("--out", "sample").out == "sample"
+
+
+def test_a_flag_may_be_written_with_hyphens():
+    with pytest.raises(data.Refused, match="--block_size does nothing"):
+        parse("--block-size", "9", world=True)
+
+
 def test_help_lists_the_flags_that_count(capsys):
     with pytest.raises(SystemExit):
         parse("--help", without=["mu"])
