@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from data import Refused, short
 
@@ -316,6 +315,7 @@ class Prefixes:
 
     def attend(self, attention, x):  # (U,C) -> (U,C)
         """Attention, a row at a time: queries of its new prefixes, keys and values of all its prefixes."""
+        from torch.nn.attention.bias import causal_lower_right  # here, since it takes a second
         # c_attn runs on the U prefixes; `take` copies, as a shared one is a key in several rows
         numbers = [row for row, _ in self.rows]
         qkv = take(attention.c_attn(x), torch.cat(numbers))  # (U,3C) -> (all rows' lengths, 3C)
