@@ -90,7 +90,7 @@ def panels(rows, columns, width=6.5, height=3.8):  # -> figure, axes (rows, colu
 
 def save(figure, path):
     figure.savefig(path, dpi=80)
-    print(f"picture: {path}")
+    print(data.Refused(f"picture: {path}"))
 
 
 def draw_curves(axis, runs, name):

@@ -117,7 +117,7 @@ def expectation(source, args):  # -> a function of log pi (X,Y) that gives ()
 
 def row(loss, args):  # -> start.Row
     """One run, in a folder of its own."""
-    print(f"\n{loss}, in {args.out}")
+    print(data.Refused(f"{loss}, in {args.out}"))
     policy, source = start.start(args)
     # only now, since the core knows neither this loss nor one without tau; the saved flags are to say so
     args.loss = loss

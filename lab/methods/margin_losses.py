@@ -163,7 +163,7 @@ def prepared(name, args):  # -> the source of one run, with its flags in source.
 def row(source):  # -> start.Row
     """One run of the core, in a folder of its own, and what became of it."""
     one = source.args
-    print(f"\n{one.loss}, in {one.out}")
+    print(data.Refused(f"{one.loss}, in {one.out}"))
     ipo.run(one, source=source)
     trained = source.table(model.load(f"{one.out}/ckpt.pt")[0])
     mine, best = exact.measured(expectation(source, one), trained, source, source.true)

@@ -78,13 +78,13 @@ def train(args, runs):
     """Every run, with a line each -> {row: its numbers}, without the runs that had to stop."""
     table = {}
     for done, (row, one) in enumerate(runs.items(), 1):
-        print(f"run {done}/{len(runs)}: {one.out}", flush=True)
+        print(data.Refused(f"run {done}/{len(runs)}: {one.out}"), flush=True)
         try:
             with open(f"{args.out}/runs.log", "a") as log, contextlib.redirect_stdout(log):
                 ipo.run(one)
             table[row] = measured(one.out)
         except ipo.Stopped as error:
-            print(f"{one.out}: {error}")
+            print(data.Refused(f"{one.out}: {error}"))
     return table
 
 
