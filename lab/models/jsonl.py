@@ -194,9 +194,10 @@ def run(argv):
         raise Refused(f"{args.source}: no row is a pair; of most: {max(reasons, key=reasons.get)}")
     with open(args.out, "x", encoding="utf-8") as file:
         file.writelines(json.dumps(item) + "\n" for item in items)
-    out = Refused(args.out)  # a name as one line
-    print(f"\n{len(rows):,} rows = {len(items):,} pairs in {out} + {sum(reasons.values()):,} left out. "
-          f"Now look: python -m lab.models.tokens --data {out}")
+    reader = "tokens" if type(items[0]["chosen"]) is str else "hf --init_from M"
+    # a Refused is a name as one line
+    print(f"\n{len(rows):,} rows = {len(items):,} pairs in {Refused(args.out)} + {sum(reasons.values()):,} "
+          f"left out. Now: python -m lab.models.{reader} --data {Refused(args.out)}")
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def test_a_file_of_any_kind_becomes_its_pairs(tmp_path, kind, capsys):
     last = capsys.readouterr().out.splitlines()[-1]
     path = tmp_path / "made.jsonl"
     assert last == (f"3 rows = 3 pairs in {path} + 0 left out. "
-                    f"Now look: python -m lab.models.tokens --data {path}")
+                    f"Now: python -m lab.models.tokens --data {path}")
 
 
 def test_a_folder_of_save_to_disk(tmp_path):
@@ -409,3 +409,12 @@ def test_the_advice_on_a_folder_can_be_followed(tmp_path):
         data.read_jsonl(str(tmp_path / "saved"))
     assert convert(tmp_path, tmp_path / "saved") == 0
     assert data.read_jsonl(str(tmp_path / "made.jsonl"))
+
+
+def test_lists_of_messages_are_sent_to_the_program_that_reads_them(tmp_path, capsys):
+    source, out = tmp_path / "one.jsonl", tmp_path / "pairs.jsonl"
+    message = {"role": "assistant", "content": "Yes."}
+    row = {"prompt": "Hi", "chosen": message, "rejected": message | {"content": "No"}}
+    source.write_text(json.dumps(row))
+    jsonl.run([str(source), "--out", str(out)])
+    assert f"Now: python -m lab.models.hf --init_from M --data {out}" in capsys.readouterr().out
