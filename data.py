@@ -49,8 +49,8 @@ class PairData:
 
     tokens (R,T) int32, to save memory, padded on the right with 0; length (R,) without the padding,
     prompt_len (R,) of the prompt. chosen, rejected (N,): the rows of each pair; p (N,); prompt (N,): a number
-    for each prompt, so that `hold_out` sees which pairs share one.
-    ref_logp (R,): the reference's log-prob of each response, once it has been computed.
+    for each prompt, so that `hold_out` sees which pairs share one. ref_logp (R,): the reference's log-prob of
+    each response, once it has been computed.
     """
 
     def __init__(self, prompts, responses):  # R lists of ids each
@@ -158,7 +158,7 @@ class World:
     def __init__(self, name, words=WORDS, lengths=LENGTHS):
         self.tokenizer = Words(words)
         self.prompts = [self.tokenizer.encode_ordinary(f"{subject} review:") for subject in SUBJECTS]
-        # there are 7 words, so the id of end of text is 7; and 3
+        # the 7 words have the ids 0 to 6, so end of text has 7; no response is longer than 3 words
         eot, longest = len(words), len(lengths) - 1
         texts, base = [], []  # the ids of each response, without end of text, and how likely SFT takes it
         for length, share in enumerate(lengths):
@@ -367,7 +367,7 @@ def parse_pair(item, notes):
     for key in ("prompt", "chosen", "rejected"):
         if key not in item:
             raise Refused(f"{key!r} is not among its keys ({short(', '.join(item))}); {NEEDED}; or name "
-                          f"yours: python -m lab.models.jsonl FILE --{key} KEY; of dialogues {CONVERT}")
+                          f"yours: python -m lab.models.jsonl FILE --{key} KEY (dialogues: without --{key})")
         if not isinstance(item[key], str):
             raise Refused(f"{key!r} is {short(json.dumps(item[key]))}, not a text; write a text; lists of "
                           f"messages run with python -m lab.models.hf; of anything else {CONVERT}")

@@ -100,8 +100,7 @@ def sequence_logp(policy, tokens, mask):  # (R,T), (R,T) -> (R,)
     tokens, mask = tokens.to(device), mask.to(device)
     scored = mask[:, 1:]                                           # (R,T-1)
     # With our GPT, rows of more than 16 tokens take a faster way to the same numbers: a prompt that two rows
-    # share is computed once. (Skip it at first.) The toy world's rows have 5 tokens at most, and take the
-    # else.
+    # share is computed once. Skip it at first. The toy world's rows have 5 tokens, and take the else.
     if model.sharing_pays(policy, tokens):
         x = model.shared_hidden(policy, tokens[:, :-1], scored)    # (S,C)
     else:
@@ -135,9 +134,8 @@ def adam(policy):
     """Adam without weight decay, which would pull the weights to 0 and not to the reference.
 
     optimizer_step sets the learning rate. betas: Adam divides by the root of a mean of squared gradients,
-    here over some 100 steps, with the usual .999 over 1000. That is half of a run in the toy world, which
-    then ended further from its optimum (measured at tau .5). fused: one operation for all weights, which is
-    faster.
+    here over some 100 steps. With the usual .999 they are some 1000, which is half of a run in the toy world.
+    fused: one operation for all weights, which is faster.
     """
     return torch.optim.Adam(policy.parameters(), betas=(0.9, 0.99), fused=True)
 
@@ -198,9 +196,10 @@ def score(policy, pairs, args, which=slice(None)):  # -> (R,), or as many as the
 
     2B rows at a time, as in a training step, so this never needs more memory than training.
     """
-    rows, size = torch.arange(len(pairs.length))[which], 2 * args.batch_size
+    rows = torch.arange(len(pairs.length))[which]
     with precision(args):
-        logp = [sequence_logp(policy, *pairs.padded(part)) for part in rows.split(size)]
+        logp = [sequence_logp(policy, *pairs.padded(part))
+                for part in rows.split(2 * args.batch_size)]
     return torch.cat(logp)
 
 
@@ -247,10 +246,10 @@ def train(policy, batches, args, evaluate):
 def last_checkpoint(policy, optimizer, args):
     """(step, log) of the run's ckpt.pt, whose weights and optimiser it restores; (0, []) if there is none.
 
-    A new run has none, as that of an older one has been removed. A resumed run has its flags from
-    ref.pt. So a ckpt.pt with other flags is of another run, and one without a step is a ref.pt under the
-    wrong name. (at_present takes --out, --device and --resume from now. make_reference has set --resume and
-    --overwrite to None.)
+    A new run has none, as that of an older one has been removed. A resumed run has its flags from ref.pt. So
+    a ckpt.pt with other flags is of another run, and one without a step is a ref.pt under the wrong name.
+    (at_present takes --out, --device and --resume from now. make_reference has set --resume and --overwrite
+    to None.)
     """
     path = f"{args.out}/ckpt.pt"
     if not os.path.exists(path):
@@ -321,8 +320,8 @@ def told(name, numbers):
 class WorldSource(data.World):
     """The toy world, its exact optimum, and how far a policy is from it.
 
-    From data.World it has prompts (X of them), responses (Y), reward (X,Y), pstar (X,Y,Y),
-    base (Y,), pairs (R = X Y rows) and draw.
+    From data.World it has prompts (X of them), responses (Y), reward (X,Y), pstar (X,Y,Y), base (Y,), pairs
+    (R = X Y rows) and draw.
     """
 
     def __init__(self, args):
@@ -394,9 +393,11 @@ class FileSource:
 
 DEVICE = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")  # cuda, mps, ... if any
 # Columns world and file: a flag's default there. Columns init_from, sample, resume: what becomes of it if
-# that flag is given, too.   =      the same   -      the flag does nothing, so it is refused if it is given
-# none   not set lr, say, is 2.5e-3 in a world, 1e-4 for a file, the same with --init_from, and refused with
-# --sample.
+# that flag is given, too.
+#   =      the same
+#   -      the flag does nothing, so it is refused if it is given
+#   none   not set
+# lr, say, is 2.5e-3 in a world, 1e-4 for a file, the same with --init_from, and refused with --sample.
 FLAGS = f"""
 flag         world    file     init_from  sample  resume  takes         meaning
 loss         ipo      ipo      =          -       -       {'|'.join(LOSSES)}  the loss on the margin
@@ -501,7 +502,7 @@ def claim(out, overwrite):
         flags = model.read(f"{out}/ref.pt")["flags"]
         if "report.json" not in old or flags["data"] not in data.WORLDS:
             raise Refused(f"--out {out} holds a run; --resume it, --overwrite it, or name another --out")
-    for name in old:
+    for name in sorted(old):
         os.remove(f"{out}/{name}")
         print(f"{name} of an earlier run is removed")
 
