@@ -366,8 +366,8 @@ def parse_pair(item, notes):
     texts = []
     for key in ("prompt", "chosen", "rejected"):
         if key not in item:
-            raise Refused(f"{key!r} is not among its keys ({short(', '.join(item))}); {NEEDED}; or name "
-                          f"yours: python -m lab.models.jsonl FILE --{key} KEY (dialogues: without --{key})")
+            raise Refused(f"{key!r} is not among its keys ({short(', '.join(item))}); {NEEDED}; or "
+                          f"{CONVERT}, with --{key} KEY if another key holds it")
         if not isinstance(item[key], str):
             raise Refused(f"{key!r} is {short(json.dumps(item[key]))}, not a text; write a text; lists of "
                           f"messages run with python -m lab.models.hf; of anything else {CONVERT}")

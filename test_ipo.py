@@ -1275,7 +1275,7 @@ null                                     -> null is no object
 {"a": 1}                                 -> 'prompt' is not among its keys (a)
 {}                                       -> 'prompt' is not among its keys ()
 {"question": "q", "chosen": "a"}         -> 'prompt' is not among its keys (question, chosen)
-{"chosen": "a", "rejected": "b"}         -> python -m lab.models.jsonl FILE --prompt KEY (dialogues: without
+{"chosen": "a", "rejected": "b"}         -> python -m lab.models.jsonl makes JSONL of it, with --prompt KEY if
 {"prompt": "q", "rejected": "a"}         -> 'chosen' is not among its keys
 {"prompt": "q", "chosen": "a"}           -> 'rejected' is not among its keys
 {"prompt": "q", "prompt": "q"}           -> a key stands there twice among 'prompt, prompt'; keep one
