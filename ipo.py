@@ -349,7 +349,7 @@ class WorldSource(data.World):
 
     def table(self, policy):  # -> (X,Y)
         """log pi(y|x) of every response: the whole policy."""
-        return score(policy, self.pairs, self.args).view_as(self.reward).double()
+        return score(policy, self.pairs, self.args).view_as(self.reward)
 
     def numbers(self, logp):  # (X,Y) -> numbers by name
         """Means over all pairs; then kl_ref = KL(pi||ref) and kl_opt = KL(pi||pi*), which are exact sums."""
