@@ -140,7 +140,7 @@ def adam(policy):
     return torch.optim.Adam(policy.parameters(), betas=(0.9, 0.99), fused=True)
 
 
-def optimizer_step(policy, optimizer, step, steps, peak):
+def optimizer_step(optimizer, step, steps, peak):
     """A step of the optimiser with the gradients in .grad, which are scaled to norm 1 if theirs is above it.
 
     The learning rate is peak times `rising`, from 0 to 1 over the first 50 steps (or half of all, if there
@@ -148,8 +148,9 @@ def optimizer_step(policy, optimizer, step, steps, peak):
     """
     rising = step / min(50, steps / 2)
     falling = 1 - (step - 1) / steps
-    optimizer.param_groups[0]["lr"] = peak * min(rising, 1) * falling
-    if not torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).isfinite():
+    group = optimizer.param_groups[0]  # there is one, with all weights
+    group["lr"] = peak * min(rising, 1) * falling
+    if not torch.nn.utils.clip_grad_norm_(group["params"], 1.0).isfinite():
         raise Stopped("the loss or its gradient is not finite; lower --lr or --sft_lr, or raise --tau")
     optimizer.step()
     optimizer.zero_grad()
@@ -185,7 +186,7 @@ def finetune(policy, source, args):
         # every True of the mask is scored, as a row never begins with its response
         loss = -logp.sum() / mask.sum()                 # () nats per token of a response
         loss.backward()
-        optimizer_step(policy, optimizer, step, args.sft_steps, args.sft_lr)
+        optimizer_step(optimizer, step, args.sft_steps, args.sft_lr)
         if step % args.log_every == 0:
             told(f"SFT {step}/{args.sft_steps}", {"loss per token": loss})
 
@@ -231,7 +232,7 @@ def train(policy, batches, args, evaluate):
         if step == 1:
             check_start(policy, batch, logp, loss)
         loss.backward()
-        optimizer_step(policy, optimizer, step, args.steps, args.lr)
+        optimizer_step(optimizer, step, args.steps, args.lr)
         if step % args.log_every == 0 or step == args.steps:
             numbers = {"batch loss": loss.item(), **evaluate(policy)}
             if numbers.get("h", 0) is None:  # NaN, or 10,000 and more: see means

@@ -1724,7 +1724,7 @@ def step_of(gradient, peak=1.0, step=1, steps=1):
     before = layer.weight.detach().clone()
     layer.weight.grad = torch.tensor([gradient])
     optimizer = torch.optim.SGD(layer.parameters())
-    ipo.optimizer_step(layer, optimizer, step, steps, peak)
+    ipo.optimizer_step(optimizer, step, steps, peak)
     assert layer.weight.grad is None
     return (before - layer.weight.detach())[0].tolist()
 

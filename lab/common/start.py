@@ -83,7 +83,7 @@ def fit(policy, losses, args, evaluate):
     optimizer, log = ipo.adam(policy), []
     for step, loss in enumerate(losses, 1):
         loss.backward()
-        ipo.optimizer_step(policy, optimizer, step, args.steps, args.lr)
+        ipo.optimizer_step(optimizer, step, args.steps, args.lr)
         if step % args.log_every == 0 or step == args.steps:
             numbers = {"batch loss": loss.item(), **evaluate(policy)}
             ipo.told(f"step {step}/{args.steps}", numbers)

@@ -50,7 +50,7 @@ def fit(policy, world, args, steps, lr):
         gap = winner - loser  # (B,)
         loss = ipo.dpo_loss(gap, batch.p, 1.0).mean()
         loss.backward()
-        ipo.optimizer_step(reward, optimizer, step, steps, lr)
+        ipo.optimizer_step(optimizer, step, steps, lr)
         if step % args.log_every == 0:
             ipo.told(f"reward model {step}/{steps}", ipo.means({"loss": loss, "gap": gap}))
     return reward

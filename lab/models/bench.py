@@ -62,7 +62,7 @@ def ours(args, found):
         # TRL knows no p but 1
         loss = ipo.dpo_loss(ipo.margin(logp, batch.ref_logp), 1, TAU).mean()
         loss.backward()
-        ipo.optimizer_step(policy, optimizer, 1, 1, RATE)  # step 1 of 1 has the whole rate
+        ipo.optimizer_step(optimizer, 1, 1, RATE)  # step 1 of 1 has the whole rate
         losses.append(loss.item())
     return losses, marks
 

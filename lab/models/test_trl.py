@@ -109,7 +109,7 @@ def core(folder, path, loss="ipo", steps=5):
         h = ipo.margin(logp, reference.view(2, -1)[:, index].flatten())
         value = ipo.LOSSES[loss](h, pairs.p[index], TAU).mean()
         value.backward()
-        ipo.optimizer_step(policy, optimizer, 1, 1, 1e-3)
+        ipo.optimizer_step(optimizer, 1, 1, 1e-3)
         losses.append(value.item())
     return losses, policy
 
