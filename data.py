@@ -47,10 +47,9 @@ class Batch(NamedTuple):
 class PairData:
     """All rows in one table, and the pairs that they form.
 
-    tokens (R,T) int32, to save memory, padded on the right with 0; length (R,) without the padding,
-    prompt_len (R,) of the prompt. chosen, rejected (N,): the rows of each pair; p (N,); prompt (N,): a number
-    for each prompt, so that `hold_out` sees which pairs share one. ref_logp (R,): the reference's log-prob of
-    each response, once it has been computed.
+    tokens (R,T) int32, padded on the right with 0; length (R,) without the padding, prompt_len (R,) of the
+    prompt. chosen, rejected (N,): the rows of each pair; p (N,); prompt (N,): a number for each prompt.
+    ref_logp (R,): the reference's log-prob of each response, once it has been computed.
     """
 
     def __init__(self, prompts, responses):  # R lists of ids each
@@ -100,13 +99,11 @@ def shuffled(n, size, steps, generator):  # -> (steps,size)
 
 
 # -------------------------------------------------------------------------------------------- the toy world
-# Four prompts, "pizza review:" and so on. A response is any string of at most three of seven words, "" too:
-# 1 + 7 + 49 + 343 = 400 responses to each prompt. The model reads 13 ids: 7 words, end of text, 4 subjects
-# and "review:". It emits the first 8. Its context has 5 tokens, 2 of them for the prompt. So a response of
-# less than three words ends with end of text, and one of three words ends because the context is full. These
-# are the leaves of a tree: at each word one of 7 words or the end, three levels deep. So the model can say
-# nothing else, its probabilities of the 400 sum to one, and optimum and KL below are exact sums. The table
-# holds what a word, or the end of a text, adds to the reward of a review of each subject.
+# Four prompts, "pizza review:" and so on. The model reads 13 ids: 7 words, end of text, 4 subjects and
+# "review:". It emits the first 8. Its context has 5 tokens, 2 of them for the prompt. So a response has at
+# most three words. A shorter one ends with end of text, one of three words because the context is full. The
+# model can say nothing else, so its probabilities of these 400 responses sum to one, and optimum and KL below
+# are exact sums. The table holds what a word adds to the reward of a review of each subject.
 
 REWARDS = """
           pizza  coffee  beer  gelato
@@ -123,9 +120,8 @@ SUBJECTS, *LINES = [line.split() for line in REWARDS.strip().splitlines()]
 VALUES = {word: [float(value) for value in values] for word, *values in LINES}  # a word's four numbers
 WORDS = list(VALUES)[:-1]  # without end of text
 WORLDS = ("bt", "deterministic", "cyclic")  # kinds of preferences, see `preference`
-# SFT makes the reference from random texts, in which each word is as likely as any other. These are the
-# shares of texts with 0, 1, 2 and 3 words: after the first and the second word a text ends with probability
-# 1/4, which makes 1/4, 3/4 of 1/4, and the rest. None is empty, though the model may answer with nothing.
+# SFT makes the reference from random texts. These are the shares of texts with 0, 1, 2 and 3 words. (After
+# the first word, and after the second, a text ends with probability 1/4.)
 LENGTHS = 0, 1/4, 3/16, 9/16
 
 
@@ -152,13 +148,13 @@ class World:
 
     reward (X,Y). pstar (X,Y,Y): pstar[x,y,z] is the probability that y is preferred to z, written p*(y>z).
     base (Y,): the distribution of SFT's texts. pairs: a PairData whose row x * Y + y is prompt x with
-    response y; `draw` gives it pairs. Fewer words or lengths make a smaller world, for tests.
+    response y; `draw` gives it pairs.
     """
 
     def __init__(self, name, words=WORDS, lengths=LENGTHS):
         self.tokenizer = Words(words)
         self.prompts = [self.tokenizer.encode_ordinary(f"{subject} review:") for subject in SUBJECTS]
-        # the 7 words have the ids 0 to 6, so end of text has 7; no response is longer than 3 words
+        # the 7 words have the ids 0 to 6, and end of text has 7
         eot, longest = len(words), len(lengths) - 1
         texts, base = [], []  # the ids of each response, without end of text, and how likely SFT takes it
         for length, share in enumerate(lengths):
@@ -185,14 +181,12 @@ class World:
     def draw(self, n, mu, labels, generator):
         """Gives self.pairs n pairs: two independent responses from mu (X,Y), and a label.
 
-        "hard": the label is a coin flip with p*; the winner becomes "chosen", and p = 1. "soft": no coin; the
-        pair stays as it was drawn, and p is p*. Both responses may be the same: such a pair has margin 0 for
-        every policy, so it has no gradient.
+        "hard": a coin flip with p*; the winner becomes "chosen", and p = 1. "soft": the pair stays as it was
+        drawn, and p is p*. Both responses may be the same. Such a pair has no gradient.
         """
         X, Y = self.reward.shape
         each = -(-n // X)  # pairs for each prompt, rounded up
-        # all pairs of the first prompt, then of the second; the last ones may get a few less. Position i of
-        # first and second is of prompt x[i].
+        # all pairs of the first prompt, then of the second; pair i has prompt x[i]
         x = torch.arange(X).repeat_interleave(each)[:n]
         draws = torch.multinomial(mu, 2 * each, replacement=True, generator=generator)  # (X, 2 each)
         first = draws[:, :each].flatten()[:n]
@@ -208,11 +202,10 @@ class World:
 def preference(name, reward, first):  # (X,Y), (Y,) -> (X,Y,Y)
     """p*(y>z) of each kind of world. first: the ids of the responses' first words, or of end of text.
 
-    bt: s(r(y) - r(z)), s the sigmoid: Bradley-Terry's model. deterministic: 1 if r(y) > r(z), 1/2 on a tie.
-    cyclic: s(r(y) - r(z) + 2 c), where c is 1 if y's first word beats z's, -1 if it loses, else 0. Word i
-    beats word j if (i - j) % 3 is 1, and loses if it is 2. So good (1) beats superb (0), fine (2) beats good,
-    and superb beats fine. The 2 c is more than any two words differ in value, 1.8. So between single words
-    such a circle decides, and no reward explains it. A response with itself: 1/2 in each world.
+    bt: s(r(y) - r(z)), s the sigmoid. deterministic: 1 if r(y) > r(z), 1/2 on a tie. cyclic: s(r(y) - r(z) +
+    2 c), where c is 1 if y's first word beats z's, -1 if it loses, else 0. Word i beats word j if (i - j) % 3
+    is 1, and loses if it is 2. So good (1) beats superb (0), fine (2) beats good, and superb beats fine. The
+    values of two words differ by less than 2, so this circle decides between them, and no reward explains it.
     """
     gap = reward[:, :, None] - reward[:, None, :]
     # the same words in another order add up to another last digit; rounded, they are a tie
@@ -237,9 +230,8 @@ def mean_over_opponents(worth, mu):  # (X,Y,Y), (X,Y) -> (X,Y)
 def optimum(ref_logp, worth, mu, tau):  # (X,Y), (X,Y,Y), (X,Y) -> (X,Y)
     """The log of pi*(y) = ref(y) exp(g(y) / tau) / Z, with g(y) the mean of worth = Psi(p*) over mu  (eq. 7).
 
-    In the deterministic world wins are certain, and for DPO's Psi, the logit, worth is infinite. Certain wins
-    and losses of a response would add up to inf - inf, which is NaN. With a million instead, pi* gives all to
-    the response that wins most. DPO tends to this limit, and never reaches it.
+    For DPO's Psi, the logit, a certain win or loss is worth plus or minus infinity. Their sum would be NaN. A
+    million instead gives all to the response that wins most, the limit that DPO tends to and never reaches.
     """
     g = mean_over_opponents(worth.clamp(-1e6, 1e6), mu)
     return (ref_logp + g / tau).log_softmax(-1)  # which divides by Z

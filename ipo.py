@@ -7,11 +7,9 @@
              with Psi(q) = q and p = 1 that is ( h - 1/(2 tau) )^2                                (eq. 17)
   DPO        -log s(tau h) for p = 1; its beta is our tau                  (Rafailov et al. 2023, their eq. 7)
 
-pi is the policy, the model that is trained; ref the reference, the policy as it was when this training
-began; mu the distribution that the responses of the pairs come from; yw and yl the chosen ("winner") and the
-rejected response ("loser") of a pair; p the probability that yw is preferred; s the sigmoid; Z makes
-probabilities sum to one. A response y is what README.md calls an answer. log pi(y) is a sum over its tokens,
-in nats. README.md derives the target.
+README.md explains the words, and derives the target. A response y is what it calls an answer. yw and yl are
+the chosen ("winner") and the rejected response ("loser") of a pair, and p is the probability that yw is
+preferred.
 
   python ipo.py --loss ipo                          the toy world: train, then measure the distance to pi*
   python ipo.py --sample "pizza review:"            what the trained policy says
@@ -39,10 +37,8 @@ from data import Refused  # bad input, in one line
 def psi(q):
     """The worth of being preferred with probability q. q: a tensor of any shape; returns the same shape.
 
-    By default every pair is a coin flip, stored winner first with p = 1, so that target sees psi(1) - psi(0)
-    and nothing else of psi. Another psi with psi(1) - psi(0) = 1 then trains the same policy. But it has
-    another pi*, and kl_opt shows the gap. --labels soft gives target every p. (q^2 trains IPO's policy even
-    then, see README.md.)
+    Try another one with --labels soft. By default each label is a coin flip with p = 1, so training sees
+    psi(1) - psi(0) and nothing else of psi.
     """
     return q
 
@@ -53,24 +49,22 @@ def psi(q):
 def target(p, tau):  # (B,) -> (B,)
     """The margin, in nats, that is asked of a pair if its chosen response is preferred with probability p.
 
-    README.md derives it. For Psi(q) = q and p = 1 it is 1/(2 tau). Exchanging the responses makes 1 - p of p,
-    and turns the sign of the target, as it turns that of h.
+    For Psi(q) = q and p = 1 it is 1/(2 tau). If the two responses change places, p becomes 1 - p, and the
+    sign of the target turns, as that of h does.
     """
     return (psi(p) - psi(1 - p)) / (2 * tau)
 
 
 def ipo_loss(h, p, tau):  # (B,), (B,) -> (B,)
-    """Squared distance to the target, nats^2. It is least at the target: an h above it is pulled back."""
+    """Squared distance to the target, nats^2."""
     return (h - target(p, tau)) ** 2
 
 
 def dpo_loss(h, p, tau):  # (B,), (B,) -> (B,)
     """-log s(tau h), weighted by p, and the same for the exchanged pair, weighted by 1 - p.
 
-    log s(x) has the slope 1 - s(x), and 1 - s(-x) = s(x). So the loss has the slope
-    tau (-p (1 - s) + (1-p) s) = tau (s - p), with s at tau h. It is least where s = p, that is at tau h =
-    logit(p). If the same response always wins, the slope is never 0, and h never stops growing. The loss is
-    linear in p, so coin flips and p itself give the same mean.
+    Its slope in h is tau (s(tau h) - p). So it is least where s(tau h) = p, that is at tau h = logit(p). For
+    p = 1 the slope is never 0, and h never stops growing.
     """
     return -(p * logsigmoid(tau * h)
              + (1 - p) * logsigmoid(-tau * h))
@@ -85,8 +79,7 @@ PSI_OF = {"ipo": lambda q: psi(q), "dpo": torch.logit}
 def sequence_logp(policy, tokens, mask):  # (R,T), (R,T) -> (R,)
     """log pi(y|x) of each row, in nats: the sum of the log-probs of the tokens where the mask is True.
 
-    The probability of a response is the product of its tokens' probabilities, so its log is a sum. The work
-    is done where the policy's weights are. What comes back is on the CPU, as ref_logp and p are.
+    The work is done where the policy's weights are. What comes back is on the CPU, as ref_logp and p are.
 
     The token at position t + 1 is predicted at position t:
         position          0   1   2   3
@@ -133,9 +126,8 @@ def precision(args):
 def adam(policy):
     """Adam without weight decay, which would pull the weights to 0 and not to the reference.
 
-    optimizer_step sets the learning rate. betas: Adam divides by the root of a mean of squared gradients,
-    here over some 100 steps. With the usual .999 they are some 1000, which is half of a run in the toy world.
-    fused: one operation for all weights, which is faster.
+    optimizer_step sets the learning rate. The usual .999 would average squared gradients over 1000 steps,
+    which is half of a run in the toy world. fused is faster.
     """
     return torch.optim.Adam(policy.parameters(), betas=(0.9, 0.99), fused=True)
 
@@ -157,33 +149,28 @@ def optimizer_step(optimizer, step, steps, peak):
 
 
 def generator(args, number):
-    """Random numbers that depend on --seed and their use alone, so a resumed run draws what it drew before.
+    """Random numbers for one use, so that a resumed run draws what it drew before.
 
-    number: 0 SFT, 1 the order of the pairs, 2 the world's pairs. 10 leaves room for lab/. (The first weights
-    of the policy and the split of a file are drawn from the seed itself.)
+    number: 0 for SFT, 1 for the order of the pairs, 2 for the world's pairs. 10 leaves room for lab/.
     """
     return torch.Generator().manual_seed(10 * args.seed + number)
 
 
-# The next functions take a source: where the trainer gets its pairs. WorldSource and FileSource below are
-# two, and you may write your own. The next functions need three things of it:
-#   pairs       a data.PairData: a table of rows, with padded(rows) -> tokens (K,T), mask (K,T) of some rows,
-#               and batch(pairs) -> tokens (2B,T), mask (2B,T), p (B,), ref_logp (2B,), chosen rows first
+# A source is where the pairs come from: WorldSource or FileSource, further down, or your own. It has
+#   pairs       a data.PairData: padded(rows) gives tokens (K,T) and mask (K,T) of K rows, and batch(pairs)
+#               gives tokens (2B,T), mask (2B,T), p (B,) and ref_logp (2B,), chosen rows first
 #   train       the indices of the pairs to train on
 #   sft_weight  (R,) how often SFT takes each row
-# `run` further down also needs tokenizer, sizes (of a model for it), set_reference(ref_logp),
-# evaluate(policy) and exact: known policies by name, which numbers(logp) measures; {} if there are none.
 
 def finetune(policy, source, args):
-    """SFT, supervised fine-tuning: maximum likelihood on rows of the source. It makes the reference."""
+    """SFT: raises the likelihood of rows of the source. The result is the reference."""
     optimizer, random = adam(policy), generator(args, 0)
     for step in range(1, args.sft_steps + 1):
-        # as many rows as a preference step has, in proportion to their weight; True: with replacement
+        # as many rows as a preference step has; True: with replacement
         rows = torch.multinomial(source.sft_weight, 2 * args.batch_size, True, generator=random)
         tokens, mask = source.pairs.padded(rows)
         with precision(args):
             logp = sequence_logp(policy, tokens, mask)  # (R,)
-        # every True of the mask is scored, as a row never begins with its response
         loss = -logp.sum() / mask.sum()                 # () nats per token of a response
         loss.backward()
         optimizer_step(optimizer, step, args.sft_steps, args.sft_lr)
@@ -193,10 +180,7 @@ def finetune(policy, source, args):
 
 @torch.no_grad()
 def score(policy, pairs, args, which=slice(None)):  # -> (R,), or as many as there are in `which`
-    """log pi(y|x) of the rows of a PairData, or of `which` of them, in nats, in the loop's precision.
-
-    2B rows at a time, as in a training step, so this never needs more memory than training.
-    """
+    """log pi(y|x) of the rows of a PairData, or of `which` of them, in nats; 2B at a time, as in training."""
     rows = torch.arange(len(pairs.length))[which]
     with precision(args):
         logp = [sequence_logp(policy, *pairs.padded(part))
@@ -205,20 +189,17 @@ def score(policy, pairs, args, which=slice(None)):  # -> (R,), or as many as the
 
 
 def shuffled_batches(source, args):
-    """Yields the Batch of each step: all pairs in random order, then in another, and so on.
-
-    By default the toy world's 2,200 steps take 563,200 of 560,000 pairs, so each is seen about once.
-    """
+    """Yields the Batch of each step: all pairs in random order, then in another, and so on."""
     for index in data.shuffled(len(source.train), args.batch_size,
                                args.steps, generator(args, 1)):
         yield source.pairs.batch(source.train[index])
 
 
 def train(policy, batches, args, evaluate):
-    """Preference training on batches, an iterable of Batch, however made. Returns the log, a list of dicts.
+    """Preference training on batches, any iterable of Batch. Returns the log, a list of dicts.
 
-    evaluate(policy) -> {name: number}, for the log. Leaves ckpt.pt in --out. A run that is resumed goes on
-    from there: it gets the same batches again, and skips those that it has seen. Raises Stopped.
+    evaluate(policy) gives the numbers for it. ckpt.pt in --out is as of the last log line. A run that is
+    resumed goes on from there, and skips the batches that it has seen. Raises Stopped.
     """
     optimizer = adam(policy)
     seen, log = last_checkpoint(policy, optimizer, args)
@@ -247,10 +228,8 @@ def train(policy, batches, args, evaluate):
 def last_checkpoint(policy, optimizer, args):
     """(step, log) of the run's ckpt.pt, whose weights and optimiser it restores; (0, []) if there is none.
 
-    A new run has none, as that of an older one has been removed. A resumed run has its flags from ref.pt. So
-    a ckpt.pt with other flags is of another run, and one without a step is a ref.pt under the wrong name.
-    (at_present takes --out, --device and --resume from now. make_reference has set --resume and --overwrite
-    to None.)
+    Both files of a run hold its flags, which must agree (at_present says which three may differ). One
+    without a step is a ref.pt under the wrong name.
     """
     path = f"{args.out}/ckpt.pt"
     if not os.path.exists(path):
@@ -268,9 +247,8 @@ def last_checkpoint(policy, optimizer, args):
 def check_start(policy, batch, logp, loss):
     """Before the first step the policy is the reference, so every margin is 0, but for rounding.
 
-    In float32 rounding is less than .01 nats. In bfloat16 it is more, and a second pass in float32 measures
-    it. A margin is made of four log-probs (two of the policy, two of the reference), each off by about as
-    much. Hence the 4.
+    In float32 that is less than .01 nats. In bfloat16 it is more, and a second pass in float32 measures it.
+    The 4 is for the four log-probs of a margin.
     """
     exact = sequence_logp(policy, batch.tokens, batch.mask)  # outside of `precision`, so in float32
     rounding = (logp - exact).abs().max()
@@ -284,10 +262,9 @@ def check_start(policy, batch, logp, loss):
 # Read data.py up to "your own pairs" before this part.
 
 def pair_numbers(logp, ref_logp, p, args):  # (2B,), (2B,), (B,) -> numbers by name
-    """Means over pairs: the loss, and in nats h and log pi/ref of the chosen and of the rejected response.
+    """Means over pairs: the loss; in nats h, and log pi/ref of the chosen and of the rejected response.
 
-    accuracy: 1 if h has the sign of p - 1/2 (with hard labels: if h is positive), 0 if it has the other, 1/2
-    if one of them is 0.
+    accuracy: 1 if h has the sign of p - 1/2, 0 if it has the other, 1/2 if one of them is 0.
     """
     chosen, rejected = (logp - ref_logp).chunk(2)
     h = chosen - rejected
@@ -319,19 +296,15 @@ def told(name, numbers):
 # ---------------------------------------------------------------------------------- where the pairs come from
 
 class WorldSource(data.World):
-    """The toy world, its exact optimum, and how far a policy is from it.
-
-    From data.World it has prompts (X of them), responses (Y), reward (X,Y), pstar (X,Y,Y), base (Y,), pairs
-    (R = X Y rows) and draw.
-    """
+    """The toy world, its exact optimum, and how far a policy is from it."""
 
     def __init__(self, args):
         super().__init__(args.data)
         self.args = args
         self.train = torch.arange(args.pairs)
         self.sft_weight = self.base.repeat(len(self.prompts))  # (R,) how often SFT takes a row
-        # A stand-in: the pairs are not drawn yet, as with --mu ref they come from the reference.
-        # refuse_what_cannot_run needs only the values that p may take, which are 1, or all of pstar.
+        # The pairs are drawn later, as with --mu ref they come from the reference. Until then this holds the
+        # values that p may take, for refuse_what_cannot_run.
         self.pairs.p = torch.ones(1) if args.labels == "hard" else self.pstar
 
     def set_reference(self, ref_logp):  # (R,)
@@ -350,12 +323,12 @@ class WorldSource(data.World):
 
     def table(self, policy):  # -> (X,Y)
         """log pi(y|x) of every response: the whole policy."""
-        return score(policy, self.pairs, self.args).view_as(self.reward)
+        return score(policy, self.pairs, self.args).view_as(self.reward).double()
 
     def numbers(self, logp):  # (X,Y) -> numbers by name
         """Means over all pairs; then kl_ref = KL(pi||ref) and kl_opt = KL(pi||pi*), which are exact sums."""
         rows = self.pairs.pair_rows(self.train)  # train is all pairs
-        numbers = pair_numbers(logp.flatten()[rows], self.pairs.ref_logp[rows],
+        numbers = pair_numbers(logp.float().flatten()[rows], self.pairs.ref_logp[rows],
                                self.pairs.p, self.args)
         return numbers | means({f"kl_{name}": data.kl(logp, other)
                                 for name, other in self.exact.items()})
@@ -492,10 +465,9 @@ def value_of(name, text, takes):
 
 
 def claim(out, overwrite):
-    """Makes the folder ready for a new run. What an older run left there is removed.
+    """Removes what an older run left in the folder.
 
-    A finished run (it has a report.json) in a world takes half a minute, and is replaced. Any other is
-    Refused without --overwrite.
+    Without --overwrite only a finished run (it has a report.json) in a world; for any other raises Refused.
     """
     os.makedirs(out, exist_ok=True)
     old = {"report.json", "ckpt.pt", "ref.pt"}.intersection(os.listdir(out))
@@ -510,8 +482,7 @@ def claim(out, overwrite):
 
 def refuse_what_cannot_run(source, args):
     """Raises Refused, before anything is replaced, if data, weights and loss do not fit together."""
-    # GPT-2's weights for a world, say, whose words are other tokens. In a world args.tokenizer is None,
-    # unless --init_from has set it: new weights fit any tokens.
+    # GPT-2's weights for a world, say. In a world args.tokenizer is None, unless --init_from has set it.
     if args.tokenizer not in (None, source.tokenizer.name):
         raise Refused(f"--init_from {args.init_from} knows the tokens of {args.tokenizer}, and --data "
                       f"{args.data} has those of {source.tokenizer.name}; use weights of the same kind")
@@ -526,9 +497,8 @@ def refuse_what_cannot_run(source, args):
 def run(args, policy=None, source=None):
     """One run: reference, pairs, training, report. policy and source may be your own.
 
-    Everything random comes from the seed, so a run that is resumed draws the same pairs and batches again,
-    from the same --data and --init_from. What it cannot draw again is in two files: ref.pt holds the
-    reference and its log-probs, ckpt.pt the policy.
+    A source then has all that FileSource has. What is random comes from the seed, so a run that is resumed
+    draws it again. What it cannot draw again is in ref.pt and ckpt.pt.
     """
     torch.manual_seed(args.seed)
     if args.init_from and policy is None:
@@ -558,9 +528,7 @@ def make_reference(policy, source, args):
     What there is in ref.pt    what is done
     nothing: a new run         its flags are saved, then SFT, then all is saved
     flags: stopped in SFT      the same, with these flags
-    all: stopped later         the reference and its log-probs are taken from there
-
-    Raises Refused if the data are not what they were.
+    all: stopped later         reference and log-probs are taken from there; Refused if the data have changed
     """
     path = f"{args.out}/ref.pt"
     if not args.resume:

@@ -2192,8 +2192,8 @@ def test_divergence_stops_the_run(small_world, tmp_path, flag, kept):
 
 def test_divergence_in_the_last_step_stops_the_run(small_world, tmp_path):
     """Its gradient was finite; its weights are not."""
-    def ruin(policy, *rest):
-        for p in policy.parameters():
+    def ruin(optimizer, *rest):
+        for p in optimizer.param_groups[0]["params"]:
             p.data.fill_(math.nan)
 
     with mock.patch.object(ipo, "optimizer_step", ruin):
