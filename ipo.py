@@ -328,8 +328,8 @@ class WorldSource(data.World):
     def numbers(self, logp):  # (X,Y) -> numbers by name
         """Means over all pairs; then kl_ref = KL(pi||ref) and kl_opt = KL(pi||pi*), which are exact sums."""
         rows = self.pairs.pair_rows(self.train)  # train is all pairs
-        numbers = pair_numbers(logp.float().flatten()[rows], self.pairs.ref_logp[rows],
-                               self.pairs.p, self.args)
+        ours = logp.float().flatten()[rows]      # the exact sums below stay float64
+        numbers = pair_numbers(ours, self.pairs.ref_logp[rows], self.pairs.p, self.args)
         return numbers | means({f"kl_{name}": data.kl(logp, other)
                                 for name, other in self.exact.items()})
 
