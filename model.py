@@ -37,14 +37,13 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x):  # (R,T,C) -> (R,T,C)
-        q, k, v = self.split(self.c_attn(x))  # (3, R, heads, T, C / heads), unpacked
+        q, k, v = self.split(self.c_attn(x))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.c_proj(self.merge(y))
 
     def split(self, qkv):  # (R,T,3C) -> 3 of (R, heads, T, C / heads)
-        # queries, keys and values first, heads before T
-        qkv = qkv.unflatten(-1, (3, self.n_head, -1))  # (R, T, 3, heads, C / heads)
-        return qkv.permute(2, 0, 3, 1, 4)
+        return [part.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+                for part in qkv.chunk(3, -1)]
 
     def merge(self, x):  # (R, heads, T, C / heads) -> (R,T,C)
         return x.transpose(1, 2).flatten(2)
@@ -229,7 +228,8 @@ def from_gpt2(name):
     try:
         theirs, info = transformers.GPT2LMHeadModel.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True)
-        c, weights = theirs.config, theirs.eval().state_dict()
+        # from_pretrained has turned dropout off
+        c, weights = theirs.config, theirs.state_dict()
         sizes = c.n_positions, c.vocab_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd
         policy = GPT(GPTConfig(*sizes))
         for key, p in policy.state_dict().items():  # the same names; theirs has the head once more
