@@ -22,8 +22,10 @@ class Refused(ValueError):
     """Bad input, in one line: what was found, where, and the remedy."""
 
     def __init__(self, message):
-        # A line break or a terminal's escape code in somebody's file name must not reach the screen. ascii
-        # writes it as a backslash and letters, within quotes, which [1:-1] takes off.
+        if len(message) > 600:  # somebody's path may have thousands of characters
+            message = f"{message[:300]} ... {message[-250:]}"
+        # a line break or a terminal's escape code must not reach the screen; ascii writes it as a backslash
+        # and letters, within quotes, which [1:-1] takes off
         safe = [c if c.isprintable()
                 else ascii(c)[1:-1] for c in message]
         super().__init__("".join(safe))
@@ -117,7 +119,7 @@ cold       -0.5    -0.7   0.6     0.4
 <|endoftext|> 0       0     0       0
 """
 SUBJECTS, *LINES = [line.split() for line in REWARDS.strip().splitlines()]
-VALUES = {word: [float(value) for value in values] for word, *values in LINES}  # a word's four numbers
+VALUES = {word: list(map(float, values)) for word, *values in LINES}  # a word's four numbers
 WORDS = list(VALUES)[:-1]  # without end of text
 WORLDS = ("bt", "deterministic", "cyclic")  # kinds of preferences, see `preference`
 # SFT makes the reference from random texts. These are the shares of texts with 0, 1, 2 and 3 words. (After
@@ -301,10 +303,11 @@ def read_jsonl(path, parse=None):
         for number, line in enumerate(file, 1):
             if number == 1:
                 refuse_other_formats(path, line)
-            notes["blank lines skipped"] += not line.strip()  # True counts as 1; tell leaves zeros out
+            if not line.strip():
+                notes["blank lines skipped"] += 1
+                continue
             try:
-                if line.strip():
-                    pairs.append((parse or parse_pair)(parse_json(line), notes))
+                pairs.append((parse or parse_pair)(parse_json(line), notes))
             except Refused as error:
                 refusals.append(f"{path}:{number}: {error}")
     if refusals:
@@ -369,7 +372,7 @@ def parse_pair(item, notes):
     if type(p) not in (int, float) or not 0 <= p <= 1:
         raise Refused(f"'p' is {short(json.dumps(p))}; write the probability that chosen is preferred, "
                       "from 0 to 1")
-    unused = item.keys() - set(Pair._fields)
+    unused = item.keys() - Pair._fields
     if unused:
         notes[f"lines with keys that are not used: {short(', '.join(sorted(unused)))!r}"] += 1
     return Pair(*texts, float(p))
@@ -413,15 +416,17 @@ def count_oddities(pairs, notes):
     """Counts, over all pairs, what is scored as it stands and perhaps should not be."""
     seen = set()
     for prompt, chosen, rejected, _ in pairs:
+        pair = prompt, chosen, rejected
         texts = f"{chosen} {rejected}"
+        # True counts as 1; tell leaves zeros out
         notes[f"empty prompts: the response follows {EOT}"] += not prompt
         notes["pairs with an empty or blank response"] += not (chosen.strip() and rejected.strip())
         notes["pairs with another turn or a role in a response"] += any(turn in texts for turn in TURNS)
         repeats = chosen.startswith(prompt) or rejected.startswith(prompt)
         notes["pairs with a response that repeats its prompt"] += repeats and prompt != ""
-        notes["pairs that stand there twice"] += (prompt, chosen, rejected) in seen
+        notes["pairs that stand there twice"] += pair in seen
         notes["pairs that stand there with the opposite label"] += (prompt, rejected, chosen) in seen
-        seen.add((prompt, chosen, rejected))
+        seen.add(pair)
 
 
 def hold_out(data, share, seed):

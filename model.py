@@ -20,8 +20,8 @@ class GPTConfig:
     """Sizes of a GPT. The comments give those of the smallest GPT-2, which has 124M parameters."""
     block_size: int  # 1024, the context: the most tokens that the model can see at once
     vocab_size: int  # 50257 ids that it can read
-    head_size: int   # 50257 ids that it can emit (of its last layer, not of an attention head): the first
-                     # ones of the vocabulary. The toy world's model never says the words of its prompts.
+    head_size: int   # 50257 ids that it can emit, the first ones of the vocabulary (the toy world's model
+                     # never says the words of its prompts)
     n_layer: int     # 12
     n_head: int      # 12
     n_embd: int      # 768 channels (C), a multiple of n_head
@@ -96,15 +96,14 @@ class GPT(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             if name.endswith("c_proj.weight"):
-                # the stream x is a sum of 2 n_layer outputs of c_proj; a sum of n random numbers is sqrt(n)
-                # times as large as one of them, so each begins that much smaller (as in GPT-2)
+                # as in GPT-2: the stream x is a sum of 2 n_layer outputs of c_proj
                 p.data /= (2 * config.n_layer) ** 0.5
 
     def embed(self, tokens, position):  # (...), (...) -> (...,C)
         return self.transformer.wte(tokens) + self.transformer.wpe(position)
 
     def hidden(self, tokens):  # (R,T) -> (R,T,C)
-        """The stream after the last block, normalised. At t it depends on tokens 0..t alone."""
+        """What the head reads. At t it depends on tokens 0..t alone."""
         T = tokens.shape[1]
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens exceed the context of {self.config.block_size}")
@@ -116,8 +115,7 @@ class GPT(nn.Module):
     def head(self, x):  # (...,C) -> (...,V)
         """Logits: a dot product with the word vector of each id that can be emitted ("tied" to wte)."""
         weight = self.transformer.wte.weight
-        # No slice where all ids can be emitted: autograd fills the gradient of a slice up to full size with
-        # zeros, one more copy of the largest matrix.
+        # a slice of all would cost one more copy of the largest matrix in the backward pass
         if self.config.head_size < self.config.vocab_size:
             weight = weight[:self.config.head_size]
         return F.linear(x, weight)
@@ -162,9 +160,8 @@ def generate(policy, tokenizer, text, temperature=1.0, seed=0, max_new_tokens=64
 def seal(file):
     """A digest of an open zip file's checksums, which `save` writes to the end of the file as its comment.
 
-    torch.save writes a zip file, in which each tensor is an entry with a checksum. testzip, below, finds an
-    entry that was damaged. The seal finds entries that were exchanged or added, and files of other programs.
-    Both are against accidents. Against code in a file there is weights_only.
+    torch.save writes a zip file, in which each tensor is an entry with a checksum. testzip, in `read`, finds
+    an entry that was damaged. The seal finds entries that were exchanged or added, and foreign files.
     """
     checksums = [(entry.filename, entry.CRC) for entry in file.infolist()]
     return hashlib.sha256(repr(checksums).encode()).digest()
@@ -236,11 +233,11 @@ def from_gpt2(name):
             # GPT-2 keeps the matrices of its linear layers transposed
             flip = key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
             p.copy_(weights[key].T if flip else weights[key])  # p shares its memory with the policy's weight
-        # transformers makes up weights that a file lacks; a GPT-2 of other ids has other tokens; a variant
-        # (another activation, scale or head) has the same names, and other logits
+        # a variant (another activation or scale, say) has the same names, and other logits
         tokens = torch.arange(8)[None]
         same = torch.allclose(policy(tokens), theirs(tokens).logits,
                               rtol=1e-4, atol=1e-3)
+        # transformers makes up weights that a file lacks
         if info["missing_keys"] or c.vocab_size != 50257 or not same:
             raise ValueError(f"not GPT-2's weights: a {c.model_type} of {c.vocab_size} ids")
     except Exception as error:  # transformers passes on what its HTTP library and safetensors raise
@@ -257,10 +254,7 @@ def from_gpt2(name):
 # linear layers, which are nearly all of the work, see 6 positions and not 8.
 
 def sharing_pays(policy, tokens):
-    """Rows as short as the toy world's lose more by the search for prefixes than they gain.
-
-    Other models than our GPT take no part, since `shared_hidden` reaches into its blocks.
-    """
+    """In longer rows than the toy world's, and in our GPT alone, as shared_hidden reaches into its blocks."""
     return type(policy) is GPT and tokens.shape[1] > 16
 
 

@@ -1411,6 +1411,15 @@ def test_a_hostile_path_is_refused_escaped(tmp_path):
     assert str(error.value).isprintable()
 
 
+def test_a_long_path_is_cut_and_the_remedy_stays():
+    with pytest.raises(data.Refused) as error:
+        data.read_jsonl("begin" + "z" * 5000)
+    message = str(error.value)
+    assert len(message) < 600
+    assert message.startswith("--data begin")
+    assert message.endswith(data.CONVERT)
+
+
 LONG = "z" * 1000
 LONG_LINES = [
     {LONG: 1},

@@ -19,11 +19,27 @@ import data
 import ipo
 import model
 
+REMEDIES = {
+    OSError: "name a file or folder that can be read and written, and has room",
+    ImportError: "pip install -r lab/requirements.txt",
+    RuntimeError: "take smaller sizes",  # those of memory; any other is a fault of ours
+}
+
+
+class Parser(ipo.Parser):
+    """The core's, which also refuses --flag=--, of which argparse makes an empty list."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        for word in sys.argv[1:] if args is None else args:
+            if word.startswith("--") and word.endswith("=--"):
+                self.error(f"argument {word[:-3]}: -- is no value")
+        return super().parse_known_args(args, namespace)
+
 
 def parser(doc):
     """A parser for a program's own flags; `parse` takes it. The first command in doc names the program."""
     raw = argparse.RawDescriptionHelpFormatter
-    own = ipo.Parser(description=doc, formatter_class=raw, allow_abbrev=False)
+    own = Parser(description=doc, formatter_class=raw, allow_abbrev=False)
     command = re.search(r"python -m (lab[.\w]+)", doc)
     own.set_defaults(program=command[1] if command else None)  # so the saved flags of a run say who made it
     return own
@@ -144,6 +160,12 @@ def finish(args, answer, figures, **more):
         json.dump(report, file, indent=1, default=str)
 
 
+def reason(error):
+    """What an exception of somebody else's says, at most 150 characters. Of a KeyError that is a bare key."""
+    text = " ".join(str(error).split())[:150] or type(error).__name__
+    return f"no key {text}" if isinstance(error, KeyError) else text
+
+
 def main(name, run, argv=None, threads=1):  # one, since the world's matrices are small
     """run(argv) -> the exit status.
 
@@ -157,7 +179,12 @@ def main(name, run, argv=None, threads=1):  # one, since the world's matrices ar
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         sys.stderr.close()
         return 0
-    except (data.Refused, OSError, ImportError, KeyboardInterrupt) as error:
-        why = data.Refused(str(error) or "interrupted")
-        print(f"{name}: {why}", file=sys.stderr)
+    except (data.Refused, KeyboardInterrupt, *REMEDIES) as error:
+        why = str(error) or "interrupted"
+        if isinstance(error, RuntimeError) and "memory" not in why:
+            raise
+        for kind, remedy in REMEDIES.items():
+            if isinstance(error, kind):
+                why = f"{why[:200]}; {remedy}"
+        print(f"{name}: {data.Refused(why)}", file=sys.stderr)
         return 1 if isinstance(error, (ipo.Stopped, KeyboardInterrupt)) else 2

@@ -17,6 +17,7 @@ import os
 
 import data
 from data import Refused, short
+from lab.common import start
 
 KEYS = ("prompt", "chosen", "rejected")
 CONVERT = f"; of ShareGPT's messages, of a single one or a text {data.CONVERT}"
@@ -34,7 +35,7 @@ def refused(name, error, remedy):
     """The Refused that says why a model or its tokenizer cannot be used; remedy: for a folder."""
     if not os.path.isdir(name):
         remedy = "there is no such folder, and an id of the hub needs a network once"
-    return Refused(f"model {name}: {short(error) or type(error).__name__}; {remedy}")
+    return Refused(f"model {name}: {start.reason(error)}; {remedy}")
 
 
 class Text(str):

@@ -50,10 +50,13 @@ def load(source):
     name, _, split = source.partition(":")
     if os.path.exists(f"{name}/dataset_dict.json") or os.path.exists(f"{name}/state.json"):
         found = datasets.load_from_disk(name)
-        splits = found if isinstance(found, dict) else {"train": found}
-        return list(splits[split or "train"])
-    # streaming leaves no cache behind
-    return list(datasets.load_dataset(name, split=split or "train", streaming=True))
+    else:
+        found = datasets.load_dataset(name, streaming=True)  # which leaves no cache behind
+    splits = found if isinstance(found, dict) else {"train": found}
+    split = split or "train"
+    if split not in splits:
+        raise Refused(f"no split {split!r} among {', '.join(splits)}; write {name}:{min(splits)}")
+    return list(splits[split])
 
 
 def read_bytes(raw):
@@ -97,7 +100,10 @@ def read_json(text):
     columns = rows[0].values()
     lists = all(isinstance(part, list) for part in columns)
     if lists and not any(isinstance(part[0], dict) for part in columns if part):
-        return [dict(zip(rows[0], row)) for row in zip(*columns, strict=True)]
+        if len({len(part) for part in columns}) > 1:
+            sizes = ", ".join(f"{name} {len(part)}" for name, part in rows[0].items())
+            raise Refused(f"columns that differ in rows: {sizes}")
+        return [dict(zip(rows[0], row)) for row in zip(*columns)]
     return rows  # an object, whose lists are messages
 
 
@@ -178,8 +184,7 @@ def run(argv):
     try:
         rows = load(args.source)
     except Exception as error:  # what a dozen readers, datasets and its HTTP library raise
-        why = str(error)[:150] or type(error).__name__
-        raise Refused(f"{args.source}: cannot be read ({why}); mend it, or give another file, a folder, an "
+        raise Refused(f"{args.source}: cannot be read ({start.reason(error)}); mend it, or give another file, a folder, an "
                       "address, or a hub's OWNER/NAME, which needs a network") from None
     names = names_of(rows, args)
     items, reasons = [], Counter()
