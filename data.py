@@ -71,7 +71,7 @@ class PairData:
         """
         # [rows, None] is [rows][:, None]
         length, prompt_len = self.length[rows, None], self.prompt_len[rows, None]  # (K,1)
-        t = torch.arange(int(length.max()))                                        # (T,)
+        t = torch.arange(length.max())                                             # (T,)
         mask = (t >= prompt_len) & (t < length)                                    # (K,T)
         return self.tokens[rows, :len(t)].long(), mask
 
@@ -90,14 +90,14 @@ class PairData:
         return hashlib.sha256(b"".join(part.numpy() for part in parts)).hexdigest()
 
 
-def shuffled(n, size, steps, generator):  # -> (steps,size)
-    """A row of indices for each step: all of 0..n-1 in random order, then in another, and so on.
-
-    A row may hold the end of one order and the beginning of the next.
-    """
-    epochs = -(-steps * size // n)  # rounded up
-    orders = [torch.randperm(n, generator=generator) for _ in range(epochs)]
-    return torch.cat(orders)[:steps * size].view(steps, size)
+def shuffled(n, size, steps, generator):
+    """Yields `size` indices for each step: all of 0..n-1 in random order, then in another, and so on."""
+    left = torch.arange(0)  # none yet
+    for _ in range(steps):
+        while len(left) < size:
+            left = torch.cat([left, torch.randperm(n, generator=generator)])
+        yield left[:size]
+        left = left[size:]
 
 
 # -------------------------------------------------------------------------------------------- the toy world
@@ -209,7 +209,7 @@ def preference(name, reward, first):  # (X,Y), (Y,) -> (X,Y,Y)
     is 1, and loses if it is 2. So good (1) beats superb (0), fine (2) beats good, and superb beats fine. The
     values of two words differ by less than 2, so this circle decides between them, and no reward explains it.
     """
-    gap = reward[:, :, None] - reward[:, None, :]
+    gap = reward[:, :, None] - reward[:, None]
     # the same words in another order add up to another last digit; rounded, they are a tie
     gap = gap.round(decimals=4)
     if name == "deterministic":
