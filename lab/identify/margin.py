@@ -65,7 +65,7 @@ def values(function, *columns):  # (n,...) each -> (n,)
         try:
             out = function(*[x[None] for x in pair])
             out = out[0] if isinstance(out, (tuple, list)) else out
-            return out.sum()
+            return out.sum().double()  # it may compute in float32
         except Exception as error:  # whatever their function raises
             if "vmap" in str(error):
                 error = "it makes a number of a tensor (.item(), or an `if`); use tensors alone"
@@ -113,7 +113,7 @@ def margin_only(loss):
 
 def turn(slopes, several=False):  # of WIDE
     """The h where a slope first goes from below 0 to 0 or above; nan if none, or many and not several."""
-    falls, rises = slopes < -1e-100, slopes >= 0  # underflow leaves slopes of -1e-300
+    falls, rises = slopes < -1e-30, slopes >= 0  # underflow leaves -1e-300, or -1e-45 in float32
     at = torch.where(falls[:-1] & rises[1:])[0]
     if len(at) == 0 or len(at) > 1 and not several:
         return float("nan")

@@ -22,6 +22,8 @@ def twice(h, beta=0.1): return 2 * (h - 1 / (2 * beta)) ** 2
 def half_target(h, beta=0.1): return (h - 1 / beta) ** 2
 def tiny(h): return 1e-8 * (h - 5) ** 2
 def far(h): return (h - 5000) ** 2
+def float32(c, r, rc, rr): return (h_of(c, r, rc, rr).float() - 5) ** 2
+def float32_sigmoid(c, r, rc, rr): return sigmoid(*[x.float() for x in (c, r, rc, rr)])
 def shifted(h): return (h - 5) ** 2 + 7
 def sigmoid(c, r, rc, rr, beta=0.1): return -F.logsigmoid(beta * h_of(c, r, rc, rr)), None, None
 def silently_sigmoid(c, r, rc, rr, beta=0.1, loss_type="ipo"): return sigmoid(c, r, rc, rr, beta)
@@ -60,6 +62,7 @@ def of(number, f):
 def add(x, m): return (x * m).sum(-1)
 t_sum = of(add, scaled)
 t_mean = of(lambda x, m: add(x, m) / m.sum(-1), lambda h, beta: (h - 1 / (2 * beta)) ** 2)
+t_float32 = of(add, lambda h, beta: (h.float() - 1 / (2 * beta)) ** 2)
 t_sigmoid = of(add, lambda h, beta: -F.logsigmoid(beta * h))
 t_everything = of(lambda x, m: x.mean(-1), scaled)
 t_no_mask = of(lambda x, m: x.sum(-1), scaled)
@@ -107,6 +110,8 @@ def look_at_tokens(file, name):
     ("half_target", "ipo", 0.05, 1, 10, "identity"),
     ("tiny", "ipo scaled", 0.1, 1e-8, 5, "identity"),
     ("shifted", "ipo", 0.1, 1, 5, "identity"),
+    ("float32", "ipo", 0.1, 1, 5, "identity"),
+    ("float32_sigmoid", "dpo", 0.1, 1, math.nan, "logit"),
     ("sigmoid", "dpo", 0.1, 1, math.nan, "logit"),
     ("silently_sigmoid", "dpo", 0.1, 1, math.nan, "logit"),
     ("two_sigmoids", "dpo", 0.1, 2, math.nan, "logit"),
@@ -174,6 +179,7 @@ def test_the_link_is_of_any_loss_of_the_margin(file):
 
 @pytest.mark.parametrize("name, kind", [
     ("t_sum", "sum"),
+    ("t_float32", "sum"),
     ("t_mean", "mean"),
     ("t_sigmoid", "sum"),
     ("t_everything", "mean, prompt and padding, too"),
