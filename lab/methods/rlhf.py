@@ -104,7 +104,7 @@ def parse(argv):
     own.add_argument("--kl", choices=["reward", "k3"], default="reward", help="see above [reward]")
     own.add_argument("--k", type=int, default=64, help="samples of each prompt in a step [64]")
     own.add_argument("--compare", action="store_true", help="RLHF, DPO and IPO's loop at one policy?")
-    args = parse_world(own, argv, "--steps 1000 --lr 3e-3 --out out/rlhf")
+    args = parse_world(own, argv, "--steps 1000 --lr 2e-3 --out out/rlhf")
     if args.k < 2:
         raise data.Refused("--k takes 2 or more")
     if args.compare:
