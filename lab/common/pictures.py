@@ -77,11 +77,8 @@ def policy_of(out, source):  # -> (X,Y)
 
 
 def panels(rows, columns, width=6.5, height=3.8):  # -> figure, axes (rows, columns)
-    """Large type, to be read at half the size; width and height of a panel in inches. Raises Refused."""
-    try:
-        import matplotlib.figure
-    except ImportError:
-        raise data.Refused("no picture without matplotlib: pip install -r lab/requirements.txt") from None
+    """Large type, to be read at half the size; width and height of a panel in inches."""
+    import matplotlib.figure  # here, since programs of other rooms need it only to draw
     matplotlib.rcParams |= {"font.size": 18, "legend.fontsize": 16, "lines.linewidth": 2.5}
     matplotlib.rcParams |= {"axes.grid": True, "grid.alpha": 0.3}
     figure = matplotlib.figure.Figure(figsize=(width * columns, 2 + height * rows), layout="constrained")

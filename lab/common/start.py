@@ -19,27 +19,15 @@ import data
 import ipo
 import model
 
-REMEDIES = {
-    OSError: "name a file or folder that can be read and written, and has room",
-    ImportError: "pip install -r lab/requirements.txt",
-    RuntimeError: "take smaller sizes",  # those of memory; any other is a fault of ours
-}
-
-
-class Parser(ipo.Parser):
-    """The core's, which also refuses --flag=--, of which argparse makes an empty list."""
-
-    def parse_known_args(self, args=None, namespace=None):
-        for word in sys.argv[1:] if args is None else args:
-            if word.startswith("--") and word.endswith("=--"):
-                self.error(f"argument {word[:-3]}: -- is no value")
-        return super().parse_known_args(args, namespace)
+# of a RuntimeError if it is about memory; any other is a fault of ours
+REMEDIES = {OSError: "name a file or folder that can be read and written, and has room",
+            ImportError: "pip install -r lab/requirements.txt", RuntimeError: "take smaller sizes"}
 
 
 def parser(doc):
     """A parser for a program's own flags; `parse` takes it. The first command in doc names the program."""
     raw = argparse.RawDescriptionHelpFormatter
-    own = Parser(description=doc, formatter_class=raw, allow_abbrev=False)
+    own = ipo.Parser(description=doc, formatter_class=raw, allow_abbrev=False)
     command = re.search(r"python -m (lab[.\w]+)", doc)
     own.set_defaults(program=command[1] if command else None)  # so the saved flags of a run say who made it
     return own
@@ -53,16 +41,12 @@ def parse(own, argv, defaults="", without=(), world=False):
     """
     useless = {*without, "sample", "temperature", "resume"}
     if world:
-        useless |= {"init_from", "tokenizer", "holdout", "block_size"}
+        useless |= {"data", "init_from", "tokenizer", "holdout", "block_size"}
+        own.add_argument("--data", default="bt", choices=data.WORLDS, help="a world has exact answers [bt]")
     useful = [f"--{name}" for name, *_ in ipo.ROWS if name not in useless]
     own.epilog = f"flags of python ipo.py that count here, too:\n{textwrap.fill(' '.join(useful), 100)}"
     mine, rest = own.parse_known_args(argv)
     refuse_given(rest, useless, "does nothing in this program")
-    only_data = ipo.Parser(allow_abbrev=False, add_help=False)
-    only_data.add_argument("--data", default="bt")
-    given, _ = only_data.parse_known_args(rest)
-    if world and given.data not in data.WORLDS:
-        raise data.Refused(f"--data {given.data}: only a world has exact answers ({', '.join(data.WORLDS)})")
     args = ipo.parse([*defaults.split(), *rest])
     for name, value in vars(mine).items():
         if type(value) in (int, float) and not 0 <= value < 1e9:
@@ -116,7 +100,7 @@ def make_folder(out):
 
 def refuse_given(argv, names, why):
     """Raises Refused if one of these flags is in argv, --two-words or --two_words."""
-    for word in sys.argv[1:] if argv is None else argv:
+    for word in argv:
         name = word.partition("=")[0].replace("-", "_")
         if name.startswith("__") and name[2:] in names:
             raise data.Refused(f"--{name[2:]} {why}; leave it out")
@@ -173,18 +157,22 @@ def main(name, run, argv=None, threads=1):  # one, since the world's matrices ar
     """
     torch.set_num_threads(threads)
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal or pipe may lack a sample's characters
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        for word in argv:
+            if re.fullmatch("--.+=--", word):  # argparse makes an empty list of it
+                raise data.Refused(f"{word}: -- is no value; give another, or leave the flag out")
         run(argv)
         return 0
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         sys.stderr.close()
         return 0
     except (data.Refused, KeyboardInterrupt, *REMEDIES) as error:
-        why = str(error) or "interrupted"
-        if isinstance(error, RuntimeError) and "memory" not in why:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
+        why = str(error) or "interrupted"
         for kind, remedy in REMEDIES.items():
             if isinstance(error, kind):
-                why = f"{why[:200]}; {remedy}"
+                why = f"{reason(error)}; {remedy}"
         print(f"{name}: {data.Refused(why)}", file=sys.stderr)
         return 1 if isinstance(error, (ipo.Stopped, KeyboardInterrupt)) else 2

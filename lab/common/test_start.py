@@ -36,7 +36,7 @@ REFUSED = [
     (["--loss=dpo"], {"without": ["loss"]}, "--loss does nothing in this program"),
     (["--resume"], {}, "--resume does nothing in this program"),
     (["--holdout", "0.1"], {"world": True}, "--holdout does nothing in this program"),
-    (["--data", "pairs.jsonl"], {"world": True}, "only a world has exact answers"),
+    (["--data", "pairs.jsonl"], {"world": True}, "invalid choice: 'pairs.jsonl'"),
     (["--twice", "-1"], {}, "--twice is -1.0; it takes 0 to 1e9"),
     (["--nope", "1"], {}, "--nope"),
 ]
@@ -111,3 +111,50 @@ def test_what_went_wrong_is_one_line(error, status, capsys):
     assert start.main("name", run, []) == status
     said = capsys.readouterr().err
     assert said.startswith("name: ") and said.count("\n") == 1
+
+
+SAID = [
+    (PermissionError(13, "Permission denied", "/x"), "'/x'; name a file or folder that can be read"),
+    (OSError(36, "File name too long", 300 * "x"), "xxx; name a file or folder"),
+    (ModuleNotFoundError("No module named 'trl'"), "'trl'; pip install -r lab/requirements.txt"),
+    (RuntimeError("can't allocate memory"), "can't allocate memory; take smaller sizes"),
+]
+
+
+@pytest.mark.parametrize("error, words", SAID)
+def test_an_error_of_the_system_has_a_remedy(error, words, capsys):
+    def run(argv):
+        raise error
+
+    assert start.main("name", run, []) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert words in line
+    assert len(line) < 250
+
+
+def test_a_fault_of_ours_is_not_hidden():
+    def run(argv):
+        raise RuntimeError("sizes differ")
+
+    with pytest.raises(RuntimeError, match="sizes differ"):
+        start.main("name", run, [])
+
+
+def test_two_dashes_are_no_value(capsys):
+    """Of --twice=-- argparse makes an empty list. No program sees it."""
+    assert start.main("name", parse, ["--tau", "1", "--twice=--"]) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("name: --twice=--: -- is no value; give another")
+
+
+REASONS = [
+    (KeyError("model"), "no key 'model'"),
+    (ValueError("one\n  two"), "one two"),
+    (ValueError(), "ValueError"),
+    (ValueError(200 * "x"), 150 * "x"),
+]
+
+
+@pytest.mark.parametrize("error, text", REASONS)
+def test_the_reason_of_somebody_else_s_exception(error, text):
+    assert start.reason(error) == text

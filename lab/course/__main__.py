@@ -35,7 +35,6 @@ def run(argv=None):
     from lab.common import start
     from lab.course import exercises
     own = start.parser(__doc__)
-    own.epilog = None
     own.add_argument("number", nargs="?", type=int, help="a question [the list of all]")
     number = own.parse_args(argv).number
     if number is None:

@@ -10,7 +10,6 @@ Trap: a loss without a reference looks like one of the margin until the referenc
 import importlib
 import inspect
 import runpy
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +35,6 @@ def load(spec):
         if place.endswith(".py"):
             function = runpy.run_path(place)[name]
         else:
-            sys.path.insert(0, "")
             function = getattr(importlib.import_module(place), name)
         needed(function)
         return function

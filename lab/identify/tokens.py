@@ -37,12 +37,9 @@ DIVIDED = {  # and what their sum is divided by
     "mean": lambda scored, ratio: scored.sum(-1),
     "mean where the ratio is not 0": lambda scored, ratio: (scored * ratio != 0).sum(-1),
 }
-SHAPES = [  # lengths of both responses, width of the batch
-    ((4, 2), 8),
-    ((2, 5), 9),
-    ((3, 3), 12),
-    ((6, 2), 10),
-]
+# lengths of both responses, width of the batch
+SHAPES = [((4, 2), 8), ((2, 5), 9),
+          ((3, 3), 12), ((6, 2), 10)]
 WORDS = {"<eos>": 0, "p": 1, "a": 2, "b": 3, "c": 4, "d": 5}
 PAIR = {"prompt": "p", "chosen": " a b c", "rejected": " d"}
 
@@ -137,14 +134,11 @@ class Given:
 
 
 def trainer(loss_type):
-    """TRL's, with two models and one pair. Raises Refused if TRL does not know the loss, or is not there."""
-    try:
-        import datasets
-        import tokenizers
-        import transformers
-        import trl
-    except ImportError as error:
-        raise Refused(f"{error}; --trl needs pip install -r lab/requirements.txt") from None
+    """TRL's, with two models and one pair. Raises Refused if TRL does not know the loss."""
+    import datasets
+    import tokenizers
+    import transformers
+    import trl
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")

@@ -32,7 +32,6 @@ from lab.common import exact, start
 
 def both_ways(f):  # f(z) -> loss(h, p, tau)
     """The loss of a pair at any p; flags of its own go on to f."""
-    @functools.wraps(f)
     def loss(h, p, tau, **own):  # (B,), (B,) -> (B,)
         return p * f(tau * h, **own) + (1 - p) * f(-tau * h, **own)
     return loss
@@ -43,19 +42,16 @@ def rebel(h, p, tau):  # (B,), (B,) -> (B,)
     return (h - torch.logit(p) / tau) ** 2
 
 
-@both_ways
 def slic(z):
     """Hinge; Zhao et al. 2023, arXiv:2305.10425 (there without a reference); so in GPO, 2402.05749."""
     return relu(1 - z)
 
 
-@both_ways
 def squared_hinge(z):
     """GPO, Tang et al. 2024, arXiv:2402.05749."""
     return relu(1 - z) ** 2
 
 
-@both_ways
 def savage(z):
     """GPO, Tang et al. 2024, arXiv:2402.05749."""
     return torch.sigmoid(-z) ** 2
@@ -68,7 +64,6 @@ def exponential(h, p, tau):  # (B,), (B,) -> (B,)
     return won + torch.exp((1 - p).log() + tau * h)
 
 
-@both_ways
 def discopop(z):
     """Lu et al. 2024, arXiv:2406.08414, found by search: logistic and exponential mixed, m = s(z / 0.05)."""
     # m exp(-z) as one exponent, for the same reason
@@ -76,28 +71,25 @@ def discopop(z):
     return mixed - torch.sigmoid(-z / 0.05) * logsigmoid(z)
 
 
-@both_ways
 def cdpo(z, label_noise=0.1):
     """Mitchell 2023: DPO with the label smoothed, as if that share of all labels were flipped."""
     return -(1 - label_noise) * logsigmoid(z) - label_noise * logsigmoid(-z)
 
 
-@both_ways
 def robust(z, label_noise=0.1):
     """Chowdhury et al. 2024, arXiv:2403.00409: on average DPO of the true label if that share flips."""
     flipped = label_noise * logsigmoid(-z)
     return (flipped - (1 - label_noise) * logsigmoid(z)) / (1 - 2 * label_noise)
 
 
-@both_ways
 def exo(z, e=0.001):
     """Ji et al. 2024, arXiv:2402.00856: KL from the policy's preference (s(z), s(-z)) to (1 - e, e)."""
     won = torch.sigmoid(z) * (logsigmoid(z) - math.log(1 - e))
     return won + torch.sigmoid(-z) * (logsigmoid(-z) - math.log(e))
 
 
-NEW = {loss.__name__: loss for loss in (
-    rebel, savage, exponential, squared_hinge, slic, exo, discopop, cdpo, robust)}
+OF_Z = savage, squared_hinge, slic, exo, discopop, cdpo, robust
+NEW = {"rebel": rebel, "exponential": exponential} | {f.__name__: both_ways(f) for f in OF_Z}
 # the Psi whose pi* each loss is held against, as it is shown and as it is computed
 PSI = {
     "ipo": ("q", lambda q: ipo.psi(q)),

@@ -174,7 +174,7 @@ def test_saved_flags_name_the_loss_and_what_it_reads(tmp_path):
 @pytest.mark.parametrize("argv, why", [
     (["--loss", "ppo"], "--loss"),
     (["--tau", "1"], "--tau does nothing"),
-    (["--data", "nosuch.jsonl"], "world")])
+    (["--data", "nosuch.jsonl"], "invalid choice: 'nosuch.jsonl'")])
 def test_bad_input_is_one_line(argv, why, tmp_path, capsys):
     assert status(tmp_path, *argv) == 2
     said = capsys.readouterr().err

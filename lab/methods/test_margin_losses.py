@@ -297,7 +297,7 @@ def test_pairs_are_labelled_by_what_is_flipped():
     (["--loss", "rebel"], "infinite margin"),
     (["--loss", "simpo"], "--loss"),
     (["--noise", "0.6"], "--noise"),
-    (["--data", "nosuch.jsonl"], "world"),
+    (["--data", "nosuch.jsonl"], "invalid choice: 'nosuch.jsonl'"),
     (["--loss", "ipo", "ipo"], "twice")])
 def test_bad_input_is_one_line(argv, why, tmp_path, capsys):
     assert status(tmp_path, *argv) == 2

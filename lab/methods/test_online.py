@@ -200,7 +200,7 @@ def test_a_reward_model_judges_in_the_place_of_the_truth(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, why", [
-    (["--data", "pairs.jsonl"], "only a world"),
+    (["--data", "pairs.jsonl"], "invalid choice: 'pairs.jsonl'"),
     (["--b", "0.3"], "mixture"),
     (["--pairs_from", "mixture", "--b", "1"], "--b"),
     (["--pairs_from", "elsewhere"], "--pairs_from"),

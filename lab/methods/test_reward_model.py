@@ -110,7 +110,7 @@ def test_the_best_policy_has_the_greatest_objective():
 
 
 @pytest.mark.parametrize("flags, why", [
-    (["--data", "pairs.jsonl"], "only a world"),
+    (["--data", "pairs.jsonl"], "invalid choice: 'pairs.jsonl'"),
     (["--loss", "dpo"], "--loss"),
     (["--device", "cpu"], "--device"),
     (["--resume"], "--resume"),

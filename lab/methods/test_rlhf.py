@@ -147,7 +147,7 @@ def test_the_loss_of_logit_is_ipo_with_that_psi(monkeypatch):
     (["--kl", "k4"], "--kl"),
     (["--tau", "-1"], "--tau"),
     (["--loss", "dpo"], "--loss"),
-    (["--data", "pairs.jsonl"], "only a world"),
+    (["--data", "pairs.jsonl"], "invalid choice: 'pairs.jsonl'"),
     (["--pairs", "5"], "--compare"),
     (["--compare", "--labels", "hard"], "--compare"),
     (["--compare", "--data", "cyclic"], "--compare"),

@@ -90,7 +90,7 @@ def test_rounds_reach_what_exact_rounds_reach(tmp_path):
     (["--rounds", "0"], "--rounds"),
     (["--loss", "dpo"], "--loss"),
     (["--labels", "soft"], "--labels"),
-    (["--data", "pairs.jsonl"], "only a world"),
+    (["--data", "pairs.jsonl"], "invalid choice: 'pairs.jsonl'"),
 ])
 def test_bad_input_is_one_line(flags, why, tmp_path, capsys):
     assert start.main("spin", spin.run, ["--out", str(tmp_path), *flags]) == 2

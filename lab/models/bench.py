@@ -104,7 +104,6 @@ def turn(args, found):
 
 
 def run(argv):
-    argv = sys.argv[1:] if argv is None else argv
     args, found = parse(argv)
     if args.side:
         return turn(args, found)

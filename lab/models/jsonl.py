@@ -23,9 +23,6 @@ import urllib.request
 import zipfile
 from collections import Counter
 
-import pyarrow.ipc
-import pyarrow.parquet
-
 import data
 from data import Refused, short
 from lab.common import start
@@ -48,14 +45,13 @@ def load(source):
     import datasets  # here, since it takes seconds
     datasets.disable_progress_bars()
     name, _, split = source.partition(":")
-    if os.path.exists(f"{name}/dataset_dict.json") or os.path.exists(f"{name}/state.json"):
-        found = datasets.load_from_disk(name)
-    else:
-        found = datasets.load_dataset(name, streaming=True)  # which leaves no cache behind
+    saved = os.path.exists(f"{name}/dataset_dict.json") or os.path.exists(f"{name}/state.json")
+    # streaming leaves no cache behind
+    found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, streaming=True)
     splits = found if isinstance(found, dict) else {"train": found}
     split = split or "train"
     if split not in splits:
-        raise Refused(f"no split {split!r} among {', '.join(splits)}; write {name}:{min(splits)}")
+        raise Refused(f"no split {split!r} among {', '.join(sorted(splits))}; write {name}:{min(splits)}")
     return list(splits[split])
 
 
@@ -69,8 +65,10 @@ def read_bytes(raw):
         names = [name for name in archive.namelist() if not name.endswith("/") and "__MACOSX" not in name]
         return sum((read_bytes(archive.read(name)) for name in names), [])
     if raw.startswith(b"PAR1"):
+        import pyarrow.parquet  # here, since plain files need no package of lab's
         return pyarrow.parquet.read_table(io.BytesIO(raw)).to_pylist()
     if raw.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        import pyarrow.ipc
         reader = pyarrow.ipc.open_file if raw.startswith(b"A") else pyarrow.ipc.open_stream
         return reader(raw).read_all().to_pylist()
     text = raw.decode("utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig").strip()
@@ -100,9 +98,9 @@ def read_json(text):
     columns = rows[0].values()
     lists = all(isinstance(part, list) for part in columns)
     if lists and not any(isinstance(part[0], dict) for part in columns if part):
+        sizes = [f"{name} {len(part)}" for name, part in rows[0].items()]
         if len({len(part) for part in columns}) > 1:
-            sizes = ", ".join(f"{name} {len(part)}" for name, part in rows[0].items())
-            raise Refused(f"columns that differ in rows: {sizes}")
+            raise Refused(f"its columns differ in their numbers of rows: {', '.join(sizes)}")
         return [dict(zip(rows[0], row)) for row in zip(*columns)]
     return rows  # an object, whose lists are messages
 
@@ -164,7 +162,7 @@ def names_of(rows, args):
         raise Refused(f"{args.source}: labels, not pairs; python -m lab.methods.kto --data takes JSONL of "
                       "them; by pandas: read_csv('FILE').to_json('new.jsonl', orient='records', lines=True)")
     for key, name in names.items():
-        if name not in keys and name not in ("prompt", "p"):  # whole dialogues need no prompt
+        if keys and name not in keys and name not in ("prompt", "p"):  # whole dialogues need no prompt
             raise Refused(f"{args.source}: no key {short(name)!r} among {short(', '.join(keys))!r}; give "
                           f"--{key} and the key that holds it")
     unused = sorted(keys.keys() - names.values())
@@ -183,9 +181,11 @@ def run(argv):
         raise Refused(f"--out {args.out} is there already; name another file, or remove it")
     try:
         rows = load(args.source)
+    except ImportError:
+        raise
     except Exception as error:  # what a dozen readers, datasets and its HTTP library raise
-        raise Refused(f"{args.source}: cannot be read ({start.reason(error)}); mend it, or give another file, a folder, an "
-                      "address, or a hub's OWNER/NAME, which needs a network") from None
+        raise Refused(f"{args.source}: cannot be read ({start.reason(error)}); mend it, or give another "
+                      "file, a folder, an address, or a hub's OWNER/NAME, which needs a network") from None
     names = names_of(rows, args)
     items, reasons = [], Counter()
     for row in rows:
@@ -196,7 +196,8 @@ def run(argv):
     for reason, count in reasons.most_common(10):
         print(f"  {count:,} left out: {reason}")
     if not items:
-        raise Refused(f"{args.source}: no row is a pair; of most: {max(reasons, key=reasons.get)}")
+        why = max(reasons, key=reasons.get, default="no row at all")
+        raise Refused(f"{args.source}: no row is a pair; of most: {why}")
     with open(args.out, "x", encoding="utf-8") as file:
         file.writelines(json.dumps(item) + "\n" for item in items)
     reader = "tokens" if type(items[0]["chosen"]) is str else "hf --init_from M"

@@ -5,6 +5,7 @@ import gzip
 import http.server
 import io
 import json
+import sys
 import threading
 import zipfile
 from collections import Counter
@@ -113,8 +114,32 @@ def test_a_folder_of_save_to_disk(tmp_path):
         assert convert(tmp_path, f"{tmp_path}/{source}") == 0
         assert made(tmp_path) == expected
         (tmp_path / "made.jsonl").unlink()
-    for source in "one:test", "two:nope":  # no such split
-        assert convert(tmp_path, f"{tmp_path}/{source}") == 2
+
+
+SPLITS = [
+    ("saved:nope", "no split 'nope' among test, validation; write "),
+    ("saved", "no split 'train' among test, validation; write "),
+    ("files:nope", "no split 'nope' among test, validation; write "),
+    ("files", "no split 'train' among test, validation; write "),
+]
+
+
+@pytest.mark.parametrize("source, words", SPLITS)
+def test_the_advice_on_a_split_can_be_followed(source, words, tmp_path, monkeypatch, capsys):
+    """Of a folder of save_to_disk and one of files, without a split named train."""
+    monkeypatch.chdir(tmp_path)
+    rows = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict({"test": rows, "validation": rows}).save_to_disk("saved")
+    (tmp_path / "files").mkdir()
+    for name in "test", "validation":
+        (tmp_path / f"files/{name}.jsonl").write_text(LINES)
+    assert convert(tmp_path, source) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert words in line
+    advice = line.partition("; write ")[2].partition(")")[0]
+    assert advice == source.partition(":")[0] + ":test"
+    assert convert(tmp_path, advice) == 0
+    assert made(tmp_path) == ROWS
 
 
 def test_a_folder_of_files(tmp_path, monkeypatch):
@@ -228,9 +253,9 @@ WRONG = {
     "\n \n": "empty, a web page",
     "<html>": "a web page",
     "a,b\n1,2\n": "no key 'chosen' among 'a, b'; give --chosen",
-    "[]": "no key 'chosen' among ''",
-    "[1, 2]": "no key 'chosen' among ''",
-    "{}": "no key 'chosen' among ''",
+    "[]": "no row is a pair; of most: no row at all",
+    "[1, 2]": "no row is a pair; of most: no object",
+    "{}": "no row is a pair; of most: no row at all",
     LINES + '{"prompt": "a", "chosen": "b"': "cannot be read (Expecting ',' delimiter: line 4",
     '{"prompt": "a", "chosen": "b", "chosen": "c"}': "a key stands there twice",
     '{"prompt": "a", "completion": "b", "label": true}': "python -m lab.methods.kto --data takes JSONL",
@@ -259,10 +284,20 @@ def test_what_is_not_there_is_a_line(tmp_path, source, capsys):
     assert "cannot be read" in line
 
 
+def test_a_package_that_is_missing_is_named_with_its_remedy(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)  # as if it were not installed
+    (tmp_path / "source").write_bytes(FILES["Parquet"])
+    assert convert(tmp_path, tmp_path / "source") == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert "pyarrow" in line
+    assert line.endswith("; pip install -r lab/requirements.txt")
+
+
 TABLES = {
     "prompt,chosen,rejected\na, b, c, d\n": "more cells than the table's first line",
     "prompt,chosen,chosen,rejected\na,b,x,c\n": "a key stands there twice among 'prompt, chosen, chosen",
-    json.dumps({"prompt": ["a", "b"], "chosen": ["c"], "rejected": ["d", "e"]}): "is shorter than",
+    json.dumps({"prompt": ["a", "b"], "chosen": ["c"], "rejected": ["d", "e"]}):
+        "its columns differ in their numbers of rows: prompt 2, chosen 1, rejected 2",
 }
 
 

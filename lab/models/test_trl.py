@@ -358,7 +358,8 @@ def test_the_cache_is_the_runs_own(folder, pairs, tmp_path, monkeypatch):
     (["--max-length", "9"], "--max_length"), (["--loss_typ", "ipo"], "loss_typ"),
     (["--tau", "0"], "--tau is 0.0; it takes 1e-3 to 1e9"), (["--loss", "kto"], "kto"),
     (["--beta", "1"], "(beta is --tau); leave it out"),
-    (["--nonsense", "1"], "nonsense"), (["--data", "absent.jsonl"], "absent.jsonl"),
+    (["--nonsense", "1", "--more"], ": unrecognized arguments: --nonsense 1 --more; --help lists the flags"),
+    (["--data=--"], "--data=--: -- is no value; give another"), (["--data", "absent.jsonl"], "absent.jsonl"),
     (["--model", "absent"], "there is no such folder")])
 def test_bad_flags_are_a_line(change, words, folder, pairs, tmp_path, capsys):
     """What would be accepted and ignored is refused by name; exit status 2, one line."""
@@ -370,13 +371,15 @@ def test_bad_flags_are_a_line(change, words, folder, pairs, tmp_path, capsys):
 
 @pytest.mark.parametrize("change, words", [
     (["--gradient_accumulation_steps", "0"], "by zero"),
+    (["--resume_from_checkpoint", "nope"], "Can't find a valid checkpoint at nope"),
     (["--model_init_kwargs", '{"a": 1}'], "unexpected keyword argument 'a'")])
 def test_what_trl_does_not_check_is_a_line(change, words, folder, pairs, tmp_path, capsys):
-    """TRL shows a bar while it scores the reference; no traceback follows."""
+    """Neither a traceback nor the bar that TRL shows while it scores the reference."""
     assert main([*argv(folder, pairs, tmp_path / "out"), *change]) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
+    line, = capsys.readouterr().err.splitlines()
     assert line.startswith("trl_ipo: ")
     assert words in line
+    assert line.endswith("; change the flag that this is about, --help lists all")
 
 
 def test_a_refusal_has_no_warnings_before_it(pairs, tmp_path):

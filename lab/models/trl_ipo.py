@@ -15,6 +15,7 @@ Traps: on a GPU, TRL trains in bfloat16 and recomputes activations, unless --bf1
 --gradient_accumulation_steps. Its --max_length would cut the ends of responses. Here nothing is cut. A pair
 that is longer than the model's context is left out.
 """
+import os
 import shutil
 import sys
 import warnings
@@ -25,7 +26,7 @@ import torch
 
 import data
 import ipo
-from data import Refused, short
+from data import Refused
 from lab.common import start
 from lab.models import chat
 
@@ -94,7 +95,9 @@ def parse(argv):
     parser.add_argument("--loss", default="ipo", choices=ipo.LOSSES, help="loss on the margin [ipo]")
     parser.add_argument("--model", dest="model_name_or_path", required=True, help="folder or hub id")
     parser.add_argument("--tau", type=float, default=0.1, help="strength of the pull to the reference [0.1]")
-    args, m, own = parser.parse_args_and_config(argv)
+    args, m, own, rest = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.beta = own.tau
     if not 1e-3 <= own.tau <= 1e9:
         raise Refused(f"--tau is {own.tau}; it takes 1e-3 to 1e9")
@@ -116,7 +119,7 @@ def read(path, name):
         if pair.chosen != pair.rejected and prompt + max(responses) < size:
             kept.append(pair._asdict())
     print(f"{len(found) - len(kept):,} of {len(found):,} pairs left out, of two equal responses or more than "
-          f"the model's {size:,} tokens")
+          f"the model's {size:,} tokens; now the reference scores the others")
     if not kept:
         raise Refused(f"--data {path}: no usable pair; give pairs of two different responses that fit")
     return kept
@@ -124,9 +127,10 @@ def read(path, name):
 
 def run(argv):
     datasets.disable_progress_bars()
+    os.environ["TQDM_DISABLE"] = "1"  # TRL's bar while it scores the reference
     warnings.simplefilter("ignore", FutureWarning)  # what TRL's own defaults make transformers say
     try:
-        args, m, own = parse(list(sys.argv[1:] if argv is None else argv))
+        args, m, own = parse([*argv])
         cache = f"{args.output_dir}/cache"
         state = accelerate.PartialState()
         if state.is_main_process:  # a reference that an earlier run scored may be another
@@ -142,7 +146,8 @@ def run(argv):
         trainer.save_model()
     # what TRL raises on flags that it cannot use; Refused and Stopped are ValueErrors, too
     except (ValueError, RuntimeError, TypeError, ArithmeticError) as error:
-        raise error if isinstance(error, Refused) else Refused(short(error)) from None
+        why = f"{start.reason(error)}; change the flag that this is about, --help lists all"
+        raise error if isinstance(error, Refused) else Refused(why) from None
     print(f"\nThe model is trained on {len(pairs):,} pairs; it is in {Refused(args.output_dir)}.")
 
 

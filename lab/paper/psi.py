@@ -65,9 +65,8 @@ def run(argv=None):
         report = json.load(file)
     after, away = report["after"], data.kl(led, best).item()
     where = "to pi*" if away < 1e-6 else "elsewhere, as --help explains"
-    far, near = after["kl_ref"], after["kl_opt"]
-    answer = (f"With {args.psi} as Psi at tau {args.tau:g} the policy ends {far:z.4f} nats from the "
-              f"reference and {near:z.4f} from pi*.\n"
+    answer = (f"With {args.psi} as Psi at tau {args.tau:g} the policy ends {after['kl_ref']:z.4f} nats from "
+              f"the reference and {after['kl_opt']:z.4f} from pi*.\n"
               f"KL(labels||pi*) {away:z.4f} nats: these labels lead {where}.")
     columns = [str(p) for p in CARD]
     rows = {name: start.Row(zip(columns, values)) for name, values in card.items()}

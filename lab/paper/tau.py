@@ -33,27 +33,26 @@ def number(text):
 def plan(argv):
     """All flags, and the Namespace of each run by the name of its row. Raises Refused."""
     own = start.parser(__doc__)
-    add = own.add_argument
-    add("--loss", nargs="+", default=["ipo", "dpo"], help="losses [ipo dpo]")
-    add("--tau", nargs="+", type=number, default=["0.1", "0.2", "0.5", "1"], help="taus [0.1 0.2 0.5 1]")
-    add("--steps", nargs="+", help="steps of preference training, one number or several [2200]")
-    add("--pairs", nargs="+", help="pairs to draw, one number or several [560000]")
-    add("--seed", nargs="+", help="one or several [0]")
-    add("--out", default="out/tau", help="folder of the runs, report.json and picture [out/tau]")
+    own.add_argument("--loss", nargs="+", default=["ipo", "dpo"], help="losses [ipo dpo]")
+    own.add_argument("--tau", nargs="+", type=number, default="0.1 0.2 0.5 1".split(), help="[0.1 0.2 0.5 1]")
+    own.add_argument("--steps", nargs="+", default=["2200"], help="of preference training [2200]")
+    own.add_argument("--pairs", nargs="+", default=["560000"], help="pairs to draw [560000]")
+    own.add_argument("--seed", nargs="+", default=["0"], help="one or several of each of these five [0]")
+    own.add_argument("--out", default="out/tau", help="folder of the runs, report.json and picture [out/tau]")
     args = start.parse(own, argv, world=True)
     _, rest = own.parse_known_args(argv)
     several = {}
     for name in ("loss", "tau", "steps", "pairs", "seed"):
         values = getattr(args, name)
-        if values:
-            start.refuse_twice(f"--{name}", values)
-            several[name] = [(name, value) for value in values]
+        start.refuse_twice(f"--{name}", values)
+        several[name] = [(name, value) for value in values]
     runs = {}
     for flags in itertools.product(*several.values()):
         in_name = [value for name, value in flags if name in ("loss", "tau") or len(several[name]) > 1]
         row = "-".join(in_name)
         given = [f"--{name}={value}" for name, value in flags]
-        runs[row] = ipo.parse(["--log_every=50", *rest, *given, f"--out={args.out}/{row}"])
+        given += [f"--data={args.data}", f"--out={args.out}/{row}"]
+        runs[row] = ipo.parse(["--log_every=50", *rest, *given])
         runs[row].program = args.program
     return args, runs
 

@@ -114,7 +114,7 @@ def test_labels_lead_to_pi_star_if_psi_s_odd_part_suits_them(name, labels, there
 BAD = [
     (["--psi", "cube"], "invalid choice"),
     (["--loss", "dpo"], "--loss does nothing"),
-    (["--data", "pairs.jsonl"], "only a world"),
+    (["--data", "pairs.jsonl"], "invalid choice: 'pairs.jsonl'"),
     (["--tau", "-1"], "--tau is '-1'"),
     (["--psi", "logit", "--labels", "hard"], "infinite margin"),
 ]

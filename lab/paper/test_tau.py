@@ -117,7 +117,7 @@ BAD = [
     (["--tau", "x"], "--tau"),
     (["--steps", "5", "0"], "--steps is '0'"),
     (["--sample", "review"], "--sample does nothing"),
-    (["--data", "pairs.jsonl"], "only a world"),
+    (["--data", "pairs.jsonl"], "invalid choice: 'pairs.jsonl'"),
 ]
 
 
