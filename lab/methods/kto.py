@@ -39,7 +39,7 @@ def parse(item, notes):  # -> data.Pair
     """One line of a file, in TRL's unpaired form. A row's p is its label."""
     for key, kind in KINDS.items():
         if not isinstance(item.get(key), kind):
-            found = json.dumps(item.get(key, "no such key"))
+            found = json.dumps(item[key]) if key in item else f"not among {', '.join(item)}"
             raise data.Refused(f"{key!r} is {data.short(found)}; {NEEDED}")
     unused = ", ".join(sorted(item.keys() - KINDS.keys()))
     notes[f"lines with keys that are not used: {data.short(unused)!r}"] += unused != ""

@@ -167,9 +167,9 @@ def test_no_prompt_is_on_both_sides(tmp_path):
 
 
 @pytest.mark.parametrize("line, why", [
-    ({"prompt": "a", "completion": "b"}, "'label' is \"no such key\""),
+    ({"prompt": "a", "completion": "b"}, "'label' is not among prompt, completion; write"),
     ({"prompt": "a", "completion": "b", "label": 1}, "'label' is 1"),
-    ({"prompt": "a", "label": True}, "'completion' is \"no such key\""),
+    ({"prompt": "a", "label": True}, "'completion' is not among prompt, label; write"),
     ({"prompt": 3, "completion": "b", "label": True}, "'prompt' is 3"),
     ("{", "no JSON")])
 def test_a_bad_row_is_named(line, why, tmp_path, capsys):

@@ -110,12 +110,12 @@ def read_json(text):
 def convert(row, names):
     """The object that ipo.py or lab.models.hf reads, of one row. Raises Refused with the reason."""
     if not isinstance(row, dict):
-        raise Refused("no object")
+        raise Refused(f"no object; {data.NEEDED}")
     if None in row:  # where csv puts cells without a name
         raise Refused("more cells than the table's first line; quote texts that hold a delimiter")
     item = {key: row[name] for key, name in names.items() if row.get(name) is not None}
     if not {"chosen", "rejected"} <= item.keys():
-        raise Refused(f"no {names['chosen']!r} or no {names['rejected']!r}")
+        raise Refused(f"no {names['chosen']!r} or no {names['rejected']!r}; give both")
     if all(isinstance(item.get(key, ""), str) for key in chat.KEYS):
         if "prompt" not in item:
             item |= split_dialogues(item["chosen"], item["rejected"])
@@ -160,11 +160,12 @@ def names_of(rows, args):
     keys = dict.fromkeys(str(key) for row in rows if isinstance(row, dict) for key in row if key)
     if "label" in keys and names["chosen"] not in keys:
         raise Refused(f"{args.source}: labels, not pairs; python -m lab.methods.kto --data takes JSONL of "
-                      "them; by pandas: read_csv('FILE').to_json('new.jsonl', orient='records', lines=True)")
+                      "them; by pandas: read_csv('FILE').to_json('new.jsonl', orient='records', lines=True), "
+                      "or read_json")
     for key, name in names.items():
         if keys and name not in keys and name not in ("prompt", "p"):  # whole dialogues need no prompt
             raise Refused(f"{args.source}: no key {short(name)!r} among {short(', '.join(keys))!r}; give "
-                          f"--{key} and the key that holds it")
+                          f"--{key} and the key that holds it; if one holds all rows, write that list alone")
     unused = sorted(keys.keys() - names.values())
     data.tell(args.source, Counter({f"keys are not written: {short(', '.join(unused))!r}": len(unused)}))
     return names
@@ -196,7 +197,7 @@ def run(argv):
     for reason, count in reasons.most_common(10):
         print(f"  {count:,} left out: {reason}")
     if not items:
-        why = max(reasons, key=reasons.get, default="no row at all")
+        why = max(reasons, key=reasons.get, default=f"no row at all; {data.NEEDED}")
         raise Refused(f"{args.source}: no row is a pair; of most: {why}")
     with open(args.out, "x", encoding="utf-8") as file:
         file.writelines(json.dumps(item) + "\n" for item in items)
