@@ -22,13 +22,16 @@ class Refused(ValueError):
     """Bad input, in one line: what was found, where, and the remedy."""
 
     def __init__(self, message):
-        if len(message) > 600:  # somebody's path may have thousands of characters
-            message = f"{message[:300]} ... {message[-250:]}"
-        # a line break or a terminal's escape code must not reach the screen; ascii writes it as a backslash
-        # and letters, within quotes, which [1:-1] takes off
-        safe = [c if c.isprintable()
-                else ascii(c)[1:-1] for c in message]
-        super().__init__("".join(safe))
+        super().__init__(one_line(message))
+
+
+def one_line(text):
+    """The text without line breaks and a terminal's escape codes; a long one loses its middle."""
+    if len(text) > 600:
+        text = f"{text[:300]} ... {text[-250:]}"
+    # ascii writes such a character as a backslash and letters, within quotes, which [1:-1] takes off
+    return "".join(c if c.isprintable()
+                   else ascii(c)[1:-1] for c in text)
 
 
 def short(text):
@@ -49,9 +52,12 @@ class Batch(NamedTuple):
 class PairData:
     """All rows in one table, and the pairs that they form.
 
-    tokens (R,T) int32, padded on the right with 0; length (R,) without the padding, prompt_len (R,) of the
-    prompt. chosen, rejected (N,): the rows of each pair; p (N,); prompt (N,): a number for each prompt.
-    ref_logp (R,): the reference's log-prob of each response, once it has been computed.
+    tokens      (R,T) int32, padded on the right with 0
+    length      (R,) tokens without the padding; prompt_len (R,) tokens of the prompt
+    chosen      (N,) the row of each pair's chosen response; rejected (N,) likewise
+    p           (N,) probability that it is preferred
+    prompt      (N,) a number for each prompt
+    ref_logp    (R,) the reference's log-prob of each response, once it has been computed
     """
 
     def __init__(self, prompts, responses):  # R lists of ids each
@@ -69,7 +75,6 @@ class PairData:
 
         Padding stands on the right. A token never looks to its right, so padding changes no log-prob.
         """
-        # [rows, None] is [rows][:, None]
         length, prompt_len = self.length[rows, None], self.prompt_len[rows, None]  # (K,1)
         t = torch.arange(length.max())                                             # (T,)
         mask = (t >= prompt_len) & (t < length)                                    # (K,T)
@@ -84,9 +89,8 @@ class PairData:
         return Batch(*self.padded(rows), self.p[pairs], self.ref_logp[rows])
 
     def digest(self):
-        """A fingerprint of rows and labels: other data have another."""
+        """A fingerprint of rows and labels."""
         parts = self.tokens, self.prompt_len, self.chosen, self.rejected, self.p
-        # join takes arrays, too, as bytes
         return hashlib.sha256(b"".join(part.numpy() for part in parts)).hexdigest()
 
 
@@ -121,7 +125,7 @@ cold       -0.5    -0.7   0.6     0.4
 SUBJECTS, *LINES = [line.split() for line in REWARDS.strip().splitlines()]
 VALUES = {word: list(map(float, values)) for word, *values in LINES}  # a word's four numbers
 WORDS = list(VALUES)[:-1]  # without end of text
-WORLDS = ("bt", "deterministic", "cyclic")  # kinds of preferences, see `preference`
+WORLDS = ("bt", "deterministic", "cyclic")  # see `preference`
 # SFT makes the reference from random texts. These are the shares of texts with 0, 1, 2 and 3 words. (After
 # the first word, and after the second, a text ends with probability 1/4.)
 LENGTHS = 0, 1/4, 3/16, 9/16
@@ -167,28 +171,28 @@ class World:
         self.responses = [self.tokenizer.decode(ids) for ids in texts]
         self.base = torch.tensor(base, dtype=torch.float64)
         # filled up with end of text, which adds nothing to a reward
-        filled = [ids + [eot] * (longest - len(ids)) for ids in texts]
+        filled = [(ids + [eot] * longest)[:longest] for ids in texts]
         padded = torch.tensor(filled)  # (Y, longest)
         values = [VALUES[word] for word in (*words, EOT)]
         values = torch.tensor(values, dtype=torch.float64)  # (words + 1, X)
-        self.reward = values[padded].sum(1).T  # (Y, longest, X) summed over words, (Y,X), turned: (X,Y)
+        self.reward = values[padded].sum(1).T  # (Y, longest, X) -> (Y,X) -> (X,Y)
         self.pstar = preference(name, self.reward, padded[:, 0])
         # each response and one end of text; of three words and end of text [:longest] cuts the latter off
         rows = [(ids + [eot])[:longest] for ids in texts]
         prompts = [prompt for prompt in self.prompts for _ in rows]
         self.pairs = PairData(prompts, rows * len(SUBJECTS))
-        # 5, 13 and 8: its model's context, how many ids it reads, and how many it emits
+        # of its model: the context, 5; how many ids it reads, 13; how many it emits, 8
         self.sizes = 2 + longest, self.tokenizer.n_vocab, eot + 1
 
     def draw(self, n, mu, labels, generator):
         """Gives self.pairs n pairs: two independent responses from mu (X,Y), and a label.
 
         "hard": a coin flip with p*; the winner becomes "chosen", and p = 1. "soft": the pair stays as it was
-        drawn, and p is p*. Both responses may be the same. Such a pair has no gradient.
+        drawn, and p is p*. Both responses may be the same. Then h is 0, whatever the policy.
         """
         X, Y = self.reward.shape
         each = -(-n // X)  # pairs for each prompt, rounded up
-        # all pairs of the first prompt, then of the second; pair i has prompt x[i]
+        # all pairs of the first prompt, then of the second, and so on
         x = torch.arange(X).repeat_interleave(each)[:n]
         draws = torch.multinomial(mu, 2 * each, replacement=True, generator=generator)  # (X, 2 each)
         first = draws[:, :each].flatten()[:n]
@@ -207,10 +211,10 @@ def preference(name, reward, first):  # (X,Y), (Y,) -> (X,Y,Y)
     bt: s(r(y) - r(z)), s the sigmoid. deterministic: 1 if r(y) > r(z), 1/2 on a tie. cyclic: s(r(y) - r(z) +
     2 c), where c is 1 if y's first word beats z's, -1 if it loses, else 0. Word i beats word j if (i - j) % 3
     is 1, and loses if it is 2. So good (1) beats superb (0), fine (2) beats good, and superb beats fine. The
-    values of two words differ by less than 2, so this circle decides between them, and no reward explains it.
+    values of two words differ by less than 2, so between texts of one word the circle decides.
     """
     gap = reward[:, :, None] - reward[:, None]
-    # the same words in another order add up to another last digit; rounded, they are a tie
+    # the order of addition changes the last digit; rounded, ties are ties
     gap = gap.round(decimals=4)
     if name == "deterministic":
         return (gap.sign() + 1) / 2
@@ -232,8 +236,8 @@ def mean_over_opponents(worth, mu):  # (X,Y,Y), (X,Y) -> (X,Y)
 def optimum(ref_logp, worth, mu, tau):  # (X,Y), (X,Y,Y), (X,Y) -> (X,Y)
     """The log of pi*(y) = ref(y) exp(g(y) / tau) / Z, with g(y) the mean of worth = Psi(p*) over mu  (eq. 7).
 
-    For DPO's Psi, the logit, a certain win or loss is worth plus or minus infinity. Their sum would be NaN. A
-    million instead gives all to the response that wins most, the limit that DPO tends to and never reaches.
+    To DPO's Psi, the logit, a certain win is worth infinity, and a certain loss minus infinity. Their sum is
+    NaN. A million instead gives all to the response that wins most, a limit that DPO never reaches.
     """
     g = mean_over_opponents(worth.clamp(-1e6, 1e6), mu)
     return (ref_logp + g / tau).log_softmax(-1)  # which divides by Z
@@ -278,8 +282,7 @@ def get_tokenizer(name):
         return Words(WORDS)
     if name == "bytes":
         ids = {bytes([byte]): byte for byte in range(256)}
-        # 256 tokens, one a byte, and end of text. tiktoken wants a pattern of pieces; this is any character
-        # (?s: line breaks, too).
+        # one token a byte, and end of text; a piece that tiktoken splits into tokens is any one character
         return tiktoken.Encoding(name, pat_str="(?s).", mergeable_ranks=ids, special_tokens={EOT: 256})
     try:
         return tiktoken.get_encoding(name)
@@ -291,8 +294,8 @@ def get_tokenizer(name):
 def read_jsonl(path, parse=None):
     """The pairs of a JSONL file, a list; prints what was skipped. Raises Refused, naming the first bad line.
 
-    parse(item, notes) -> Pair reads the object of one line; by default parse_pair. lab/ reads conversations.
-    notes: a Counter of what will be told.
+    parse(item, notes) -> Pair reads the object of one line; by default parse_pair. notes: a Counter of what
+    will be told.
     """
     if not os.path.isfile(path):
         found = "a folder" if os.path.isdir(path) else "no such file"
@@ -330,7 +333,7 @@ def refuse_other_formats(path, line):
 def tell(where, notes):
     """Prints a line for each thing that happened."""
     for what, count in (+notes).items():  # +: without those that never happened
-        print(Refused(f"{where}: {count:,} {what}"))  # not raised: it only makes one line of a file's name
+        print(one_line(f"{where}: {count:,} {what}"))
 
 
 def parse_json(line):
@@ -350,9 +353,8 @@ def parse_json(line):
 
 def no_key_twice(items):
     """The dict of these (key, value) pairs. Raises Refused if a key comes twice."""
-    keys = [key for key, _ in items]
-    if len(set(keys)) < len(keys):
-        raise Refused(f"a key stands there twice among {short(', '.join(keys))!r}; keep one of them")
+    if len(dict(items)) < len(items):
+        raise Refused(f"a key stands there twice among {short(', '.join(dict(items)))!r}; keep one of them")
     return dict(items)
 
 
@@ -432,7 +434,7 @@ def count_oddities(pairs, notes):
 def hold_out(data, share, seed):
     """-> the indices of the pairs to train on, and of those to evaluate: held out, no prompt in both.
 
-    share: of the prompts. If that is less than one prompt, the pairs to train on are evaluated.
+    share: of the prompts. If none is held out, all are evaluated.
     """
     n = int(data.prompt.max()) + 1
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))

@@ -7,9 +7,8 @@
              with Psi(q) = q and p = 1 that is ( h - 1/(2 tau) )^2                                (eq. 17)
   DPO        -log s(tau h) for p = 1; its beta is our tau                  (Rafailov et al. 2023, their eq. 7)
 
-README.md explains the words, and derives the target. A response y is what it calls an answer. yw and yl are
-the chosen ("winner") and the rejected response ("loser") of a pair, and p is the probability that yw is
-preferred.
+README.md explains the words, and derives the target. A response y is what it calls an answer. yw is the
+chosen and yl the rejected response of a pair, and p is the probability that yw is preferred.
 
   python ipo.py --loss ipo                          the toy world: train, then measure the distance to pi*
   python ipo.py --sample "pizza review:"            what the trained policy says
@@ -71,8 +70,8 @@ def dpo_loss(h, p, tau):  # (B,), (B,) -> (B,)
 
 
 LOSSES = {"ipo": ipo_loss, "dpo": dpo_loss}
-# For measurement, not for training: the Psi whose optimum pi* a run with this loss is compared with.
-# README.md says why DPO's is logit. The lambda looks psi up when it is called, so a test may replace ipo.psi.
+# The Psi whose pi* a run with this loss is compared with. It plays no part in training. (The lambda looks psi
+# up when it is called, so that it may be replaced.)
 PSI_OF = {"ipo": lambda q: psi(q), "dpo": torch.logit}
 
 
@@ -92,16 +91,15 @@ def sequence_logp(policy, tokens, mask):  # (R,T), (R,T) -> (R,)
     device = next(policy.parameters()).device
     tokens, mask = tokens.to(device), mask.to(device)
     scored = mask[:, 1:]                                           # (R,T-1)
-    # With our GPT, rows of more than 16 tokens take a faster way to the same numbers: a prompt that two rows
-    # share is computed once. Skip it at first. The toy world's rows have 5 tokens, and take the else.
+    # Long rows take a faster way to the same numbers. Skip it at first: the toy world's take the else.
     if model.sharing_pays(policy, tokens):
         x = model.shared_hidden(policy, tokens[:, :-1], scored)    # (S,C)
     else:
         x = policy.hidden(tokens[:, :-1])[scored]                  # (R,T-1,C), of which the S scored (S,C)
-    logp = policy.head(x).float().log_softmax(-1)                  # (S,V) float: they may be bfloat16
+    logp = policy.head(x).float().log_softmax(-1)                  # (S,V)
     said = tokens[:, 1:][scored]                                   # (S,) the tokens of the responses
-    # back to their places, in the order in which [scored] took them; 0 where nothing is scored
-    token_logp = torch.zeros(scored.shape, device=device)          # (R,T-1)
+    # each back to its place; 0 elsewhere
+    token_logp = logp.new_zeros(scored.shape)                      # (R,T-1)
     token_logp[scored] = logp.gather(1, said[:, None]).squeeze(1)
     return token_logp.sum(1).cpu()
 
@@ -124,19 +122,17 @@ def precision(args):
 
 
 def adam(policy):
-    """Adam without weight decay, which would pull the weights to 0 and not to the reference.
+    """Adam without weight decay, which would pull the weights to 0.
 
-    optimizer_step sets the learning rate. The usual .999 would average squared gradients over 1000 steps,
-    which is half of a run in the toy world. fused is faster.
+    The usual .999 would average squared gradients over 1000 steps, half of a run in the toy world.
     """
     return torch.optim.Adam(policy.parameters(), betas=(0.9, 0.99), fused=True)
 
 
 def optimizer_step(optimizer, step, steps, peak):
-    """A step of the optimiser with the gradients in .grad, which are scaled to norm 1 if theirs is above it.
+    """One step, with the gradient's norm clipped to 1.
 
-    The learning rate is peak times `rising`, from 0 to 1 over the first 50 steps (or half of all, if there
-    are fewer than 100), times `falling`, from 1 towards 0 over all steps.
+    The learning rate rises to `peak` over the first 50 steps (or half of all), and falls towards 0 over all.
     """
     rising = step / min(50, steps / 2)
     falling = 1 - (step - 1) / steps
@@ -151,12 +147,12 @@ def optimizer_step(optimizer, step, steps, peak):
 def generator(args, number):
     """Random numbers for one use, so that a resumed run draws what it drew before.
 
-    number: 0 for SFT, 1 for the order of the pairs, 2 for the world's pairs. 10 leaves room for lab/.
+    number: 0 for SFT, 1 for the order of the pairs, 2 for the world's pairs, others for lab/.
     """
     return torch.Generator().manual_seed(10 * args.seed + number)
 
 
-# A source is where the pairs come from: WorldSource or FileSource, further down, or your own. It has
+# A source is where the pairs come from: WorldSource or FileSource, further down. For training it has
 #   pairs       a data.PairData: padded(rows) gives tokens (K,T) and mask (K,T) of K rows, and batch(pairs)
 #               gives tokens (2B,T), mask (2B,T), p (B,) and ref_logp (2B,), chosen rows first
 #   train       the indices of the pairs to train on
@@ -179,8 +175,8 @@ def finetune(policy, source, args):
 
 
 @torch.no_grad()
-def score(policy, pairs, args, which=slice(None)):  # -> (R,), or as many as there are in `which`
-    """log pi(y|x) of the rows of a PairData, or of `which` of them, in nats; 2B at a time, as in training."""
+def score(policy, pairs, args, which=slice(None)):  # -> (R,)
+    """log pi(y|x) of all rows of a PairData, or of `which` of them, in nats; 2B at a time, as in training."""
     rows = torch.arange(len(pairs.length))[which]
     with precision(args):
         logp = [sequence_logp(policy, *pairs.padded(part))
@@ -216,7 +212,7 @@ def train(policy, batches, args, evaluate):
         optimizer_step(optimizer, step, args.steps, args.lr)
         if step % args.log_every == 0 or step == args.steps:
             numbers = {"batch loss": loss.item(), **evaluate(policy)}
-            if numbers.get("h", 0) is None:  # NaN, or 10,000 and more: see means
+            if numbers.get("h", 0) is None:  # see means
                 raise Stopped(f"step {step}: the policy is not finite; lower --lr")
             told(f"step {step}/{args.steps}", numbers)
             log.append({"step": step, **numbers})
@@ -228,8 +224,8 @@ def train(policy, batches, args, evaluate):
 def last_checkpoint(policy, optimizer, args):
     """(step, log) of the run's ckpt.pt, whose weights and optimiser it restores; (0, []) if there is none.
 
-    Both files of a run hold its flags, which must agree (at_present says which three may differ). One
-    without a step is a ref.pt under the wrong name.
+    Its flags must be those of ref.pt, which now are in args (three may differ, see at_present). Without a
+    step it is a ref.pt under the wrong name.
     """
     path = f"{args.out}/ckpt.pt"
     if not os.path.exists(path):
@@ -247,15 +243,15 @@ def last_checkpoint(policy, optimizer, args):
 def check_start(policy, batch, logp, loss):
     """Before the first step the policy is the reference, so every margin is 0, but for rounding.
 
-    In float32 that is less than .01 nats. In bfloat16 it is more, and a second pass in float32 measures it.
-    The 4 is for the four log-probs of a margin.
+    That is .01 nats at most in float32. In bfloat16 each of a margin's four log-probs is off by more, and a
+    second pass in float32 says by how much.
     """
     exact = sequence_logp(policy, batch.tokens, batch.mask)  # outside of `precision`, so in float32
     rounding = (logp - exact).abs().max()
     largest = margin(logp, batch.ref_logp).abs().max()
     print(f"step 0: loss {loss:.6g}, largest margin {largest:.1g} nats")
     if not largest <= 4 * rounding + 0.01:  # not >, which would let a NaN pass
-        raise Stopped("before the first step a margin is not 0: ref_logp is not this policy's; make it again")
+        raise Stopped("before the first step a margin is not 0: ref_logp is not this policy's; begin anew")
 
 
 # ---------------------------------------------------------------------------------------------- measurement
@@ -279,17 +275,16 @@ def pair_numbers(logp, ref_logp, p, args):  # (2B,), (2B,), (B,) -> numbers by n
 
 
 def means(values):
-    """{name: tensor} -> {name: its mean}. None, which JSON has, stands for NaN and for 10,000 or more.
+    """{name: tensor} -> {name: its mean}. None stands for NaN, and for 10,000 or more.
 
-    A sound run stays below: the least tau is .01, for which IPO's loss begins at 50^2. Where one response
-    always wins, DPO's optimum does not, see data.optimum.
+    No sound run comes near, but DPO's optimum does where one response always wins.
     """
     values = {name: value.mean().item() for name, value in values.items()}
     return {name: value if abs(value) < 1e4 else None for name, value in values.items()}
 
 
 def told(name, numbers):
-    """Prints one line: a name, then every number with its own; - for None. (The format's z: no -0.0000.)"""
+    """Prints one line: a name, then every number with its own; - for None."""
     cells = [f"{key} {'-' if value is None else f'{value:z.4f}'}" for key, value in numbers.items()]
     print(f"{name:14}", *cells, sep="  ", flush=True)
 
@@ -304,8 +299,7 @@ class WorldSource(data.World):
         self.args = args
         self.train = torch.arange(args.pairs)
         self.sft_weight = self.base.repeat(len(self.prompts))  # (R,) how often SFT takes a row
-        # The pairs are drawn later, as with --mu ref they come from the reference. Until then this holds the
-        # values that p may take, for refuse_what_cannot_run.
+        # the values that p may take, until set_reference draws the pairs (with --mu ref from the reference)
         self.pairs.p = torch.ones(1) if args.labels == "hard" else self.pstar
 
     def set_reference(self, ref_logp):  # (R,)
@@ -316,7 +310,7 @@ class WorldSource(data.World):
         uniform = torch.full_like(ref, 1 / len(self.responses))  # EXERCISE: another mu; rows sum to 1
         self.mu = uniform if args.mu == "uniform" else ref.exp()
         self.draw(args.pairs, self.mu, args.labels, generator(args, 2))
-        # name -> log-probs (X,Y) of a policy that is known; the report has a line for each
+        # known policies: each has a line in the report, and a kl_ column
         self.exact = {"ref": ref}
         if args.loss in PSI_OF:
             worth = PSI_OF[args.loss](self.pstar)  # (X,Y,Y)
@@ -367,12 +361,9 @@ class FileSource:
 # ------------------------------------------------------------------------------------------------ the program
 
 DEVICE = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")  # cuda, mps, ... if any
-# Columns world and file: a flag's default there. Columns init_from, sample, resume: what becomes of it if
-# that flag is given, too.
-#   =      the same
-#   -      the flag does nothing, so it is refused if it is given
-#   none   not set
-# lr, say, is 2.5e-3 in a world, 1e-4 for a file, the same with --init_from, and refused with --sample.
+# For a run the columns world or file hold, and init_from, sample, resume if these flags are given. A flag's
+# default is the last of its cells there that is not "=". So lr is 1e-4 for a file with --init_from.
+# "none": not set. "-": the flag does nothing, and is refused if it is given.
 FLAGS = f"""
 flag         world    file     init_from  sample  resume  takes         meaning
 loss         ipo      ipo      =          -       -       {'|'.join(LOSSES)}  the loss on the margin
@@ -422,7 +413,7 @@ def parse(argv=None):
         alone = {"nargs": "?", "const": "yes"} if takes == "yes" else {}
         parser.add_argument(f"--{name}", **alone)
     given = vars(parser.parse_args(argv))  # SUPPRESS: what was typed, and no defaults
-    # with --resume this may be wrong, and does not matter: ref.pt has all flags
+    # any, with --resume: ref.pt has all flags
     kinds = ["world" if given.get("data", "bt") in data.WORLDS else "file"]
     # the columns init_from, sample and resume
     kinds += [kind for kind in NAMES[3:6] if kind in given]
@@ -430,8 +421,6 @@ def parse(argv=None):
     for cells in ROWS:
         row = dict(zip(NAMES, cells))
         name = row["flag"]
-        # The last of these columns that is not =. For a file with --init_from: tau has .1 and =, so .1;
-        # sft_steps has 400 and 0, so 0; n_layer has 4 and -, so it is refused.
         default = [row[kind] for kind in kinds if row[kind] != "="][-1]
         if default == "-" and name in given:
             raise Refused(f"--{name} does nothing here ({', '.join(kinds)}); leave it out")
@@ -455,7 +444,6 @@ def value_of(name, text, takes):
         return text
     low, _, high = takes.partition("..")
     kind = int if low.isdigit() else float      # "1..1e7" takes whole numbers, "0.0..1e9" all
-    # a choice such as hard|soft has no "..", so it is a ValueError, as any text that is no number
     try:
         # the f-string: argparse makes a list of --tau=--
         if kind(low) <= kind(f"{text}") <= float(high):
@@ -466,10 +454,7 @@ def value_of(name, text, takes):
 
 
 def claim(out, overwrite):
-    """Removes what an older run left in the folder.
-
-    Without --overwrite only a finished run (it has a report.json) in a world; for any other raises Refused.
-    """
+    """Removes an older run from the folder: any with --overwrite, else only a finished one in a world."""
     os.makedirs(out, exist_ok=True)
     old = {"report.json", "ckpt.pt", "ref.pt"}.intersection(os.listdir(out))
     if old and not overwrite:
@@ -483,16 +468,16 @@ def claim(out, overwrite):
 
 def refuse_what_cannot_run(source, args):
     """Raises Refused, before anything is replaced, if data, weights and loss do not fit together."""
-    # GPT-2's weights for a world, say. In a world args.tokenizer is None, unless --init_from has set it.
+    # GPT-2's weights for a world, say
     if args.tokenizer not in (None, source.tokenizer.name):
         raise Refused(f"--init_from {args.init_from} knows the tokens of {args.tokenizer}, and --data "
                       f"{args.data} has those of {source.tokenizer.name}; use weights of the same kind")
     p = source.pairs.p
-    # IPO's loss at h = 0 is infinite if a target is; DPO's never is
+    # at h = 0 it is infinite if a target is
     loss = LOSSES[args.loss](0 * p, p, args.tau)
     if not loss.isfinite().all():
         raise Refused("a label asks for an infinite margin, since this psi is infinite at 0 or 1 (as logit "
-                      "is); use --labels soft or another psi")
+                      "is); use another psi, or in bt and cyclic --labels soft")
 
 
 def run(args, policy=None, source=None):
@@ -512,7 +497,6 @@ def run(args, policy=None, source=None):
         *source.sizes, args.n_layer, args.n_head, args.n_embd))
     policy.to(args.device)
     make_reference(policy, source, args)
-    # of the known policies; for a file there are none
     columns = {name: source.numbers(logp) for name, logp in source.exact.items()}
     log = train(policy, shuffled_batches(source, args), args, source.evaluate)
     columns["after"] = source.evaluate(policy)
@@ -524,22 +508,20 @@ def run(args, policy=None, source=None):
 
 
 def make_reference(policy, source, args):
-    """SFT makes the policy the reference, whose log-prob of every row is computed once. Both go to ref.pt.
+    """SFT makes the policy the reference; its log-prob of every row is computed once. Both go to ref.pt.
 
-    What there is in ref.pt    what is done
-    nothing: a new run         its flags are saved, then SFT, then all is saved
-    flags: stopped in SFT      the same, with these flags
-    all: stopped later         reference and log-probs are taken from there; Refused if the data have changed
+    With --resume they come from there. If the run was stopped in SFT, ref.pt has its flags alone, and SFT
+    starts again. Raises Refused if the data have changed.
     """
     path = f"{args.out}/ref.pt"
     if not args.resume:
         claim(args.out, args.overwrite)
-    # Both files hold the flags, and last_checkpoint compares them. These two are no part of the run.
+    # these two are no part of the run, whose flags both files hold
     args.resume = args.overwrite = None
     saved = model.read(path) if os.path.exists(path) else {}
     if "ref_logp" in saved:  # stopped later
         model.restore(policy, saved)
-    else:  # new, or stopped in SFT: the first weights came from the seed, too
+    else:  # new, or stopped in SFT
         model.save(path, policy, args)  # only for its flags: --resume needs them if SFT is interrupted
         finetune(policy, source, args)
         saved["ref_logp"] = score(policy, source.pairs, args)
@@ -559,7 +541,7 @@ def sample(args):
 
 
 def main(argv=None):
-    """The command line. Exit status 0, 1 if a run had to stop, 2 for bad input; one line says why."""
+    """The command line. Exit status 0, 1 if a run had to stop, else 2; one line says why."""
     try:
         args = parse(argv)
         if args.data in data.WORLDS:
@@ -567,11 +549,10 @@ def main(argv=None):
         sample(args) if args.sample else run(args)
         return 0
     except (Refused, OSError, KeyboardInterrupt, RuntimeError) as error:
-        # torch says in a RuntimeError that it has no memory for such sizes; any other is a fault of ours
+        # torch says so if it has no memory for such sizes; any other RuntimeError is a fault of ours
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        # Refused makes one line of a text. A KeyboardInterrupt has none.
-        print("ipo.py:", Refused(str(error) or "interrupted; --resume goes on where it was saved"),
+        print("ipo.py:", data.one_line(str(error) or "interrupted; --resume goes on where it was saved"),
               file=sys.stderr)
         return 1 if isinstance(error, (Stopped, KeyboardInterrupt)) else 2
 

@@ -1,11 +1,10 @@
 """A GPT with GPT-2's names and shapes, sampling, files of weights, and GPT-2's own weights.
 
-Nothing here knows what a preference is. What follows "for speed" gives the same numbers faster; skip it.
+What follows "for speed" gives the same numbers faster; skip it.
 Sizes: R rows, T tokens in a row, C channels, V vocabulary (the ids that the model can emit).
 """
 import hashlib
 import os
-import zipfile
 from dataclasses import dataclass
 
 import torch
@@ -96,7 +95,7 @@ class GPT(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             if name.endswith("c_proj.weight"):
-                # as in GPT-2: the stream x is a sum of 2 n_layer outputs of c_proj
+                # as in GPT-2: 2 n_layer of these outputs add up in x
                 p.data /= (2 * config.n_layer) ** 0.5
 
     def embed(self, tokens, position):  # (...), (...) -> (...,C)
@@ -115,7 +114,7 @@ class GPT(nn.Module):
     def head(self, x):  # (...,C) -> (...,V)
         """Logits: a dot product with the word vector of each id that can be emitted ("tied" to wte)."""
         weight = self.transformer.wte.weight
-        # a slice of all would cost one more copy of the largest matrix in the backward pass
+        # for speed: the gradient of a slice is one more copy of the largest matrix
         if self.config.head_size < self.config.vocab_size:
             weight = weight[:self.config.head_size]
         return F.linear(x, weight)
@@ -141,12 +140,12 @@ def generate(policy, tokenizer, text, temperature=1.0, seed=0, max_new_tokens=64
     ids = prompt[:]
     for _ in range(min(max_new_tokens, room)):
         x = policy.hidden(torch.tensor([ids], device=device))[0, -1]  # (C,)
-        # (V,), without ids that the tokenizer lacks: some models have more, to fill up their matrices
+        # (V,), without ids that the tokenizer lacks: some models have more
         logits = policy.head(x).cpu().double()[:tokenizer.n_vocab]
         if not logits.isfinite().all():
             raise Refused("the policy's weights are not finite: its run diverged; train again, --lr lower")
-        # less their maximum, or a small temperature would overflow; at 1e-9 only the likeliest token is left
-        probs = ((logits - logits.max()) / max(temperature, 1e-9)).softmax(0)
+        # at 1e-9 only the likeliest token is left
+        probs = (logits / max(temperature, 1e-9)).softmax(0)
         token = int(torch.multinomial(probs, 1, generator=random))
         if token == tokenizer.eot_token:
             break
@@ -157,16 +156,6 @@ def generate(policy, tokenizer, text, temperature=1.0, seed=0, max_new_tokens=64
 
 # ------------------------------------------------------------------------------------------ files of weights
 
-def seal(file):
-    """A digest of an open zip file's checksums, which `save` writes to the end of the file as its comment.
-
-    torch.save writes a zip file, in which each tensor is an entry with a checksum. testzip, in `read`, finds
-    an entry that was damaged. The seal finds entries that were exchanged or added, and foreign files.
-    """
-    checksums = [(entry.filename, entry.CRC) for entry in file.infolist()]
-    return hashlib.sha256(repr(checksums).encode()).digest()
-
-
 def save(path, policy, flags, **more):
     """Writes the policy, the flags of its run (a Namespace) and `more` as one file, which `read` reads.
 
@@ -176,8 +165,8 @@ def save(path, policy, flags, **more):
     more["model"] = policy.state_dict()
     try:
         torch.save(more, f"{path}.tmp")
-        with zipfile.ZipFile(f"{path}.tmp", "a") as file:
-            file.comment = seal(file)  # "a" writes the end of the file anew, which holds the comment
+        with open(f"{path}.tmp", "r+b") as file:  # append 32 bytes, which torch.load does not read
+            file.write(hashlib.file_digest(file, "sha256").digest())
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter
         raise Refused(f"{path}: cannot be written ({short(error)}); what was saved before is still there; "
@@ -187,11 +176,12 @@ def save(path, policy, flags, **more):
 def read(path):
     """What save wrote to this file, on the CPU: a dict. No code in the file is run. Raises Refused."""
     try:
-        with zipfile.ZipFile(path) as file:
-            if file.testzip() or file.comment != seal(file):
-                raise ValueError("damaged, or not written by this program")
+        with open(path, "rb") as file:
+            content = file.read()
+        if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+            raise ValueError("damaged, or not written by this program")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a foreign file makes zipfile and torch raise a dozen kinds
+    except Exception as error:  # torch raises a dozen kinds
         raise Refused(f"{path}: not what a run saved ({short(error)}); name the ckpt.pt or ref.pt of a run; "
                       "to begin anew in its folder, leave --resume out and give --overwrite") from None
 
@@ -233,7 +223,7 @@ def from_gpt2(name):
             # GPT-2 keeps the matrices of its linear layers transposed
             flip = key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
             p.copy_(weights[key].T if flip else weights[key])  # p shares its memory with the policy's weight
-        # a variant (another activation or scale, say) has the same names, and other logits
+        # a variant (another activation, say) has the same names, and other logits
         tokens = torch.arange(8)[None]
         same = torch.allclose(policy(tokens), theirs(tokens).logits,
                               rtol=1e-4, atol=1e-3)
@@ -279,14 +269,13 @@ class Prefixes:
         position  (U,)   [0 1 2 2 0 1]                  where it stands
         where     (R,T)  [[0 1 2] [0 1 3] [4 5 0]]      each row's prefixes, then zeros that nobody looks up
         rows             ([0 1 2], 3), ([0 1 3], 1), ([4 5], 2)
-    rows: a row's prefixes, and how many of them no earlier row had. Once a row leaves the earlier ones it
-    never comes back, so the new ones are at its end. A row without new ones needs no work and is left out.
+    rows: a row's prefixes, and how many of them no earlier row had. After its first new prefix all are new. A
+    row without new ones is left out.
     """
 
     def __init__(self, tokens, wanted):  # (R,T), (R,T)
-        # A prefix is known by the number of the prefix before it (-1 if there is none) and its last token. In
-        # the example the first row makes number = {(-1,a): 0, (0,b): 1, (1,c): 2}. The second row finds the
-        # first two there and adds (1,d): 3.
+        # A prefix is known by the number of the prefix before it (-1 if there is none) and its last token:
+        # number = {(-1,a): 0, (0,b): 1, (1,c): 2, (1,d): 3, ...}
         number = {}
         position, self.rows = [], []
         self.where = torch.zeros_like(tokens)
@@ -302,7 +291,7 @@ class Prefixes:
                 numbers.append(last)
             self.where[row, :n] = torch.tensor(numbers)
             new = len(number) - before
-            if new:  # a row that stands there twice needs no work the second time
+            if new:
                 self.rows.append((self.where[row, :n], new))
         self.tokens = tokens.new_tensor([token for _, token in number])  # on the device of `tokens`
         self.position = tokens.new_tensor(position)
@@ -310,7 +299,7 @@ class Prefixes:
     def attend(self, attention, x):  # (U,C) -> (U,C)
         """Attention, a row at a time: queries of its new prefixes, keys and values of all its prefixes."""
         from torch.nn.attention.bias import causal_lower_right  # here, since it takes a second
-        # c_attn runs on the U prefixes; `take` copies, as a shared one is a key in several rows
+        # a shared prefix is a key in several rows, so `take` copies it
         numbers = [row for row, _ in self.rows]
         qkv = take(attention.c_attn(x), torch.cat(numbers))  # (U,3C) -> (all rows' lengths, 3C)
         y = []
@@ -322,13 +311,11 @@ class Prefixes:
             # the old ones had their turn in an earlier row
             z = F.scaled_dot_product_attention(q[:, :, -new:], k, v, mask)
             y.append(attention.merge(z)[0])
-        # new prefixes were numbered row by row, and y has them row by row: y[i] is prefix i
+        # row by row, as they were numbered
         return attention.c_proj(torch.cat(y))
 
 
 def take(x, where):  # (U,C), (S,) -> (S,C)
-    """x[where]. Backwards, the gradient of a row of x is a sum over all that took it, and many take a shared
-    one. In bfloat16, which has 8 significant bits, 256 + 1 is 256, so a long sum stops growing. F.embedding
-    sums in the dtype of `wide`, float32."""
+    """x[where], with gradients summed in float32. In bfloat16 256 + 1 is 256, so a long sum stops growing."""
     wide = x.float() if x.dtype == torch.bfloat16 else x
     return F.embedding(where, wide).to(x.dtype)

@@ -782,18 +782,20 @@ def flipped(whole, place, bit):
     return bytes(damaged)
 
 
-def test_a_flipped_bit_is_never_used(tmp_path):
-    """Of 300 single-bit flips each is refused in one line, or was in a byte that nothing reads."""
+def test_a_flipped_bit_is_refused(tmp_path):
+    """Each of 300, wherever it is."""
     path, rng = tmp_path / "a.pt", np.random.default_rng(0)
-    whole, refusals = saved(path), 0
+    whole = saved(path)
     for place in rng.integers(len(whole), size=300):
         path.write_bytes(flipped(whole, place, rng.integers(8)))
-        try:
-            assert same_weights(model.load(str(path))[0], gpt()), place
-        except data.Refused as error:
-            assert re.fullmatch(f"{path}: not what a run saved .*; name the ckpt.pt or .*", str(error))
-            refusals += 1
-    assert refusals > 150
+        with pytest.raises(data.Refused) as error:
+            model.load(str(path))
+        assert re.fullmatch(f"{path}: not what a run saved .*; name the ckpt.pt or .*", str(error.value))
+
+
+def test_a_file_is_one_that_torch_loads(tmp_path):
+    saved(tmp_path / "a.pt", step=7)
+    assert torch.load(tmp_path / "a.pt")["step"] == 7
 
 
 def test_nothing_else_is_left_beside_a_file(tmp_path):
@@ -1278,7 +1280,7 @@ null                                     -> null is no object
 {"chosen": "a", "rejected": "b"}         -> python -m lab.models.jsonl makes JSONL of it, with --prompt KEY if
 {"prompt": "q", "rejected": "a"}         -> 'chosen' is not among its keys
 {"prompt": "q", "chosen": "a"}           -> 'rejected' is not among its keys
-{"prompt": "q", "prompt": "q"}           -> a key stands there twice among 'prompt, prompt'; keep one
+{"prompt": "q", "prompt": "q"}           -> a key stands there twice among 'prompt'; keep one
 {"prompt": "", "chosen": 3, "rejected": "b"}                  -> 'chosen' is 3, not a text; write a text
 {"prompt": "", "chosen": "a", "rejected": [{"role": "user"}]} -> 'rejected' is [{"role": "user"}], not a text
 {"prompt": [], "chosen": "a", "rejected": "b"}                -> lists of messages run with python -m lab.
@@ -1320,7 +1322,7 @@ def test_a_half_letter_hides_nowhere(tmp_path):
 
 
 def test_a_key_twice_in_an_inner_object_is_refused(tmp_path):
-    with pytest.raises(data.Refused, match="a key stands there twice among 'b, b'"):
+    with pytest.raises(data.Refused, match="a key stands there twice among 'b'"):
         read(tmp_path, '{"prompt": "", "chosen": "a", "rejected": "b", "more": {"b": 1, "b": 2}}')
 
 
@@ -2174,7 +2176,7 @@ def test_an_edit_of_psi_is_trained(small_world, tmp_path):
 
 def test_an_infinite_target_is_refused_with_the_lesson(tmp_path):
     ipo.psi = torch.logit
-    refused("infinite at 0 or 1 (as logit is); use --labels soft", *WORLD, "--out", tmp_path)
+    refused("infinite at 0 or 1 (as logit is); use another psi", *WORLD, "--out", tmp_path)
     assert not os.listdir(tmp_path)
 
 
