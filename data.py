@@ -25,20 +25,6 @@ class Refused(ValueError):
         super().__init__(one_line(message))
 
 
-def one_line(text):
-    """The text without line breaks and a terminal's escape codes; a long one loses its middle."""
-    if len(text) > 600:
-        text = f"{text[:300]} ... {text[-250:]}"
-    # ascii writes such a character as a backslash and letters, within quotes, which [1:-1] takes off
-    return "".join(c if c.isprintable()
-                   else ascii(c)[1:-1] for c in text)
-
-
-def short(text):
-    """The first line of something that came from outside, 80 characters at most."""
-    return str(text).strip().partition("\n")[0][:80]
-
-
 # ----------------------------------------------------------------------------------------- pairs as tensors
 
 class Batch(NamedTuple):
@@ -274,6 +260,20 @@ FIRST_BYTES = {  # of files that are no JSONL
 }
 # what marks that somebody else speaks; see count_oddities
 TURNS = ("\n\nHuman:", "\n\nAssistant:", "<|im_start|>", "<|user|>", "<|start_header_id|>", "[INST]")
+
+
+def one_line(text):
+    """The text without line breaks and a terminal's escape codes; a long one loses its middle."""
+    if len(text) > 600:
+        text = f"{text[:300]} ... {text[-250:]}"
+    # ascii writes such a character as a backslash and letters, within quotes, which [1:-1] takes off
+    return "".join(c if c.isprintable()
+                   else ascii(c)[1:-1] for c in text)
+
+
+def short(text):
+    """The first line of something that came from outside, 80 characters at most."""
+    return str(text).strip().partition("\n")[0][:80]
 
 
 def get_tokenizer(name):

@@ -70,9 +70,6 @@ def dpo_loss(h, p, tau):  # (B,), (B,) -> (B,)
 
 
 LOSSES = {"ipo": ipo_loss, "dpo": dpo_loss}
-# The Psi whose pi* a run with this loss is compared with. It plays no part in training. (The lambda looks psi
-# up when it is called, so that it may be replaced.)
-PSI_OF = {"ipo": lambda q: psi(q), "dpo": torch.logit}
 
 
 def sequence_logp(policy, tokens, mask):  # (R,T), (R,T) -> (R,)
@@ -144,6 +141,38 @@ def optimizer_step(optimizer, step, steps, peak):
     optimizer.zero_grad()
 
 
+def train(policy, batches, args, evaluate):
+    """Preference training on batches, any iterable of Batch. Returns the log, a list of dicts.
+
+    evaluate(policy) gives the numbers for it. ckpt.pt in --out is as of the last log line. A run that is
+    resumed goes on from there, and skips the batches that it has seen. Raises Stopped.
+    """
+    optimizer = adam(policy)
+    seen, log = last_checkpoint(policy, optimizer, args)
+    for step, batch in enumerate(batches, 1):
+        if step <= seen:  # before the interruption
+            continue
+        with precision(args):
+            logp = sequence_logp(policy, batch.tokens, batch.mask)  # (2B,)
+        h = margin(logp, batch.ref_logp)                            # (B,)
+        loss = LOSSES[args.loss](h, batch.p, args.tau).mean()       # ()
+        if step == 1:
+            check_start(policy, batch, logp, loss)
+        loss.backward()
+        optimizer_step(optimizer, step, args.steps, args.lr)
+        if step % args.log_every == 0 or step == args.steps:
+            numbers = {"batch loss": loss.item(), **evaluate(policy)}
+            if numbers.get("h", 0) is None:  # see means
+                raise Stopped(f"step {step}: the policy is not finite; lower --lr")
+            told(f"step {step}/{args.steps}", numbers)
+            log.append({"step": step, **numbers})
+            model.save(f"{args.out}/ckpt.pt", policy, args,
+                       step=step, log=log, optimizer=optimizer.state_dict())
+    return log
+
+
+# ------------------------------------------------------------------------------------------ around the loop
+
 def generator(args, number):
     """Random numbers for one use, so that a resumed run draws what it drew before.
 
@@ -189,36 +218,6 @@ def shuffled_batches(source, args):
     for index in data.shuffled(len(source.train), args.batch_size,
                                args.steps, generator(args, 1)):
         yield source.pairs.batch(source.train[index])
-
-
-def train(policy, batches, args, evaluate):
-    """Preference training on batches, any iterable of Batch. Returns the log, a list of dicts.
-
-    evaluate(policy) gives the numbers for it. ckpt.pt in --out is as of the last log line. A run that is
-    resumed goes on from there, and skips the batches that it has seen. Raises Stopped.
-    """
-    optimizer = adam(policy)
-    seen, log = last_checkpoint(policy, optimizer, args)
-    for step, batch in enumerate(batches, 1):
-        if step <= seen:  # before the interruption
-            continue
-        with precision(args):
-            logp = sequence_logp(policy, batch.tokens, batch.mask)  # (2B,)
-        h = margin(logp, batch.ref_logp)                            # (B,)
-        loss = LOSSES[args.loss](h, batch.p, args.tau).mean()       # ()
-        if step == 1:
-            check_start(policy, batch, logp, loss)
-        loss.backward()
-        optimizer_step(optimizer, step, args.steps, args.lr)
-        if step % args.log_every == 0 or step == args.steps:
-            numbers = {"batch loss": loss.item(), **evaluate(policy)}
-            if numbers.get("h", 0) is None:  # see means
-                raise Stopped(f"step {step}: the policy is not finite; lower --lr")
-            told(f"step {step}/{args.steps}", numbers)
-            log.append({"step": step, **numbers})
-            model.save(f"{args.out}/ckpt.pt", policy, args,
-                       step=step, log=log, optimizer=optimizer.state_dict())
-    return log
 
 
 def last_checkpoint(policy, optimizer, args):
@@ -290,6 +289,11 @@ def told(name, numbers):
 
 
 # ---------------------------------------------------------------------------------- where the pairs come from
+
+# The Psi whose pi* a run with this loss is compared with. It plays no part in training. (The lambda looks psi
+# up when it is called, so that it may be replaced.)
+PSI_OF = {"ipo": lambda q: psi(q), "dpo": torch.logit}
+
 
 class WorldSource(data.World):
     """The toy world, its exact optimum, and how far a policy is from it."""
