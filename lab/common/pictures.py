@@ -50,11 +50,18 @@ def folders(out):
     return [str(path.parent) for path in files]
 
 
+def report_of(out):
+    """What stands in the folder's report.json, a dict; {} if there is none. Raises Refused."""
+    path = Path(out, "report.json")
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise data.Refused(f"{path} is damaged ({data.short(error)}); remove it") from None
+
+
 def read(out):
     """The Run in a folder."""
-    saved = model.read(f"{out}/ckpt.pt")
-    path = Path(f"{out}/report.json")
-    report = json.loads(path.read_text()) if path.exists() else {}
+    saved, report = model.read(f"{out}/ckpt.pt"), report_of(out)
     log = [FIRST, *saved.get("log", [])]
     return Run(saved["flags"], log, report.get("ref", {}), report.get("opt", {}))
 
@@ -63,8 +70,9 @@ def source_of(out):
     """The world of a run, with reference, mu, pairs and optimum as they were. Raises Refused."""
     saved = model.read(f"{out}/ref.pt")
     flags = saved["flags"] | {"device": ipo.DEVICE}  # the run may have been made on another machine
-    if flags["data"] not in data.WORLDS:
-        raise data.Refused(f"{out}: a run on the file {flags['data']}; only a world has exact answers")
+    if flags["data"] not in data.WORLDS or "ref_logp" not in saved:
+        raise data.Refused(f"{out}: ref.pt is of a run on the file {flags['data']}, or has no reference; "
+                           "name a run in a world, which has exact answers")
     source = ipo.WorldSource(argparse.Namespace(**flags))
     source.set_reference(saved["ref_logp"])
     return source

@@ -1,5 +1,6 @@
 """Claims of lab/common/pictures.py: what is drawn is what was measured, and what cannot be drawn is named."""
 import json
+import shutil
 
 import pytest
 import torch
@@ -108,6 +109,26 @@ def test_a_folder_that_is_not_there_is_named(tmp_path, capsys):
 def test_a_folder_without_a_run_says_what_is_there(tmp_path, capsys):
     (tmp_path / "notes.txt").touch()
     assert "no ckpt.pt here or one folder below, but notes.txt" in refusal(tmp_path, capsys)
+
+
+@pytest.mark.parametrize("text", ["{", "5", "[1]", "\xff"])
+def test_a_damaged_report_is_named_and_its_remedy_works(text, runs, tmp_path, capsys, figures):
+    shutil.copytree(runs / "ipo", tmp_path / "run")
+    path = tmp_path / "run/report.json"
+    path.write_bytes(text.encode("latin-1"))
+    said = refusal(tmp_path / "run", capsys)
+    assert f"{path} is damaged (" in said
+    assert said.endswith("); remove it\n")
+    path.unlink()
+    pictures.run([str(tmp_path / "run")])
+    assert f"{tmp_path}/run/runs.png" in figures
+
+
+def test_a_ref_pt_without_a_reference_is_named(runs, tmp_path):
+    """One that was stopped in SFT, or another file under this name."""
+    shutil.copy(runs / "ipo/ckpt.pt", tmp_path / "ref.pt")
+    with pytest.raises(data.Refused, match="has no reference; name a run in a world"):
+        pictures.source_of(tmp_path)
 
 
 def test_a_log_without_what_is_drawn_is_refused(tmp_path, capsys):

@@ -212,8 +212,7 @@ def check_8(answer):
     p = numbers(answer(), 3, 3)
     need(close(p + p.T, torch.ones_like(p)), "sum")
     need(p.min() >= 0, "sum")
-    around = p.diagonal(1).min(), p[2, 0]
-    need(min(around) > 0.5, "cycle")
+    need(min(p[0, 1], p[1, 2], p[2, 0]) > 0.5, "cycle")
     third = torch.full_like(p[0], 1 / 3)
     pi = optimum(third, p, 0.1)
     need(pi[0] > 0.75, "favourite", pi=pi.numpy().round(3))
@@ -299,8 +298,7 @@ def check_15(answer):
     for ref, p, tau in problems():
         pi = numbers(answer(ref, p, tau), 5)
         need(not close(pi, optimum(ref, p, tau)), "offline")
-        again = optimum(ref, p, tau, mu=pi)
-        off = (again - pi).abs().max()
+        off = (optimum(ref, p, tau, mu=pi) - pi).abs().max()
         need(off < 1e-4, "fixed", off=off, sum=pi.sum())
 
 

@@ -49,8 +49,7 @@ def seen(psi, p, tau, labels):
 
 @app.function
 def axes(title, xlabel):
-    figure = Figure(figsize=(5, 3.4), layout="constrained")
-    axis = figure.subplots()
+    axis = Figure(figsize=(5, 3.4), layout="constrained").subplots()
     axis.set(title=title, xlabel=xlabel)
     return axis
 

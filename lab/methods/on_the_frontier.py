@@ -14,7 +14,6 @@ Runs whose folders have one name are one row: their median, lowest and highest, 
 reference. Trap: a method's tau says where along the frontier it stops, so rows of different taus are no
 ranking.
 """
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -31,8 +30,8 @@ ANSWERS = {"KL to its minimiser", "KL to its exact answer", "KL(answer||pi)"}
 
 def to_answer(folder):  # -> nats, or None where no report says it
     """Looks also one folder above, where a program of several runs reports a row for each."""
-    for path in (folder / "report.json", folder.parent / "report.json"):
-        report = json.loads(path.read_text()) if path.exists() else {}
+    for where in (folder, folder.parent):
+        report = pictures.report_of(where)
         row = report.get(folder.name, report)
         for name in ANSWERS & row.keys():
             return row[name]

@@ -34,6 +34,7 @@ def found():
 
 def make(path, folder):
     """Writes what a GGUF file holds as a folder of transformers, whole or not at all."""
+    Path(f"{folder}.tmp").mkdir(parents=True, exist_ok=True)  # what cannot be written ends before the work
     transformers = chat.quiet()
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     read = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype="float32")
@@ -49,7 +50,7 @@ def run(argv):
     own = start.parser(__doc__)
     own.add_argument("--out", type=Path, default="out/smollm2", help="the folder, a new one [out/smollm2]")
     out = own.parse_args(argv).out
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise Refused(f"--out {out} is there already; give it to --init_from, or name another folder")
     make(found(), out)
     print(Refused(f"{out} holds the model. Now: python -m lab.models.hf --init_from {out} --data FILE"))

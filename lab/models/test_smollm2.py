@@ -111,6 +111,19 @@ def test_a_folder_that_is_there_is_not_touched(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(tmp_path, monkeypatch, capsys):
+    """transformers would show a bar first."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(smollm2, "found", lambda: tmp_path / "tiny.gguf")
+    line = refusal(capsys, run("--out", f"{tmp_path}/file/model"))
+    assert line.endswith("; name a file or folder that can be read and written, and has room")
+
+
+def test_a_link_to_nowhere_is_there_already(tmp_path, monkeypatch, capsys):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert "is there already" in refusal(capsys, run("--out", f"{tmp_path}/link"))
+
+
 def test_a_run_makes_the_folder_and_says_where_it_goes(made, tmp_path, monkeypatch, capsys):
     """Also of a name that ends in a slash, in a folder that is not there yet."""
     write(tmp_path / "tiny.gguf")

@@ -106,8 +106,7 @@ def run(argv=None):
     start.make_folder(args.out)
     table = train(args, runs)
     if table:
-        drawn = [pictures.read(runs[row].out) for row in table]
-        pictures.draw_runs(drawn, f"{args.out}/runs.png")
+        pictures.draw_runs([pictures.read(runs[row].out) for row in table], f"{args.out}/runs.png")
         rows = {row: start.Row({title: numbers[name] for name, title in COLUMNS.items()})
                 for row, numbers in table.items()}
         start.finish(args, answer(runs, table), start.table("loss-tau", rows), table=table)
