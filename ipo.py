@@ -142,7 +142,7 @@ def optimizer_step(optimizer, step, steps, peak):
 
 
 def train(policy, batches, args, evaluate):
-    """Preference training on batches, any iterable of Batch. Returns the log, a list of dicts.
+    """Preference training on batches, any iterable of data.Batch. Returns the log, a list of dicts.
 
     evaluate(policy) gives the numbers for it. ckpt.pt in --out is as of the last log line. A run that is
     resumed goes on from there, and skips the batches that it has seen. Raises Stopped.
