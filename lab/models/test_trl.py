@@ -4,6 +4,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -358,7 +359,8 @@ def test_the_cache_is_the_runs_own(folder, pairs, tmp_path, monkeypatch):
     (["--max-length", "9"], "--max_length"), (["--loss_typ", "ipo"], "loss_typ"),
     (["--tau", "0"], "--tau is 0.0; it takes 1e-3 to 1e9"), (["--loss", "kto"], "kto"),
     (["--beta", "1"], "(beta is --tau); leave it out"),
-    (["--nonsense", "1", "--more"], ": unrecognized arguments: --nonsense 1 --more; --help lists the flags"),
+    (["--nonsense", "1", "--more"], ": unrecognized arguments: --nonsense 1 --more (TRL has --max_steps, "),
+    (["--nonsense", "1"], "; --help lists the flags"),
     (["--data=--"], "--data=--: -- is no value; give another"), (["--data", "absent.jsonl"], "absent.jsonl"),
     (["--model", "absent"], "there is no such folder")])
 def test_bad_flags_are_a_line(change, words, folder, pairs, tmp_path, capsys):
@@ -372,6 +374,7 @@ def test_bad_flags_are_a_line(change, words, folder, pairs, tmp_path, capsys):
 @pytest.mark.parametrize("change, words", [
     (["--gradient_accumulation_steps", "0"], "by zero"),
     (["--resume_from_checkpoint", "nope"], "Can't find a valid checkpoint at nope"),
+    (["--attn_implementation", "flash_attention_2"], "FlashAttention2"),
     (["--model_init_kwargs", '{"a": 1}'], "unexpected keyword argument 'a'")])
 def test_what_trl_does_not_check_is_a_line(change, words, folder, pairs, tmp_path, capsys):
     """Neither a traceback nor the bar that TRL shows while it scores the reference."""
@@ -380,6 +383,15 @@ def test_what_trl_does_not_check_is_a_line(change, words, folder, pairs, tmp_pat
     assert line.startswith("trl_ipo: ")
     assert words in line
     assert line.endswith("; change the flag that this is about, --help lists all")
+
+
+def test_damaged_weights_are_a_line(folder, pairs, tmp_path, capsys):
+    """safetensors raises an error of its own kind."""
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model/model.safetensors").write_bytes(b"cut")
+    assert main(argv(str(tmp_path / "model"), pairs, tmp_path / "out")) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert "header" in line
 
 
 def test_a_refusal_has_no_warnings_before_it(pairs, tmp_path):

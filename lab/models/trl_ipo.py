@@ -97,7 +97,7 @@ def parse(argv):
     parser.add_argument("--tau", type=float, default=0.1, help="strength of the pull to the reference [0.1]")
     args, m, own, rest = parser.parse_args_and_config(argv, return_remaining_strings=True)
     if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(f"unrecognized arguments: {' '.join(rest)} (TRL has --max_steps, --learning_rate, ...)")
     args.beta = own.tau
     if not 1e-3 <= own.tau <= 1e9:
         raise Refused(f"--tau is {own.tau}; it takes 1e-3 to 1e9")
@@ -144,8 +144,7 @@ def run(argv):
                              quantization_config=trl.get_quantization_config(m))
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         trainer.save_model()
-    # what TRL raises on flags that it cannot use; Refused and Stopped are ValueErrors, too
-    except (ValueError, RuntimeError, TypeError, ArithmeticError) as error:
+    except Exception as error:  # of any kind, where TRL, transformers or safetensors cannot use something
         why = f"{start.reason(error)}; change the flag that this is about, --help lists all"
         raise error if isinstance(error, Refused) else Refused(why) from None
     print(f"\nThe model is trained on {len(pairs):,} pairs; it is in {Refused(args.output_dir)}.")
