@@ -1,6 +1,8 @@
-"""What do lab's tests share? The core's folder, the paper's Psi whatever a student made of it, a tiny world.
+"""What do lab's tests share? The core's folder, the paper's Psi whatever a student made of it, a tiny world,
+and what the pages quote.
 """
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -49,3 +51,20 @@ def figures(monkeypatch):
     drawn = {}
     monkeypatch.setattr(pictures, "save", lambda figure, path: drawn.update({path: figure}))
     return drawn
+
+
+@pytest.fixture
+def quoted(request):
+    """{command: the lines that it printed}: what stands under each `<!-- measured: COMMAND -->` of the room.
+
+    That is a fenced block, or a table.
+    """
+    page = (request.path.parent / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"<!-- measured: (.+?) -->\n+(?:```\n(.*?)```|((?: *\|[^\n]*\n)+))", page, re.S)
+    return {command: (fenced or table).splitlines() for command, fenced, table in found}
+
+
+@pytest.fixture
+def cells():
+    """The cells of a row of a table, without what pads them."""
+    return lambda line: [cell.strip() for cell in line.strip().strip("|").split("|")]

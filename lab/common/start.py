@@ -3,7 +3,7 @@
 `parser` and `parse` read a program's own flags beside those of ipo.py that mean something in it. `start`
 makes policy, pairs and reference as ipo.run does before it trains, so that a program with the same flags
 begins where `python ipo.py` begins. `fit` trains on any loss. `finish` says the answer, then its figures, a
-`table` of Rows for instance, and writes OUT/report.json.
+`table` of Rows for instance, in Markdown, and writes OUT/report.json.
 `main` turns what went wrong into one line and an exit status.
 """
 import argparse
@@ -27,9 +27,9 @@ REMEDIES = {OSError: "name a file or folder that can be read and written, and ha
 def parser(doc):
     """A parser for a program's own flags; `parse` takes it. The first command in doc names the program."""
     raw = argparse.RawDescriptionHelpFormatter
-    own = ipo.Parser(description=doc, formatter_class=raw, allow_abbrev=False)
-    command = re.search(r"python -m (lab[.\w]+)", doc)
-    own.set_defaults(program=command[1] if command else None)  # so the saved flags of a run say who made it
+    name = re.search(r"python -m (lab[.\w]+)", doc)[1]
+    own = ipo.Parser(f"python -m {name}", description=doc, formatter_class=raw, allow_abbrev=False)
+    own.set_defaults(program=name)  # so the saved flags of a run say who made it
     return own
 
 
@@ -45,6 +45,7 @@ def parse(own, argv, defaults="", without=(), world=False):
         own.add_argument("--data", default="bt", choices=data.WORLDS, help="a world has exact answers [bt]")
     useful = [f"--{name}" for name, *_ in ipo.ROWS if name not in useless]
     own.epilog = f"flags of python ipo.py that count here, too:\n{textwrap.fill(' '.join(useful), 100)}"
+    own.epilog += f"\nother defaults than there: {defaults or 'none'}"
     mine, rest = own.parse_known_args(argv)
     refuse_given(rest, useless, "does nothing in this program")
     args = ipo.parse([*defaults.split(), *rest])
@@ -121,13 +122,13 @@ class Row(dict):
         for name, value in self.items():
             shown = f"{value:z.4f}" if isinstance(value, float) else value or "-"
             cells.append(shown.rjust(max(len(name), 7)))
-        return "  ".join(cells)
+        return f"| {' | '.join(cells)} |"
 
 
 def table(first, rows):  # a name for the first column, {name: Row} -> figures for start.finish
-    """The rows with their head."""
-    head = Row({name: name for name in next(iter(rows.values()))})
-    return {first: str(head), **rows}
+    """The rows with their head, as Markdown."""
+    columns = next(iter(rows.values()))
+    return {first: Row(zip(columns, columns)), "---": Row.fromkeys(columns, "---:"), **rows}
 
 
 def finish(args, answer, figures, **more):
@@ -138,7 +139,8 @@ def finish(args, answer, figures, **more):
     print(f"\n{answer}")
     for name, value in figures.items():
         shown = f"{value:z.4f}" if isinstance(value, float) else value
-        print(f"  {name:24} {'-' if value is None else shown}")
+        label = f"| {name}" if isinstance(value, Row) else name
+        print(f"  {label:24} {'-' if value is None else shown}")
     report = {"flags": vars(args), "answer": answer, **figures, **more}
     with open(f"{args.out}/report.json", "w") as file:
         json.dump(report, file, indent=1, default=str)

@@ -145,7 +145,7 @@ def run(argv):
     far = max(row["KL to its minimiser"] or 0 for row in rows.values())
     said = (f"World {args.data}: each ends at the exact minimiser of its own loss, which is no pi*. "
             f"The trained policies of {', '.join(rows)} are at most {far:.4f} nats from there.")
-    start.finish(args, said, start.table("KL, loss in nats", rows))
+    start.finish(args, said, start.table("KL in nats", rows))
 
 
 if __name__ == "__main__":

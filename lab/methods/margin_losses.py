@@ -5,7 +5,7 @@ pair costs p f(z) + (1-p) f(-z) on average. The z of least cost is a function of
 links of all pairs are differences of two scores (logit's are, under Bradley-Terry), or f is a square, the
 minimiser is pi* of eq. 7 with Psi = link. Elsewhere it is another policy.
 
-  python -m lab.methods.margin_losses                          eleven losses and cDPO, at tau 1
+  python -m lab.methods.margin_losses                          ten losses at tau 1; rebel needs --labels soft
   python -m lab.methods.margin_losses --loss savage --lr 3e-4  one of them; flags of ipo.py count
   python -m lab.methods.margin_losses --noise 0.1              ipo, dpo, cdpo, robust with flipped labels
 
@@ -14,7 +14,7 @@ Each row says where the policy ended: against pi* of the Psi named, for the true
 exact minimiser of this very loss on endless labels of the run's kind, flips included. A Psi in brackets is
 not the loss's own link: cdpo and robust are meant to find DPO's pi* behind noise, and discopop has no link.
 Traps: discopop's slope at z = 0 is +.784, so its first step leads away from the chosen response. Savage's
-slope vanishes where coin flips have pushed z. rebel needs --labels soft, since logit of 1 is infinite.
+slope vanishes where coin flips have pushed z. At p = 1 rebel would ask for an infinite margin.
 """
 import functools
 import math
@@ -198,7 +198,7 @@ def run(argv):
     start.make_folder(args.out)
     sources = [prepared(name, args) for name in names]
     rows = {source.args.loss: row(source) for source in sources}
-    start.finish(args, answer(rows, args), start.table("KL and loss in nats", rows))
+    start.finish(args, answer(rows, args), start.table("KL in nats", rows))
 
 
 if __name__ == "__main__":

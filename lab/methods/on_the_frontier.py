@@ -78,7 +78,7 @@ def run(argv):
     own.add_argument("folders", nargs="+", help="of a run each, or of folders of runs")
     own.add_argument("--out", default="out/picture", help="folder for the picture [out/picture]")
     args = own.parse_args(argv)
-    methods, worlds = {}, set()
+    methods, worlds, table, lost = {}, set(), {}, []
     files = [path for given in args.folders for path in sorted(Path(given).rglob("ckpt.pt"))]
     for path in files:
         world, frontier, row = place(path.parent)
@@ -89,15 +89,16 @@ def run(argv):
                            "name folders of finished runs in one world")
     start.make_folder(args.out)
     draw(methods, frontier, f"{args.out}/family.png")
-    table = {"| method": f"| runs | {' | '.join(row)} |", "|---": "|---" * 5 + "|"}
     for number, (name, rows) in enumerate(methods.items(), 1):
-        cells = [cell([each[column] for each in rows]) for column in row]
-        table[f"| {number} {name}"] = f"| {len(rows)} | {' | '.join(cells)} |"
-    lost = [(each["below the frontier"], name) for name, rows in methods.items() for each in rows]
+        lost += [(each["below the frontier"], name) for each in rows]
+        line = start.Row(runs=str(len(rows)))
+        for column in row:
+            line[column] = cell([each[column] for each in rows])
+        table[f"{number} {name}"] = line
     above = sum(below < -1e-6 for below, _ in lost)
     said = (f"Of {len(lost)} policies {above} lie above the frontier. The lowest is one of {max(lost)[1]}, "
             f"which wins {max(lost)[0]:.4f} less than is possible at its KL.")
-    start.finish(args, said, table, methods=methods)
+    start.finish(args, said, start.table("method, KL in nats", table), methods=methods)
 
 
 if __name__ == "__main__":

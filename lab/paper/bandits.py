@@ -132,21 +132,18 @@ def run(argv=None):
 
 def finish(args, runs):
     """The answer, the table under it, and report.json."""
-    gaps, figures = [], {}
+    gaps, rows, left = [], {}, {}
     for name, one in runs.items():
-        pi = torch.tensor(one.log[-1]["pi"])
-        best = torch.tensor(one.opt["pi"])
-        gaps.append((pi - best).abs().max().item())
-        figures[name] = f"{shown(pi)}, optimum {shown(best)}"
+        left[name] = one._asdict()
+        row = start.Row()
+        for action, pi, best in zip("abc", one.log[-1]["pi"], one.opt["pi"]):
+            gaps.append(abs(pi - best))
+            row[action] = pi
+            row[f"best {action}"] = best
+        rows[name] = row
     said = "Yes" if max(gaps) < CLOSE else "Not yet, raise --steps"
-    answer = (f"{said}: on {args.data} IPO and DPO end at most {max(gaps):.4f} from their optima. "
-              f"DPO's is {shown(best)} at every tau.")
-    runs = {name: one._asdict() for name, one in runs.items()}
-    start.finish(args, answer, figures, runs=runs)
-
-
-def shown(pi):
-    return " ".join(f"{each:.4f}" for each in pi)
+    answer = f"{said}: on {args.data} IPO and DPO end at most {max(gaps):.4f} from their optima."
+    start.finish(args, answer, start.table("probability of", rows), runs=left)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,6 @@ def run(argv=None):
     led = exact.limit(ref, pstar, source.mu, args.tau, args.labels)
     reached = exact.margins(pictures.policy_of(args.out, source), ref)
     card = {
-        "p": CARD,
         "target": asked(args.tau),
         "labels": at_card(pstar, exact.margins(led, ref)),
         "reached": at_card(pstar, reached),
@@ -70,7 +69,8 @@ def run(argv=None):
               f"KL(labels||pi*) {away:z.4f} nats: these labels lead {where}.")
     columns = [str(p) for p in CARD]
     rows = {name: start.Row(zip(columns, values)) for name, values in card.items()}
-    start.finish(args, answer, rows, **report, card=card, kl_labels_opt=away)
+    table = start.table("margin in nats at p =", rows)
+    start.finish(args, answer, table, **report, card=card, kl_labels_opt=away)
 
 
 if __name__ == "__main__":

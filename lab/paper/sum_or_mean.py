@@ -89,7 +89,7 @@ def run(argv=None):
     nearest = min(row["to that"] for row in means)
     answer = (f"The sum leads to pi*. The mean leads up to {away:.4f} nats from pi* of its tau, "
               f"and never nearer than {nearest:.4f} to that of any tau.")
-    start.finish(args, answer, start.table("nats", table), table=table)
+    start.finish(args, answer, start.table("KL in nats", table), table=table)
 
 
 if __name__ == "__main__":

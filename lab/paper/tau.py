@@ -109,7 +109,7 @@ def run(argv=None):
         pictures.draw_runs([pictures.read(runs[row].out) for row in table], f"{args.out}/runs.png")
         rows = {row: start.Row({title: numbers[name] for name, title in COLUMNS.items()})
                 for row, numbers in table.items()}
-        start.finish(args, answer(runs, table), start.table("loss-tau", rows), table=table)
+        start.finish(args, answer(runs, table), start.table("loss-tau, KL in nats", rows), table=table)
     if len(table) < len(runs):
         raise ipo.Stopped("some runs had to stop, as said above; lower --lr or raise --tau")
 

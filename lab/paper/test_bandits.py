@@ -174,9 +174,20 @@ def test_the_printed_d3_leaves_all_at_a_third(tmp_path, figures):
 @pytest.mark.parametrize("steps, said", [(3000, "Yes: on d1"), (100, "Not yet, raise --steps: on d1")])
 def test_the_answer_stands_before_the_figures(tmp_path, figures, capsys, steps, said):
     run(tmp_path, "--steps", steps, "--tau", 0.1)
-    answer, *rows = capsys.readouterr().out.splitlines()[-3:]
+    answer, _, _, *rows = capsys.readouterr().out.splitlines()[-5:]
     assert answer.startswith(said)
-    assert [row[2:14] for row in rows] == ["ipo, tau 0.1", "dpo, tau 0.1"]
+    assert [row[4:16] for row in rows] == ["ipo, tau 0.1", "dpo, tau 0.1"]
+
+
+@pytest.mark.parametrize("name", ["d1", "d3prime"])
+def test_the_readme_quotes_the_optima(tmp_path, figures, capsys, quoted, cells, name):
+    """The table that the page has for these pairs, but for where training ends."""
+    run(tmp_path, "--data", name, "--steps", 1)
+    printed = [cells(line) for line in capsys.readouterr().out.splitlines() if line.startswith("  |")]
+    page = [cells(line) for line in quoted[f"python -m lab.paper.bandits --data {name}"]]
+    assert page[0] == printed[0]
+    for row, due in zip(page, printed, strict=True):
+        assert row[::2] == due[::2]
 
 
 BAD = [

@@ -33,6 +33,14 @@ def weights(out):
     return torch.cat([p.flatten() for p in policy.parameters()])
 
 
+def test_the_readme_s_card_has_what_tanh_asks_for(quoted, cells, monkeypatch):
+    monkeypatch.setattr(ipo, "psi", psi.PSIS["tanh"])
+    head, _, asked, *others = [cells(line) for line in quoted["python -m lab.paper.psi --psi tanh"]]
+    assert head[1:] == [str(p) for p in psi.CARD]
+    assert asked == ["target", *[f"{nats:.4f}" for nats in psi.asked(0.2)]]
+    assert [row[0] for row in others] == ["labels", "reached"]
+
+
 @pytest.mark.parametrize("name", psi.PSIS)
 def test_the_card_says_what_a_pair_asks_for(name, monkeypatch):
     """(Psi(p) - Psi(1-p)) / (2 tau), by hand; a tie asks for 0."""
@@ -90,7 +98,7 @@ def test_the_square_s_pi_star_is_another_and_the_answer_says_so(tmp_path):
 def test_the_identity_s_labels_lead_to_pi_star(tmp_path, capsys):
     answer = run(tmp_path, "--psi", "identity")["answer"]
     assert "KL(labels||pi*) 0.0000 nats: these labels lead to pi*" in answer
-    assert f"{answer}\n  p   " in capsys.readouterr().out
+    assert f"{answer}\n  | margin in nats at p" in capsys.readouterr().out
 
 
 LEAD = [("identity", "soft", True), ("identity", "hard", True), ("logit", "soft", True),

@@ -88,6 +88,12 @@ def test_the_table_has_a_row_for_each_form_and_tau(tmp_path, capsys):
     assert f"{table['mean 0.5']['to pi*']:.4f}" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_the_readme_quotes_the_program(tmp_path, capsys, quoted):
+    sum_or_mean.run(["--out", str(tmp_path)])
+    _, _, *printed = capsys.readouterr().out.splitlines()
+    assert printed == quoted["python -m lab.paper.sum_or_mean"]
+
+
 BAD = [
     (["--loss", "dpo"], "--loss"),
     (["--data", "pairs.jsonl"], "invalid choice"),

@@ -47,6 +47,13 @@ def test_all_runs_of_a_seed_have_one_reference(grid):
     assert all(torch.equal(first, other) for other in others)
 
 
+def test_the_readme_s_table_has_the_rows_and_columns_of_the_program(quoted, cells):
+    _, runs = tau.plan([])
+    head, _, *rows = [cells(line) for line in quoted["python -m lab.paper.tau"]]
+    assert head[1:] == list(tau.COLUMNS.values())
+    assert [row[0] for row in rows] == list(runs)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_table_has_the_reports_numbers(grid, name):
     row, run = report(grid)["table"][name], report(grid / name)
@@ -83,10 +90,10 @@ def test_one_run_has_one_end(tmp_path, figures):
     assert report(tmp_path)["answer"].count("(tau 1)") == 1
 
 
-def test_what_is_infinitely_far_is_a_dash(tmp_path, figures, capsys):
+def test_what_is_infinitely_far_is_a_dash(tmp_path, figures, capsys, cells):
     """DPO's pi* on certain preferences."""
     tau.run([*SHORT, "--data", "deterministic", "--loss", "dpo", "--tau", "1", "--out", str(tmp_path)])
-    row = capsys.readouterr().out.splitlines()[-1].split()
+    row = cells(capsys.readouterr().out.splitlines()[-1])
     assert report(tmp_path)["table"]["dpo-1"]["kl_opt"] is None
     assert row[3] == "-"
 
@@ -95,11 +102,11 @@ def test_the_picture_lies_beside_the_report(grid):
     assert (grid / "runs.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_every_seed_has_its_row(tmp_path, figures, capsys):
+def test_every_seed_has_its_row(tmp_path, figures, capsys, cells):
     tau.run([*SHORT, "--loss", "ipo", "--tau", "0.5", "--seed", "0", "1", "--out", str(tmp_path)])
     said = capsys.readouterr().out.splitlines()
     assert said[:2] == [f"run 1/2: {tmp_path}/ipo-0.5-0", f"run 2/2: {tmp_path}/ipo-0.5-1"]
-    assert [line.split()[0] for line in said[-2:]] == ["ipo-0.5-0", "ipo-0.5-1"]
+    assert [cells(line)[0] for line in said[-2:]] == ["ipo-0.5-0", "ipo-0.5-1"]
 
 
 def test_a_run_that_stops_leaves_the_others(tmp_path, monkeypatch, figures, capsys):
