@@ -149,7 +149,7 @@ def test_the_loss_of_logit_is_ipo_with_that_psi(monkeypatch):
     (["--loss", "dpo"], "--loss"),
     (["--data", "pairs.jsonl"], "invalid choice: 'pairs.jsonl'"),
     (["--pairs", "5"], "--compare"),
-    (["--compare", "--labels", "hard"], "--compare"),
+    (["--compare", "--labels", "hard"], "--labels does nothing"),
     (["--compare", "--data", "cyclic"], "--compare"),
     (["--compare", "--kl", "k3"], "--compare"),
 ])
