@@ -44,10 +44,9 @@ def examined(args):
     if args.trl and (args.loss or args.tokens) or args.loss_type and not args.trl:
         raise Refused("--loss_type does nothing without --trl, which takes no other loss and no --tokens")
     if args.trl:
-        function, tau = with_tau(tokens.of_trl(args.loss_type or "ipo"), args.tau or "beta")
-    else:
-        function, tau = with_tau(margin.load(args.loss), args.tau)
-    if args.trl or args.tokens:
+        return of_tokens(*with_tau(tokens.of_trl(args.loss_type or "ipo"), args.tau or "beta"))
+    function, tau = with_tau(margin.load(args.loss), args.tau)
+    if args.tokens:
         return of_tokens(function, tau)
     return {"over tokens": "sum", **margin.examine(margin.Loss(function), tau)}
 
@@ -95,9 +94,8 @@ def sentence(report):
         text = f"this is IPO with tau = {tau:.4g}, times {report['factor']:.4g}: it asks for {asked:.4g} nats"
         text += f", eq. 17 at the tau named for {due:.4g}" if due else ""
     else:
-        at = report["stops at"]
         text = f"this is {name} with beta = {tau:.4g}, times {report['factor']:.4g}, not IPO: a certain pair "
-        text += "never stops" if math.isnan(at) else f"stops at {at:.4g} nats"
+        text += "never stops" if math.isnan(report["stops at"]) else f"stops at {report['stops at']:.4g} nats"
     if report["slope at h = 0"] > 0:
         text += "; its sign is wrong, since it pushes the chosen response down"
     return begin + text + UNITS.get(kind, f"; h is no log-ratio of responses: it takes the {kind}")

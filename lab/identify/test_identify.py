@@ -239,6 +239,22 @@ def test_the_first_line_is_the_verdict(file, capsys):
     assert not any("{" in line for line in rest)
 
 
+@pytest.fixture
+def page(quoted):
+    """{flags: the first line} of the commands in the README."""
+    lines = quoted["python -m lab.identify"]
+    flags = [line.removeprefix("$ python -m lab.identify ") for line in lines[::2]]
+    return dict(zip(flags, lines[1::2], strict=True))
+
+
+def test_the_readme_quotes_the_first_lines(file, page, capsys):
+    """Of the commands without --trl; mine.py has the misreading."""
+    for flags, first in page.items():
+        if "--trl" not in flags:
+            argv = flags.replace("mine.py:loss", f"{file}:misread").split()
+            assert command(capsys, *argv)[1].splitlines()[0] == first
+
+
 @pytest.mark.parametrize("flags", ["FILE:ipo", "FILE:t_mean --tokens"])
 def test_the_tau_that_is_named_reaches_the_loss(file, flags, capsys):
     """Of one number, and of tokens."""
@@ -296,13 +312,18 @@ def cost_at_known_ratios(loss):
     ("ipo", "mean", "ipo", 19.8025),
     ("sigmoid", "sum", "dpo", 0.616344),
     ("hinge", "sum", "hinge", 0.84)])
-def test_trl(trl, loss_type, kind, is_called, cost):
-    """TRL's own trainer with its own beta of .1: (.55 - 5)^2, -log s(.16) and 1 - .16."""
+def test_trl(trl, page, loss_type, kind, is_called, cost):
+    """TRL's own trainer with its own beta of .1: (.55 - 5)^2, -log s(.16) and 1 - .16.
+
+    What the README quotes is what is said.
+    """
     loss = tokens.of_trl(loss_type)
     assert cost_at_known_ratios(loss) == pytest.approx(cost, rel=1e-5)
     report = identify.of_tokens(*identify.with_tau(loss, "beta"))
     assert report["over tokens"] == kind
     assert report["verdict"] == is_called and report["tau"] == pytest.approx(0.1)
+    said = identify.sentence(report)
+    assert page.get(f"--trl --loss_type {loss_type}", said) == said
 
 
 def test_a_loss_of_trl_that_is_none_of_the_margin(trl):
