@@ -282,6 +282,13 @@ def test_the_program_ends_in_its_answer(tmp_path, capsys):
     assert report["flags"]["program"] == "lab.common.exact"
 
 
+@pytest.mark.parametrize("world", data.WORLDS)
+def test_the_readme_quotes_the_answer(tmp_path, capsys, quoted, world):
+    exact.run(["--data", world, "--tau", "0.2", "--out", str(tmp_path)])
+    lines, = quoted.values()
+    assert capsys.readouterr().out.splitlines()[1] in lines
+
+
 def test_bad_input_is_one_line(tmp_path, capsys):
     assert start.main("exact", exact.run, ["--tau", "0", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err

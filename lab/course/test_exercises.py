@@ -318,6 +318,13 @@ def test_a_question_hides_its_hints(tmp_path):
     assert "where must it be flat" not in done.stdout
 
 
+def test_the_readme_quotes_the_list(quoted):
+    """As it is while no question is answered."""
+    due = [f"{number:3} {minutes:>4} min  {title:34} open"
+           for number, (title, minutes, _) in course.questions().items()]
+    assert quoted["python -m lab.course"] == due
+
+
 def test_programs_that_questions_name_exist():
     """python -m lab.ROOM.NAME is a file, or lab.ROOM a room."""
     for page in ("EXERCISES.md", "README.md", "TEACHING.md"):
