@@ -398,6 +398,7 @@ def encode(pairs, tokenizer, block_size):
         elif room < 1:
             notes[f"pairs dropped: a response leaves no room for a prompt in {block_size} tokens"] += 1
         else:
+            # True counts as 1; tell leaves zeros out
             notes[f"prompts cut from the left to fit {block_size} tokens"] += len(prompt) > room
             prompt = prompt[-room:] or end  # an empty one is end of text, as GPT-2 has it before each text
             prompts += [prompt, prompt]
@@ -420,7 +421,6 @@ def count_oddities(pairs, notes):
     for prompt, chosen, rejected, _ in pairs:
         pair = prompt, chosen, rejected
         texts = f"{chosen} {rejected}"
-        # True counts as 1; tell leaves zeros out
         notes[f"empty prompts: the response follows {EOT}"] += not prompt
         notes["pairs with an empty or blank response"] += not (chosen.strip() and rejected.strip())
         notes["pairs with another turn or a role in a response"] += any(turn in texts for turn in TURNS)

@@ -15,8 +15,8 @@ chosen and yl the rejected response of a pair, and p is the probability that yw 
   python ipo.py --data FILE.jsonl                   pairs of your own
   python ipo.py --data FILE.jsonl --init_from gpt2  ... and GPT-2's weights
 
-Sizes: B pairs, R rows (a row is a prompt with one response), T tokens in a row, C channels, V vocabulary, S
-scored tokens. The comment after a signature, such as (R,T) -> (R,), gives the shapes that go in and come out.
+Sizes: B pairs, R rows (a row is a prompt with one response), T tokens in a row. The comment after a
+signature, such as (R,T) -> (R,), gives the shapes that go in and come out.
 """
 import argparse
 import json
@@ -62,8 +62,8 @@ def ipo_loss(h, p, tau):  # (B,), (B,) -> (B,)
 def dpo_loss(h, p, tau):  # (B,), (B,) -> (B,)
     """-log s(tau h), weighted by p, and the same for the exchanged pair, weighted by 1 - p.
 
-    Its slope in h is tau (s(tau h) - p). So it is least where s(tau h) = p, that is at tau h = logit(p). For
-    p = 1 the slope is never 0, and h never stops growing.
+    log s(z) has the slope 1 - s(z), so the slope in h is tau (s(tau h) - p). It is 0 where s(tau h) = p, that
+    is at tau h = logit(p). For p = 1 it never is, and h never stops growing.
     """
     return -(p * logsigmoid(tau * h)
              + (1 - p) * logsigmoid(-tau * h))
@@ -83,7 +83,7 @@ def sequence_logp(policy, tokens, mask):  # (R,T), (R,T) -> (R,)
         mask              0   0   1   1
         predicted there   x1  y2  y3
         scored            0   1   1         the mask without its first column
-    S counts the ones in `scored` of all rows.
+    S counts the ones in `scored` of all rows. C are channels, V is the vocabulary.
     """
     device = next(policy.parameters()).device
     tokens, mask = tokens.to(device), mask.to(device)
@@ -135,7 +135,8 @@ def optimizer_step(optimizer, step, steps, peak):
     falling = 1 - (step - 1) / steps
     group = optimizer.param_groups[0]  # there is one, with all weights
     group["lr"] = peak * min(rising, 1) * falling
-    if not torch.nn.utils.clip_grad_norm_(group["params"], 1.0).isfinite():
+    norm = torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+    if not norm.isfinite():
         raise Stopped("the loss or its gradient is not finite; lower --lr or --sft_lr, or raise --tau")
     optimizer.step()
     optimizer.zero_grad()
@@ -290,8 +291,8 @@ def told(name, numbers):
 
 # ---------------------------------------------------------------------------------- where the pairs come from
 
-# The Psi whose pi* a run with this loss is compared with. It plays no part in training. (The lambda looks psi
-# up when it is called, so that it may be replaced.)
+# The Psi whose pi* a run with this loss is compared with. It plays no part in training. (The lambda looks
+# ipo.psi up when it is called, so that lab/ may replace it.)
 PSI_OF = {"ipo": lambda q: psi(q), "dpo": torch.logit}
 
 
@@ -472,7 +473,7 @@ def claim(out, overwrite):
 
 def refuse_what_cannot_run(source, args):
     """Raises Refused, before anything is replaced, if data, weights and loss do not fit together."""
-    # GPT-2's weights for a world, say
+    # None: a world, with new weights. Refused: GPT-2's weights for a world, say
     if args.tokenizer not in (None, source.tokenizer.name):
         raise Refused(f"--init_from {args.init_from} knows the tokens of {args.tokenizer}, and --data "
                       f"{args.data} has those of {source.tokenizer.name}; use weights of the same kind")
@@ -496,7 +497,7 @@ def run(args, policy=None, source=None):
         args.block_size = policy.config.block_size  # a file's texts are cut to it
     source = source or (WorldSource(args) if args.data in data.WORLDS else FileSource(args))
     refuse_what_cannot_run(source, args)  # before make_reference removes an older run
-    args.tokenizer = source.tokenizer.name
+    args.tokenizer = source.tokenizer.name  # saved with the flags, for model.load
     policy = policy or model.GPT(model.GPTConfig(
         *source.sizes, args.n_layer, args.n_head, args.n_embd))
     policy.to(args.device)
@@ -520,7 +521,7 @@ def make_reference(policy, source, args):
     path = f"{args.out}/ref.pt"
     if not args.resume:
         claim(args.out, args.overwrite)
-    # these two are no part of the run, whose flags both files hold
+    # so that ref.pt and ckpt.pt hold neither
     args.resume = args.overwrite = None
     saved = model.read(path) if os.path.exists(path) else {}
     if "ref_logp" in saved:  # stopped later
