@@ -296,7 +296,7 @@ def test_a_package_that_is_missing_is_named_with_its_remedy(tmp_path, monkeypatc
 
 TABLES = {
     "prompt,chosen,rejected\na, b, c, d\n": "more cells than the table's first line",
-    "prompt,chosen,chosen,rejected\na,b,x,c\n": "a key stands there twice among 'prompt, chosen, chosen",
+    "prompt,chosen,chosen,rejected\na,b,x,c\n": "a key stands there twice among 'prompt, chosen",
     json.dumps({"prompt": ["a", "b"], "chosen": ["c"], "rejected": ["d", "e"]}):
         "its columns differ in their numbers of rows: prompt 2, chosen 1, rejected 2",
 }
