@@ -1,5 +1,7 @@
 """Claims of lab/common/start.py, tried with a program that has a flag of its own."""
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -158,3 +160,22 @@ REASONS = [
 @pytest.mark.parametrize("error, text", REASONS)
 def test_the_reason_of_somebody_else_s_exception(error, text):
     assert start.reason(error) == text
+
+
+LAB = Path(__file__).parent.parent
+NAMED = r"python -m (lab[.\w]+\w)((?: [^\s`|#]+)*)"  # a program, and what follows it on its line
+PAGES = sorted(LAB.rglob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(LAB)))
+def test_the_commands_of_a_page_name_programs_and_flags_that_exist(page):
+    """A flag is one of ipo.py, or stands in the program. (trl_ipo takes TRL's.)"""
+    known = {name for name, *_ in ipo.ROWS}
+    for name, rest in re.findall(NAMED, page.read_text(encoding="utf-8")):
+        path = LAB.parent / name.replace(".", "/")
+        file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+        if name != "lab.models.trl_ipo":
+            text = file.read_text(encoding="utf-8")
+            words = set(re.findall(r"\w+", text))
+            flags = set(re.findall(r"--(\w+)", rest))
+            assert flags <= known | words, name
