@@ -20,7 +20,7 @@ from data import Refused, short
 from lab.common import start
 
 KEYS = ("prompt", "chosen", "rejected")
-CONVERT = f"; of ShareGPT's messages, of a single one or a text {data.CONVERT}"
+CONVERT = f"; of ShareGPT's messages, of a single one or a text {data.CONVERT} (with --prompt KEY)"
 
 
 def quiet():

@@ -370,6 +370,8 @@ def test_the_advice_on_sharegpt_can_be_followed(tmp_path, capsys):
     (tmp_path / "source").write_text(json.dumps(row))
     assert convert(tmp_path, tmp_path / "source") == 2
     assert "python -m lab.models.jsonl FILE --prompt KEY" in capsys.readouterr().err
+    with pytest.raises(data.Refused, match="lab.models.jsonl makes JSONL of it .with --prompt KEY"):
+        chat.conversation(row, Counter())  # what lab.models.hf says
     assert convert(tmp_path, tmp_path / "source", "--prompt", "conversations") == 0
     item, = made(tmp_path)
     assert chat.conversation(item, Counter()) == ([USER], "Yes.", "No")
