@@ -22,6 +22,7 @@ import sys
 import urllib.request
 import zipfile
 from collections import Counter
+from pathlib import Path
 
 import data
 from data import Refused, short
@@ -40,8 +41,7 @@ def load(source):
         with urllib.request.urlopen(source, timeout=60) as reply:
             return read_bytes(reply.read())
     if os.path.isfile(source):
-        with open(source, "rb") as file:
-            return read_bytes(file.read())
+        return read_bytes(Path(source).read_bytes())
     import datasets  # here, since it takes seconds
     datasets.disable_progress_bars()
     name, _, split = source.partition(":")
@@ -199,8 +199,8 @@ def run(argv):
     if not items:
         why = max(reasons, key=reasons.get, default=f"no row at all; {data.NEEDED}")
         raise Refused(f"{args.source}: no row is a pair; of most: {why}")
-    with open(args.out, "x", encoding="utf-8") as file:
-        file.writelines(json.dumps(item) + "\n" for item in items)
+    Path(f"{args.out}.tmp").write_text("".join(json.dumps(item) + "\n" for item in items))
+    os.replace(f"{args.out}.tmp", args.out)  # whole, or not at all
     reader = "tokens" if type(items[0]["chosen"]) is str else "hf --init_from M"
     # a Refused is a name as one line
     print(f"\n{len(rows):,} rows = {len(items):,} pairs in {Refused(args.out)} + {sum(reasons.values()):,} "

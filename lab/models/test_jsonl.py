@@ -397,6 +397,20 @@ def test_a_name_with_a_line_break_makes_no_second_line(tmp_path, monkeypatch, ca
     assert "pairs in a\\nb\\x1b[31m + 0 left out" in capsys.readouterr().out
 
 
+def test_a_full_disk_leaves_no_part_of_a_file(tmp_path, monkeypatch, capsys):
+    def full(path, text):
+        with open(path, "w") as file:
+            file.write(text[:9])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(jsonl.Path, "write_text", full)
+    (tmp_path / "source").write_bytes(FILES["CSV"])
+    assert convert(tmp_path, tmp_path / "source") == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert "No space left on device; name a file or folder" in line
+    assert not (tmp_path / "made.jsonl").exists()
+
+
 def test_a_file_is_not_replaced(tmp_path, capsys):
     """Refused before anything is read."""
     (tmp_path / "made.jsonl").write_text("mine")
