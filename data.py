@@ -1,7 +1,7 @@
 """Preference pairs as tensors, the toy world with its exact answers, and pairs from your own file.
 
-A row is a prompt with one response. A pair is two rows with the same prompt, and p, the probability that an
-annotator prefers the first response ("chosen") to the second ("rejected"). There is no model in this file.
+A row is a prompt with one response. A pair is two rows with the same prompt, and the label p, the probability
+that the first response ("chosen") wins against the second ("rejected"). There is no model in this file.
 Sizes: N pairs in all, B in a batch, R rows, T tokens in a row, X prompts of the world, Y responses to each.
 """
 import hashlib
@@ -57,9 +57,9 @@ class PairData:
         self.p, self.prompt = p.float(), prompt
 
     def padded(self, rows):  # (K,) -> (K,T), (K,T)
-        """The tokens of these K rows and their mask, True on response tokens.
+        """The tokens of these K rows, and their mask, True on response tokens.
 
-        Padding stands on the right. A token never looks to its right, so padding changes no log-prob.
+        A token never looks to its right, so the padding there changes no log-prob.
         """
         length, prompt_len = self.length[rows, None], self.prompt_len[rows, None]  # (K,1)
         t = torch.arange(length.max())                                             # (T,)
@@ -77,6 +77,7 @@ class PairData:
     def digest(self):
         """A fingerprint of rows and labels."""
         parts = self.tokens, self.prompt_len, self.chosen, self.rejected, self.p
+        # an array counts as its bytes
         return hashlib.sha256(b"".join(part.numpy() for part in parts)).hexdigest()
 
 
@@ -112,8 +113,7 @@ SUBJECTS, *LINES = [line.split() for line in REWARDS.strip().splitlines()]
 VALUES = {word: list(map(float, values)) for word, *values in LINES}  # a word's four numbers
 WORDS = list(VALUES)[:-1]  # without end of text
 WORLDS = ("bt", "deterministic", "cyclic")  # see `preference`
-# SFT makes the reference from random texts. These are the shares of texts with 0, 1, 2 and 3 words. (After
-# the first word, and after the second, a text ends with probability 1/4.)
+# shares of SFT's random texts with 0, 1, 2 and 3 words
 LENGTHS = 0, 1/4, 3/16, 9/16
 
 
@@ -159,11 +159,11 @@ class World:
         # filled up with end of text, which adds nothing to a reward
         filled = [(ids + [eot] * longest)[:longest] for ids in texts]
         padded = torch.tensor(filled)  # (Y, longest)
-        values = [VALUES[word] for word in (*words, EOT)]
-        values = torch.tensor(values, dtype=torch.float64)  # (words + 1, X)
+        values = torch.tensor([VALUES[word] for word in (*words, EOT)],
+                              dtype=torch.float64)  # (words + 1, X)
         self.reward = values[padded].sum(1).T  # (Y, longest, X) -> (Y,X) -> (X,Y)
         self.pstar = preference(name, self.reward, padded[:, 0])
-        # each response and one end of text; of three words and end of text [:longest] cuts the latter off
+        # each response and one end of text, but none after three words
         rows = [(ids + [eot])[:longest] for ids in texts]
         prompts = [prompt for prompt in self.prompts for _ in rows]
         self.pairs = PairData(prompts, rows * len(SUBJECTS))
@@ -177,8 +177,7 @@ class World:
         drawn, and p is p*. Both responses may be the same. Then h is 0, whatever the policy.
         """
         X, Y = self.reward.shape
-        each = -(-n // X)  # pairs for each prompt, rounded up
-        # all pairs of the first prompt, then of the second, and so on
+        each = -(-n // X)  # pairs for each prompt, rounded up; [:n] cuts the surplus
         x = torch.arange(X).repeat_interleave(each)[:n]
         draws = torch.multinomial(mu, 2 * each, replacement=True, generator=generator)  # (X, 2 each)
         first = draws[:, :each].flatten()[:n]
@@ -200,13 +199,13 @@ def preference(name, reward, first):  # (X,Y), (Y,) -> (X,Y,Y)
     values of two words differ by less than 2, so between texts of one word the circle decides.
     """
     gap = reward[:, :, None] - reward[:, None]
-    # the order of addition changes the last digit; rounded, ties are ties
+    # sums in another order differ in the last digit
     gap = gap.round(decimals=4)
     if name == "deterministic":
         return (gap.sign() + 1) / 2
     if name == "cyclic":
-        step = (first[:, None] - first) % 3  # (Y,Y)
-        beats = (step == 1).double() - (step == 2).double()
+        ahead = (first[:, None] - first) % 3  # (Y,Y)
+        beats = (ahead == 1).double() - (ahead == 2).double()
         beats[0] = beats[:, 0] = 0  # response 0 is the empty one: its end of text is no word
         gap = gap + 2 * beats
     return gap.sigmoid()
@@ -222,8 +221,8 @@ def mean_over_opponents(worth, mu):  # (X,Y,Y), (X,Y) -> (X,Y)
 def optimum(ref_logp, worth, mu, tau):  # (X,Y), (X,Y,Y), (X,Y) -> (X,Y)
     """The log of pi*(y) = ref(y) exp(g(y) / tau) / Z, with g(y) the mean of worth = Psi(p*) over mu  (eq. 7).
 
-    To DPO's Psi, the logit, a certain win is worth infinity, and a certain loss minus infinity. Their sum is
-    NaN. A million instead gives all to the response that wins most, a limit that DPO never reaches.
+    DPO's Psi, the logit, is infinite at a certain win or loss, and inf - inf is NaN. With a million instead
+    pi* gives all to the response that wins most: DPO's limit.
     """
     g = mean_over_opponents(worth.clamp(-1e6, 1e6), mu)
     return (ref_logp + g / tau).log_softmax(-1)  # which divides by Z
@@ -247,7 +246,7 @@ class Pair(NamedTuple):
 
 NEEDED = 'write {"prompt": "...", "chosen": "...", "rejected": "..."}, and "p" if you like'
 CONVERT = "python -m lab.models.jsonl makes JSONL of it"
-FIRST_BYTES = {  # of files that are no JSONL
+FIRST_BYTES = {  # files that are no JSONL begin with them
     b"\x1f\x8b": "gzip",
     b"PK\x03\x04": "a zip archive",
     b"PAR1": "Parquet",
@@ -266,7 +265,7 @@ def one_line(text):
     """The text without line breaks and a terminal's escape codes; a long one loses its middle."""
     if len(text) > 600:
         text = f"{text[:300]} ... {text[-250:]}"
-    # ascii writes such a character as a backslash and letters, within quotes, which [1:-1] takes off
+    # ascii("\n")[1:-1] is a backslash and an n
     return "".join(c if c.isprintable()
                    else ascii(c)[1:-1] for c in text)
 
@@ -282,7 +281,7 @@ def get_tokenizer(name):
         return Words(WORDS)
     if name == "bytes":
         ids = {bytes([byte]): byte for byte in range(256)}
-        # one token a byte, and end of text; a piece that tiktoken splits into tokens is any one character
+        # one token a byte, and end of text; (?s). splits a text into characters first
         return tiktoken.Encoding(name, pat_str="(?s).", mergeable_ranks=ids, special_tokens={EOT: 256})
     try:
         return tiktoken.get_encoding(name)
@@ -340,7 +339,7 @@ def parse_json(line):
     """The object that one line (bytes) holds, a dict. Raises Refused."""
     try:
         item = json.loads(line, object_pairs_hook=no_key_twice)
-        # "\ud83d", half of a character, is JSON and no text: encode raises UnicodeError
+        # half of a surrogate pair, "\ud83d", is JSON and no text: encode raises UnicodeError
         json.dumps(item, ensure_ascii=False).encode()
     except Refused:  # which is a ValueError, too
         raise
@@ -388,7 +387,7 @@ def encode(pairs, tokenizer, block_size):
     """
     end = [tokenizer.eot_token]
     prompts, responses, p, numbers, notes = [], [], [], [], Counter()
-    number_of = {}  # prompts are told apart as texts: two long ones may be cut to the same tokens
+    number_of = {}  # by text, as two prompts may be equal once they are cut
     for pair in pairs:
         prompt, chosen, rejected = (tokenizer.encode_ordinary(text) for text in pair[:3])
         # tokens left for the prompt, beside the longer response and its end of text
@@ -432,10 +431,7 @@ def count_oddities(pairs, notes):
 
 
 def hold_out(data, share, seed):
-    """-> the indices of the pairs to train on, and of those to evaluate: held out, no prompt in both.
-
-    share: of the prompts. If none is held out, all are evaluated.
-    """
+    """The indices of the pairs to train on, and of those held out (of all, if none is). share: of prompts."""
     n = int(data.prompt.max()) + 1
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     held = torch.isin(data.prompt, order[:int(share * n)])

@@ -8,7 +8,7 @@
   DPO        -log s(tau h) for p = 1; its beta is our tau                  (Rafailov et al. 2023, their eq. 7)
 
 README.md explains the words, and derives the target. A response y is what it calls an answer. yw is the
-chosen and yl the rejected response of a pair, and p is the probability that yw is preferred.
+chosen and yl the rejected response of a pair, and p is the label, the probability that it gives yw.
 
   python ipo.py --loss ipo                          the toy world: train, then measure the distance to pi*
   python ipo.py --sample "pizza review:"            what the trained policy says
@@ -36,8 +36,8 @@ from data import Refused  # bad input, in one line
 def psi(q):
     """The worth of being preferred with probability q. q: a tensor of any shape; returns the same shape.
 
-    Try another one with --labels soft. By default each label is a coin flip with p = 1, so training sees
-    psi(1) - psi(0) and nothing else of psi.
+    Try another one with --labels soft. By default p is 1 in each pair, so training sees psi(1) - psi(0) and
+    nothing else of psi.
     """
     return q
 
@@ -60,7 +60,7 @@ def ipo_loss(h, p, tau):  # (B,), (B,) -> (B,)
 
 
 def dpo_loss(h, p, tau):  # (B,), (B,) -> (B,)
-    """-log s(tau h), weighted by p, and the same for the exchanged pair, weighted by 1 - p.
+    """-log s(tau h), if p is 1.
 
     log s(z) has the slope 1 - s(z), so the slope in h is tau (s(tau h) - p). It is 0 where s(tau h) = p, that
     is at tau h = logit(p). For p = 1 it never is, and h never stops growing.
@@ -75,8 +75,6 @@ LOSSES = {"ipo": ipo_loss, "dpo": dpo_loss}
 def sequence_logp(policy, tokens, mask):  # (R,T), (R,T) -> (R,)
     """log pi(y|x) of each row, in nats: the sum of the log-probs of the tokens where the mask is True.
 
-    The work is done where the policy's weights are. What comes back is on the CPU, as ref_logp and p are.
-
     The token at position t + 1 is predicted at position t:
         position          0   1   2   3
         tokens            x0  x1  y2  y3    a prompt of two tokens, a response of two
@@ -88,14 +86,14 @@ def sequence_logp(policy, tokens, mask):  # (R,T), (R,T) -> (R,)
     device = next(policy.parameters()).device
     tokens, mask = tokens.to(device), mask.to(device)
     scored = mask[:, 1:]                                           # (R,T-1)
-    # Long rows take a faster way to the same numbers. Skip it at first: the toy world's take the else.
+    # the faster way to the same numbers is for long rows; the toy world takes the else
     if model.sharing_pays(policy, tokens):
         x = model.shared_hidden(policy, tokens[:, :-1], scored)    # (S,C)
     else:
         x = policy.hidden(tokens[:, :-1])[scored]                  # (R,T-1,C), of which the S scored (S,C)
     logp = policy.head(x).float().log_softmax(-1)                  # (S,V)
     said = tokens[:, 1:][scored]                                   # (S,) the tokens of the responses
-    # each back to its place; 0 elsewhere
+    # back to the rows, to sum each
     token_logp = logp.new_zeros(scored.shape)                      # (R,T-1)
     token_logp[scored] = logp.gather(1, said[:, None]).squeeze(1)
     return token_logp.sum(1).cpu()
@@ -114,22 +112,19 @@ class Stopped(Refused):
 
 
 def precision(args):
-    """A context: with --dtype bfloat16 matrix products are made in it. Weights and losses stay float32."""
+    """With --dtype bfloat16 matrix products are made in bfloat16. Weights and losses stay float32."""
     return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
 def adam(policy):
-    """Adam without weight decay, which would pull the weights to 0.
-
-    The usual .999 would average squared gradients over 1000 steps, half of a run in the toy world.
-    """
+    """Adam. The usual .999 would average squared gradients over 1000 steps, half of the toy world's run."""
     return torch.optim.Adam(policy.parameters(), betas=(0.9, 0.99), fused=True)
 
 
 def optimizer_step(optimizer, step, steps, peak):
     """One step, with the gradient's norm clipped to 1.
 
-    The learning rate rises to `peak` over the first 50 steps (or half of all), and falls towards 0 over all.
+    The learning rate is `peak` times a rise over the first 50 steps (or half of all), times a fall to 0.
     """
     rising = step / min(50, steps / 2)
     falling = 1 - (step - 1) / steps
@@ -145,11 +140,11 @@ def optimizer_step(optimizer, step, steps, peak):
 def train(policy, batches, args, evaluate):
     """Preference training on batches, any iterable of data.Batch. Returns the log, a list of dicts.
 
-    evaluate(policy) gives the numbers for it. ckpt.pt in --out is as of the last log line. A run that is
-    resumed goes on from there, and skips the batches that it has seen. Raises Stopped.
+    evaluate(policy) gives a line's numbers, and ckpt.pt is saved with it. A run that is resumed goes on from
+    there, and skips the batches before. Raises Stopped.
     """
     optimizer = adam(policy)
-    seen, log = last_checkpoint(policy, optimizer, args)
+    seen, log = last_checkpoint(policy, optimizer, args)            # 0, [] in a new run
     for step, batch in enumerate(batches, 1):
         if step <= seen:  # before the interruption
             continue
@@ -157,13 +152,13 @@ def train(policy, batches, args, evaluate):
             logp = sequence_logp(policy, batch.tokens, batch.mask)  # (2B,)
         h = margin(logp, batch.ref_logp)                            # (B,)
         loss = LOSSES[args.loss](h, batch.p, args.tau).mean()       # ()
-        if step == 1:
+        if step == 1:  # every margin is 0
             check_start(policy, batch, logp, loss)
         loss.backward()
         optimizer_step(optimizer, step, args.steps, args.lr)
         if step % args.log_every == 0 or step == args.steps:
             numbers = {"batch loss": loss.item(), **evaluate(policy)}
-            if numbers.get("h", 0) is None:  # see means
+            if numbers.get("h", 0) is None:  # NaN
                 raise Stopped(f"step {step}: the policy is not finite; lower --lr")
             told(f"step {step}/{args.steps}", numbers)
             log.append({"step": step, **numbers})
@@ -196,7 +191,7 @@ def finetune(policy, source, args):
         rows = torch.multinomial(source.sft_weight, 2 * args.batch_size, True, generator=random)
         tokens, mask = source.pairs.padded(rows)
         with precision(args):
-            logp = sequence_logp(policy, tokens, mask)  # (R,)
+            logp = sequence_logp(policy, tokens, mask)  # (2B,)
         loss = -logp.sum() / mask.sum()                 # () nats per token of a response
         loss.backward()
         optimizer_step(optimizer, step, args.sft_steps, args.sft_lr)
@@ -224,8 +219,8 @@ def shuffled_batches(source, args):
 def last_checkpoint(policy, optimizer, args):
     """(step, log) of the run's ckpt.pt, whose weights and optimiser it restores; (0, []) if there is none.
 
-    Its flags must be those of ref.pt, which now are in args (three may differ, see at_present). Without a
-    step it is a ref.pt under the wrong name.
+    Its flags must be this run's, but for --out and --device. Without a step it is a ref.pt under the wrong
+    name.
     """
     path = f"{args.out}/ckpt.pt"
     if not os.path.exists(path):
@@ -243,8 +238,8 @@ def last_checkpoint(policy, optimizer, args):
 def check_start(policy, batch, logp, loss):
     """Before the first step the policy is the reference, so every margin is 0, but for rounding.
 
-    That is .01 nats at most in float32. In bfloat16 each of a margin's four log-probs is off by more, and a
-    second pass in float32 says by how much.
+    That is .01 nats at most in float32. In bfloat16 it is more, up to four times the rounding of a log-prob,
+    which a second pass in float32 measures.
     """
     exact = sequence_logp(policy, batch.tokens, batch.mask)  # outside of `precision`, so in float32
     rounding = (logp - exact).abs().max()
@@ -262,7 +257,7 @@ def pair_numbers(logp, ref_logp, p, args):  # (2B,), (2B,), (B,) -> numbers by n
 
     accuracy: 1 if h has the sign of p - 1/2, 0 if it has the other, 1/2 if one of them is 0.
     """
-    # a world's log-probs are float64, which takes twice the time
+    # a world's log-probs are float64, which would take twice the time
     chosen, rejected = (logp - ref_logp).float().chunk(2)
     h = chosen - rejected
     return means({
@@ -275,24 +270,20 @@ def pair_numbers(logp, ref_logp, p, args):  # (2B,), (2B,), (B,) -> numbers by n
 
 
 def means(values):
-    """{name: tensor} -> {name: its mean}. None stands for NaN, and for 10,000 or more.
-
-    No sound run comes near, but DPO's optimum does where one response always wins.
-    """
+    """{name: tensor} -> {name: its mean}, None if that is NaN or over 10,000 (as DPO's optimum may be)."""
     values = {name: value.mean().item() for name, value in values.items()}
     return {name: value if abs(value) < 1e4 else None for name, value in values.items()}
 
 
 def told(name, numbers):
-    """Prints one line: a name, then every number with its own; - for None."""
+    """Prints one line: a name, then every number with its own; - for None. (z: no -0.0000)"""
     cells = [f"{key} {'-' if value is None else f'{value:z.4f}'}" for key, value in numbers.items()]
     print(f"{name:14}", *cells, sep="  ", flush=True)
 
 
 # ---------------------------------------------------------------------------------- where the pairs come from
 
-# The Psi whose pi* a run with this loss is compared with. It plays no part in training. (The lambda looks
-# ipo.psi up when it is called, so that lab/ may replace it.)
+# The Psi whose pi* a run with this loss is compared with. It plays no part in training.
 PSI_OF = {"ipo": lambda q: psi(q), "dpo": torch.logit}
 
 
@@ -304,7 +295,7 @@ class WorldSource(data.World):
         self.args = args
         self.train = torch.arange(args.pairs)
         self.sft_weight = self.base.repeat(len(self.prompts))  # (R,) how often SFT takes a row
-        # the values that p may take, until set_reference draws the pairs (with --mu ref from the reference)
+        # for refuse_what_cannot_run: the values that p may take. set_reference draws the pairs.
         self.pairs.p = torch.ones(1) if args.labels == "hard" else self.pstar
 
     def set_reference(self, ref_logp):  # (R,)
@@ -356,7 +347,7 @@ class FileSource:
         self.pairs.ref_logp = ref_logp
 
     def evaluate(self, policy):
-        """Means over the held-out pairs, or over all if --holdout leaves none."""
+        """Means over the held-out pairs."""
         rows = self.pairs.pair_rows(self.held_out)
         logp = score(policy, self.pairs, self.args, rows)
         return pair_numbers(logp, self.pairs.ref_logp[rows],
@@ -366,9 +357,8 @@ class FileSource:
 # ------------------------------------------------------------------------------------------------ the program
 
 DEVICE = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")  # cuda, mps, ... if any
-# For a run the columns world or file hold, and init_from, sample, resume if these flags are given. A flag's
-# default is the last of its cells there that is not "=". So lr is 1e-4 for a file with --init_from.
-# "none": not set. "-": the flag does nothing, and is refused if it is given.
+# A run reads the column world or file, then init_from, sample, resume if they are given. The last cell that
+# is not "=" is the default. So sft_steps is 0 with --init_from. "none": not set. "-": the flag is refused.
 FLAGS = f"""
 flag         world    file     init_from  sample  resume  takes         meaning
 loss         ipo      ipo      =          -       -       {'|'.join(LOSSES)}  the loss on the margin
@@ -399,13 +389,13 @@ temperature  -        -        -          1       -       0.0..1e9      of that 
 resume       none     none     =          -       =       yes           go on with the run in --out
 overwrite    none     none     =          -       -       yes           replace the run in --out
 """
-# the first line has the names of the columns; the eighth, meaning, has blanks in it
+# the first line has the names of the columns; maxsplit, as the meaning has blanks
 NAMES, *ROWS = [line.split(maxsplit=7)
                 for line in FLAGS.strip().splitlines()]
 
 
 class Parser(argparse.ArgumentParser):
-    # argparse calls this for what it cannot parse, and would exit
+    # in place of argparse's, which exits
     def error(self, message):
         raise Refused(f"{message[:200]}; --help lists the flags")
 
@@ -418,7 +408,7 @@ def parse(argv=None):
         alone = {"nargs": "?", "const": "yes"} if takes == "yes" else {}
         parser.add_argument(f"--{name}", **alone)
     given = vars(parser.parse_args(argv))  # SUPPRESS: what was typed, and no defaults
-    # any, with --resume: ref.pt has all flags
+    # (--resume takes the flags from ref.pt instead)
     kinds = ["world" if given.get("data", "bt") in data.WORLDS else "file"]
     # the columns init_from, sample and resume
     kinds += [kind for kind in NAMES[3:6] if kind in given]
@@ -450,7 +440,7 @@ def value_of(name, text, takes):
     low, _, high = takes.partition("..")
     kind = int if low.isdigit() else float      # "1..1e7" takes whole numbers, "0.0..1e9" all
     try:
-        # the f-string: argparse makes a list of --tau=--
+        # f"{text}", as --tau=-- gives a list
         if kind(low) <= kind(f"{text}") <= float(high):
             return kind(text)
     except ValueError:
@@ -459,7 +449,7 @@ def value_of(name, text, takes):
 
 
 def claim(out, overwrite):
-    """Removes an older run from the folder: any with --overwrite, else only a finished one in a world."""
+    """Removes an older run: any with --overwrite, else a finished one (it has report.json) in a world."""
     os.makedirs(out, exist_ok=True)
     old = {"report.json", "ckpt.pt", "ref.pt"}.intersection(os.listdir(out))
     if old and not overwrite:
@@ -478,7 +468,7 @@ def refuse_what_cannot_run(source, args):
         raise Refused(f"--init_from {args.init_from} knows the tokens of {args.tokenizer}, and --data "
                       f"{args.data} has those of {source.tokenizer.name}; use weights of the same kind")
     p = source.pairs.p
-    # at h = 0 it is infinite if a target is
+    # h = 0: the loss is infinite if a target is
     loss = LOSSES[args.loss](0 * p, p, args.tau)
     if not loss.isfinite().all():
         raise Refused("a label asks for an infinite margin, since this psi is infinite at 0 or 1 (as logit "
@@ -488,8 +478,8 @@ def refuse_what_cannot_run(source, args):
 def run(args, policy=None, source=None):
     """One run: reference, pairs, training, report. policy and source may be your own.
 
-    A source then has all that FileSource has. What is random comes from the seed, so a run that is resumed
-    draws it again. What it cannot draw again is in ref.pt and ckpt.pt.
+    A source then has all that FileSource has. What is random comes from the seed, so --resume draws it again.
+    What it cannot draw again is in ref.pt and ckpt.pt.
     """
     torch.manual_seed(args.seed)
     if args.init_from and policy is None:
@@ -513,15 +503,15 @@ def run(args, policy=None, source=None):
 
 
 def make_reference(policy, source, args):
-    """SFT makes the policy the reference; its log-prob of every row is computed once. Both go to ref.pt.
+    """SFT makes the policy the reference. ref.pt gets it, and its log-prob of every row.
 
-    With --resume they come from there. If the run was stopped in SFT, ref.pt has its flags alone, and SFT
-    starts again. Raises Refused if the data have changed.
+    --resume reads both. Without ref_logp in it SFT was interrupted, and starts again. Raises Refused if the
+    data have changed.
     """
     path = f"{args.out}/ref.pt"
     if not args.resume:
         claim(args.out, args.overwrite)
-    # so that ref.pt and ckpt.pt hold neither
+    # not saved as flags
     args.resume = args.overwrite = None
     saved = model.read(path) if os.path.exists(path) else {}
     if "ref_logp" in saved:  # stopped later
@@ -531,7 +521,7 @@ def make_reference(policy, source, args):
         finetune(policy, source, args)
         saved["ref_logp"] = score(policy, source.pairs, args)
     source.set_reference(saved["ref_logp"])
-    digest = source.pairs.digest()  # of the pairs of now; on --resume it must be the saved one
+    digest = source.pairs.digest()  # a new run has none to compare it with
     if saved.get("digest", digest) != digest:
         raise Refused(f"--resume: --data {args.data} is not what it was when this run began; bring it back")
     model.save(path, policy, args, ref_logp=saved["ref_logp"], digest=digest)
@@ -554,7 +544,7 @@ def main(argv=None):
         sample(args) if args.sample else run(args)
         return 0
     except (Refused, OSError, KeyboardInterrupt, RuntimeError) as error:
-        # torch says so if it has no memory for such sizes; any other RuntimeError is a fault of ours
+        # out of memory is the user's; any other RuntimeError is ours
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         print("ipo.py:", data.one_line(str(error) or "interrupted; --resume goes on where it was saved"),

@@ -114,7 +114,7 @@ class GPT(nn.Module):
     def head(self, x):  # (...,C) -> (...,V)
         """Logits: a dot product with the word vector of each id that can be emitted ("tied" to wte)."""
         weight = self.transformer.wte.weight
-        # for speed: the gradient of a slice is one more copy of the largest matrix
+        # sliced only if it must be: its gradient is one more copy of the largest matrix
         if self.config.head_size < self.config.vocab_size:
             weight = weight[:self.config.head_size]
         return F.linear(x, weight)
@@ -165,7 +165,8 @@ def save(path, policy, flags, **more):
     more["model"] = policy.state_dict()
     try:
         torch.save(more, f"{path}.tmp")
-        with open(f"{path}.tmp", "r+b") as file:  # append 32 bytes, which torch.load does not read
+        with open(f"{path}.tmp", "r+b") as file:
+            # file_digest reads to the end, so this appends; torch.load ignores it
             file.write(hashlib.file_digest(file, "sha256").digest())
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter
@@ -215,7 +216,6 @@ def from_gpt2(name):
     try:
         theirs, info = transformers.GPT2LMHeadModel.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True)
-        # from_pretrained has turned dropout off
         c, weights = theirs.config, theirs.state_dict()
         sizes = c.n_positions, c.vocab_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd
         policy = GPT(GPTConfig(*sizes))
@@ -223,7 +223,7 @@ def from_gpt2(name):
             # GPT-2 keeps the matrices of its linear layers transposed
             flip = key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
             p.copy_(weights[key].T if flip else weights[key])  # p shares its memory with the policy's weight
-        # a variant (another activation, say) has the same names, and other logits
+        # compare logits (dropout is off), as a variant has the same names
         tokens = torch.arange(8)[None]
         same = torch.allclose(policy(tokens), theirs(tokens).logits,
                               rtol=1e-4, atol=1e-3)
