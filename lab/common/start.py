@@ -162,8 +162,9 @@ def main(name, run, argv=None, threads=1):  # one, since the world's matrices ar
     argv = sys.argv[1:] if argv is None else argv
     try:
         for word in argv:
-            if re.fullmatch("--.+=--", word):  # argparse makes an empty list of it
-                raise data.Refused(f"{word}: -- is no value; give another, or leave the flag out")
+            # argparse makes an empty list of --flag=--; of other bytes than UTF-8 Python makes surrogates
+            if re.search(r"(?s)\A--.+=--\Z|[\ud800-\udfff]", word):
+                raise data.Refused(f"{word}: -- and bytes that are no UTF-8 are no value; give another")
         run(argv)
         return 0
     except BrokenPipeError:  # the reader, `head` say, has seen enough

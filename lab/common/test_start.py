@@ -142,11 +142,17 @@ def test_a_fault_of_ours_is_not_hidden():
         start.main("name", run, [])
 
 
-def test_two_dashes_are_no_value(capsys):
-    """Of --twice=-- argparse makes an empty list. No program sees it."""
-    assert start.main("name", parse, ["--tau", "1", "--twice=--"]) == 2
+@pytest.mark.parametrize("word, shown", [("--twice=--", "--twice=--"), ("--out=\udc80", r"--out=\udc80")])
+def test_what_is_no_value_reaches_no_program(word, shown, capsys):
+    """Of --twice=-- argparse makes an empty list; \\udc80 is a byte that is no UTF-8."""
+    assert start.main("name", parse, ["--tau", "1", word]) == 2
     line, = capsys.readouterr().err.splitlines()
-    assert line.startswith("name: --twice=--: -- is no value; give another")
+    assert line.startswith(f"name: {shown}: -- and bytes that are no UTF-8 are no value; give another")
+
+
+@pytest.mark.parametrize("word", ["--", "a=--", "--out=a--", "--out=\u00e9"])
+def test_other_words_do(word):
+    assert start.main("name", lambda argv: None, [word]) == 0
 
 
 REASONS = [

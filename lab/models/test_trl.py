@@ -361,7 +361,7 @@ def test_the_cache_is_the_runs_own(folder, pairs, tmp_path, monkeypatch):
     (["--beta", "1"], "(beta is --tau); leave it out"),
     (["--nonsense", "1", "--more"], ": unrecognized arguments: --nonsense 1 --more (TRL has --max_steps, "),
     (["--nonsense", "1"], "; --help lists the flags"),
-    (["--data=--"], "--data=--: -- is no value; give another"), (["--data", "absent.jsonl"], "absent.jsonl"),
+    (["--data=--"], "--data=--: -- and bytes"), (["--data", "absent.jsonl"], "absent.jsonl"),
     (["--model", "absent"], "there is no such folder")])
 def test_bad_flags_are_a_line(change, words, folder, pairs, tmp_path, capsys):
     """What would be accepted and ignored is refused by name; exit status 2, one line."""
