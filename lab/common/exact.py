@@ -1,9 +1,7 @@
 """Where do preference methods end, exactly? A policy as a table, and each fixed point by enumeration.
 
-  python -m lab.common.exact --data deterministic --tau 0.2       offline IPO, IPO-MD and online IPO
-
-A world has X prompts and Y responses, so a policy is log pi(y|x), (X,Y). `Table` reads it off any language
-model, differentiably. On tables:
+This is no program itself; programs import it. A world has X prompts and Y responses, so a policy is
+log pi(y|x), (X,Y). `Table` reads it off any language model, differentiably. On tables:
 
   frontier   the highest win rate at each KL(pi||ref)
   limit      where IPO ends with endless labels of one kind
@@ -19,8 +17,6 @@ Traps: a loss that falls without end has no minimiser. If log pi/ref passes 100 
 and `measured` shows a dash. pi <- ref exp(P pi / tau) / Z, iterated plainly, does not converge in cyclic and
 deterministic at tau .1; `nash` takes smaller steps.
 """
-import sys
-
 import torch
 from torch.nn.functional import logsigmoid
 
@@ -72,7 +68,8 @@ def frontier(ref, pstar, mu):  # (X,Y), (X,Y,Y), (X,Y) -> two lists
     The optimum of Psi = identity maximises win rate less tau KL, so the optima of all taus are the frontier.
     """
     rate = data.mean_over_opponents(pstar, mu)                          # (X,Y)
-    kls, wins = [], []
+    kls = []
+    wins = []
     for tau in torch.logspace(3.5, -4.5, 600).tolist():
         best = (ref + rate / tau).log_softmax(-1)      # data.optimum, as rate need not be computed again
         won = (best.exp() * rate).sum(-1).mean()
@@ -139,7 +136,8 @@ def measured(mean, trained, source, true):  # -> Row, log pi (X,Y)
     numbers["loss above it"] = mean(trained) - values.min()
     numbers["two starts apart"] = values.max() - values.min()
     row = start.Row(ipo.means(numbers))
-    if (best - ref).abs().max() > 100:
+    ratio = (best - ref).abs().max()
+    if ratio > 100:
         row["KL to its minimiser"] = row["loss above it"] = None
     return row, best
 
@@ -204,33 +202,3 @@ def of_base(world):  # -> (X,Y)
     """log of the base distribution as a reference; "" gets a little, or its log would be infinite."""
     logp = (world.base + 1e-4).log().log_softmax(-1)
     return logp.expand_as(world.reward)
-
-
-def run(argv=None):
-    own = start.parser(__doc__)
-    own.add_argument("--data", choices=data.WORLDS, default="deterministic", help="world [deterministic]")
-    own.add_argument("--tau", type=float, default=0.2, help="pull to the reference [0.2]")
-    own.add_argument("--b", type=float, default=0.5, help="share of the reference in IPO-MD's mixture [0.5]")
-    own.add_argument("--out", default="out/exact", help="folder of report.json [out/exact]")
-    args = own.parse_args(argv)
-    if not 0.01 <= args.tau <= 1e9 or not 0 <= args.b < 1:
-        raise data.Refused("--tau takes 0.01 to 1e9, --b from 0 to below 1")
-    world = data.World(args.data)
-    ref, pstar = of_base(world), world.pstar
-    uniform = torch.full_like(ref, 1 / ref.shape[1])
-    offline = data.optimum(ref, pstar, uniform, args.tau)
-    online, residual = nash(ref, pstar, args.tau)
-    mixed = mirror(ref, pstar, args.tau, args.b)[0]
-    start.make_folder(args.out)
-    far, near = data.kl(offline, online), data.kl(mixed, online)
-    answer = (f"In {args.data} at tau {args.tau:g} offline IPO ends {far:.4f} nats from the Nash policy, "
-              f"where online IPO ends, and IPO-MD {near:.4f}.")
-    start.finish(args, answer, {
-        "KL(Nash||ref)": data.kl(online, ref).item(),
-        "win rate of Nash": win(online, pstar, uniform).item(),
-        "largest residual": f"{residual:.1e}",
-    })
-
-
-if __name__ == "__main__":
-    sys.exit(start.main("exact", run))

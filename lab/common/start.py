@@ -26,9 +26,9 @@ REMEDIES = {OSError: "name a file or folder that can be read and written, and ha
 
 def parser(doc):
     """A parser for a program's own flags; `parse` takes it. The first command in doc names the program."""
-    raw = argparse.RawDescriptionHelpFormatter
     name = re.search(r"python -m (lab[.\w]+)", doc)[1]
-    own = ipo.Parser(f"python -m {name}", description=doc, formatter_class=raw, allow_abbrev=False)
+    own = ipo.Parser(f"python -m {name}", description=doc, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
     own.set_defaults(program=name)  # so the saved flags of a run say who made it
     return own
 
@@ -114,14 +114,16 @@ def refuse_twice(flag, values):
             raise data.Refused(f"{flag}: {value} is given twice; give each value once")
 
 
+def shown(value):
+    """A figure as text, - for None. (The format's z: no -0.0000.)"""
+    return f"{value:z.4f}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
 class Row(dict):
     """A row of a table, {column: number, text or None}. A column is as wide as its name, or 7 characters."""
 
     def __str__(self):
-        cells = []
-        for name, value in self.items():
-            shown = f"{value:z.4f}" if isinstance(value, float) else value or "-"
-            cells.append(shown.rjust(max(len(name), 7)))
+        cells = [shown(self[name]).rjust(max(len(name), 7)) for name in self]
         return f"| {' | '.join(cells)} |"
 
 
@@ -138,9 +140,8 @@ def finish(args, answer, figures, **more):
     """
     print(f"\n{answer}")
     for name, value in figures.items():
-        shown = f"{value:z.4f}" if isinstance(value, float) else value
         label = f"| {name}" if isinstance(value, Row) else name
-        print(f"  {label:24} {'-' if value is None else shown}")
+        print(f"  {label:24} {shown(value)}")
     report = {"flags": vars(args), "answer": answer, **figures, **more}
     with open(f"{args.out}/report.json", "w") as file:
         json.dump(report, file, indent=1, default=str)

@@ -1,6 +1,5 @@
 """Claims of lab/common/exact.py, against brute force, other solvers and sums by hand."""
 import itertools
-import json
 import math
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch.nn.functional import logsigmoid
 import data
 import ipo
 import model
-from lab.common import exact, start
+from lab.common import exact
 
 WORLDS = [(0, 3, 0.1), (1, 4, 0.2), (2, 5, 0.5), (3, 4, 1.0)]  # seed, responses, tau
 cases = pytest.mark.parametrize("seed, Y, tau", WORLDS)
@@ -185,6 +184,20 @@ def test_the_limit_of_the_identity_is_pi_star(seed, Y, tau, labels):
     assert torch.allclose(limit, data.optimum(ref, pstar, mu, tau), atol=1e-9)
 
 
+@pytest.mark.parametrize("psi, labels, there", [
+    (torch.logit, "soft", True),
+    (lambda q: (2 * q - 1) ** 3, "soft", True),
+    (lambda q: (2 * q - 1) ** 3, "hard", False),  # its odd part is not affine
+    (torch.square, "soft", False)])               # Psi(q) + Psi(1-q) is no constant
+def test_labels_lead_to_pi_star_if_psi_s_odd_part_suits_them(psi, labels, there, monkeypatch):
+    monkeypatch.setattr(ipo, "psi", psi)
+    pstar, ref, mu = small(0, 5)
+    led = exact.limit(ref, pstar, mu, 0.2, labels)
+    best = data.optimum(ref, psi(pstar), mu, 0.2)
+    away = (led - best).abs().max().item()
+    assert (away < 1e-6) == there
+
+
 @cases
 @pytest.mark.parametrize("labels", ["hard", "soft"])
 def test_the_limit_minimises_the_expected_loss(seed, Y, tau, labels, monkeypatch):
@@ -270,26 +283,3 @@ def test_rewards_of_intransitive_preferences_match_win_rates(seed, Y, tau):
     fit = (r[:, :, None] - r[:, None, :]).sigmoid()
     weights = exact.weights(mu)
     assert torch.allclose((weights * pstar).sum(-1), (weights * fit).sum(-1), atol=1e-7)
-
-
-def test_the_program_ends_in_its_answer(tmp_path, capsys):
-    """In a sentence, before the figures, which report.json has, too."""
-    exact.run(["--data", "cyclic", "--tau", "0.5", "--out", str(tmp_path)])
-    report = json.loads((tmp_path / "report.json").read_text())
-    said = capsys.readouterr().out.splitlines()
-    assert report["answer"] in said
-    assert said[-1].startswith("  largest residual")
-    assert report["flags"]["program"] == "lab.common.exact"
-
-
-@pytest.mark.parametrize("world", data.WORLDS)
-def test_the_readme_quotes_the_answer(tmp_path, capsys, quoted, world):
-    exact.run(["--data", world, "--tau", "0.2", "--out", str(tmp_path)])
-    lines, = quoted.values()
-    assert capsys.readouterr().out.splitlines()[1] in lines
-
-
-def test_bad_input_is_one_line(tmp_path, capsys):
-    assert start.main("exact", exact.run, ["--tau", "0", "--out", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("exact: --tau") and error.count("\n") == 1

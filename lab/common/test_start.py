@@ -9,7 +9,7 @@ import data
 import ipo
 from lab.common import start
 
-DOC = "What is this?\n\n  python -m lab.paper.psi --twice 2\n"
+DOC = "What is this?\n\n  python -m lab.paper.tau --twice 2\n"
 
 
 def parse(*argv, **more):
@@ -25,7 +25,7 @@ def test_own_flags_stand_beside_those_of_the_core():
 
 
 def test_a_run_s_flags_name_its_program():
-    assert parse().program == "lab.paper.psi"
+    assert parse().program == "lab.paper.tau"
 
 
 def test_a_program_has_defaults_of_its_own():

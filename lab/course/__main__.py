@@ -24,11 +24,6 @@ def questions():
             for n, title, minutes, asked in zip(*(parts[i::4] for i in range(4)))}
 
 
-def show(number):
-    title, minutes, text = questions()[number]
-    print(f"{number}. {title} ({minutes} minutes)\n\n{text}\n", flush=True)
-
-
 def run(argv=None):
     # here, since importing torch takes seconds, and a question should not
     import data
@@ -51,7 +46,8 @@ def run(argv=None):
 if __name__ == "__main__":
     given = sys.argv[1:]
     if len(given) == 1 and given[0].isdecimal() and int(given[0]) in questions():
-        show(int(given[0]))
+        title, minutes, text = questions()[int(given[0])]
+        print(f"{int(given[0])}. {title} ({minutes} minutes)\n\n{text}\n", flush=True)
     try:
         from lab.common import start
         import lab.course.exercises  # noqa: F401

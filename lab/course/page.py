@@ -13,6 +13,7 @@ app = marimo.App(app_title="What does Psi ask for?", width="medium")
 
 with app.setup:
     import sys
+    from unittest import mock
 
     import marimo as mo
     import torch
@@ -34,17 +35,10 @@ with app.setup:
 
 
 @app.function
-def asked(psi, p, tau):
-    """ipo.target with this psi."""
-    return (psi(p) - psi(1 - p)) / (2 * tau)
-
-
-@app.function
-def seen(psi, p, tau, labels):
-    """The margin that labels of a pair ask for on average: soft ones hold p, hard ones are 0 or 1."""
-    if labels == "soft":
-        return asked(psi, p, tau)
-    return (2 * p - 1) * asked(psi, torch.ones_like(p), tau)
+def under(psi, function, *values):
+    """What a function of the core or of exact.py says if this psi stands in ipo.py."""
+    with mock.patch.object(ipo, "psi", psi):
+        return function(*values)
 
 
 @app.function
@@ -65,12 +59,12 @@ def shown(axis, sentence):
 def margins(psi, tau):
     p = torch.linspace(0, 1, 401, dtype=torch.float64)
     axis = axes("What a pair asks for: margin, nats", "p, the share of people who prefer the first response")
-    axis.plot(p, asked(psi, p, tau), label="this Psi", lw=4, alpha=0.5)
-    axis.plot(p, asked(torch.logit, p, tau), "--", label="logit (DPO)")
-    axis.plot(p, asked(PSI["q (IPO)"], p, tau), ":", label="q (IPO)")
+    axis.plot(p, under(psi, ipo.target, p, tau), label="this Psi", lw=4)
+    axis.plot(p, under(torch.logit, ipo.target, p, tau), "--", label="logit (DPO)")
+    axis.plot(p, under(PSI["q (IPO)"], ipo.target, p, tau), ":", label="q (IPO)")
     axis.set_ylim(-15, 15)
     most = torch.tensor([0.9, 0.999, 1.0]).double()
-    at_9, at_999, at_1 = asked(psi, most, tau).tolist()
+    at_9, at_999, at_1 = under(psi, ipo.target, most, tau).tolist()
     return shown(axis, "The more people prefer a response, the larger the margin that Psi asks for: "
                        f"{at_9:.2f} nats at p = .9, {at_999:.2f} at .999, and {at_1:.2f} if all agree.")
 
@@ -80,9 +74,8 @@ def likeliest(made, best, ref):
     top = best[0].argsort(descending=True)[:8].flip(0)
     words = [made.responses[y] or "(nothing)" for y in top]
     axis = axes('The likeliest answers to "pizza review:"', "probability")
-    after = best[0, top].exp()
+    axis.barh(words, best[0, top].exp().tolist(), label="pi*, the best policy")
     before = ref[0, top].exp()
-    axis.barh(words, after.tolist(), label="pi*, the best policy")
     axis.barh(words, before.tolist(), 0.3, color="0.7", label="reference")
     return shown(axis, "The best policy takes the reference and moves it to what is preferred.")
 
@@ -117,10 +110,9 @@ def pictures(kind, labels, place, tau):
     made = data.World(place.value)
     ref = exact.of_base(made)
     mu = torch.full_like(ref, 1 / ref.shape[1])
-    taught = seen(psi, made.pstar, tau.value, labels.value)
     policies = {
         "pi* of this Psi": data.optimum(ref, psi(made.pstar), mu, tau.value),
-        "where endless labels lead": data.optimum(ref, taught, mu, 1),
+        "where endless labels lead": under(psi, exact.limit, ref, made.pstar, mu, tau.value, labels.value),
         "pi* of logit (DPO)": data.optimum(ref, torch.logit(made.pstar), mu, tau.value),
         "pi* of q (IPO)": data.optimum(ref, made.pstar, mu, tau.value),
     }

