@@ -38,7 +38,7 @@ def load(spec):
             function = getattr(importlib.import_module(place), name)
         needed(function)
         return function
-    except Exception as error:  # whatever their module raises
+    except (Exception, SystemExit) as error:  # whatever their module raises
         raise Refused(f"{short(spec)} cannot be used ({type(error).__name__}: {short(error)}); write "
                       "module:function or file.py:function") from None
 
@@ -64,7 +64,7 @@ def values(function, *columns):  # (n,...) each -> (n,)
             out = function(*[x[None] for x in pair])
             out = out[0] if isinstance(out, (tuple, list)) else out
             return out.sum().double()  # it may compute in float32
-        except Exception as error:  # whatever their function raises
+        except (Exception, SystemExit) as error:  # whatever their function raises
             if "vmap" in str(error):
                 error = "it makes a number of a tensor (.item(), or an `if`); use tensors alone"
             raise Refused(f"the loss cannot be computed: {short(error)}") from None

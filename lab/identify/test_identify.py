@@ -284,6 +284,17 @@ def test_what_cannot_be_asked_is_one_line_with_a_remedy(file, flags, says, capsy
     assert says in err
 
 
+@pytest.mark.parametrize("text, says", [
+    ("raise SystemExit(7)", "exits.py:loss cannot be used (SystemExit: 7); write module:function"),
+    ("def loss(h): raise SystemExit(7)", "the loss cannot be computed: 7")])
+def test_a_file_that_ends_the_process_is_one_line(text, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "exits.py").write_text(text)
+    status, _, err = command(capsys, "exits.py:loss")
+    assert status == 2
+    assert says in err and err.count("\n") == 1
+
+
 def test_without_trl_one_line_says_what_to_install(capsys, monkeypatch):
     """As on a machine that has the core's requirements alone."""
     monkeypatch.setitem(sys.modules, "trl", None)
