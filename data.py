@@ -113,7 +113,7 @@ SUBJECTS, *LINES = [line.split() for line in REWARDS.strip().splitlines()]
 VALUES = {word: list(map(float, values)) for word, *values in LINES}  # a word's four numbers
 WORDS = list(VALUES)[:-1]  # without end of text
 WORLDS = ("bt", "deterministic", "cyclic")  # see `preference`
-# shares of SFT's random texts with 0, 1, 2 and 3 words
+# shares of SFT's texts with 0, 1, 2 and 3 words; after a word a text ends with probability 1/4
 LENGTHS = 0, 1/4, 3/16, 9/16
 
 
@@ -387,7 +387,7 @@ def encode(pairs, tokenizer, block_size):
     """
     end = [tokenizer.eot_token]
     prompts, responses, p, numbers, notes = [], [], [], [], Counter()
-    number_of = {}  # by text, as two prompts may be equal once they are cut
+    number_of = {}  # by text, as one prompt may be cut in two ways
     for pair in pairs:
         prompt, chosen, rejected = (tokenizer.encode_ordinary(text) for text in pair[:3])
         # tokens left for the prompt, beside the longer response and its end of text

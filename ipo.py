@@ -158,8 +158,8 @@ def train(policy, batches, args, evaluate):
         optimizer_step(optimizer, step, args.steps, args.lr)
         if step % args.log_every == 0 or step == args.steps:
             numbers = {"batch loss": loss.item(), **evaluate(policy)}
-            if numbers.get("h", 0) is None:  # NaN
-                raise Stopped(f"step {step}: the policy is not finite; lower --lr")
+            if numbers.get("h", 0) is None:  # see means
+                raise Stopped(f"step {step}: h is not finite, or over 10,000 nats; lower --lr")
             told(f"step {step}/{args.steps}", numbers)
             log.append({"step": step, **numbers})
             model.save(f"{args.out}/ckpt.pt", policy, args,
@@ -219,8 +219,7 @@ def shuffled_batches(source, args):
 def last_checkpoint(policy, optimizer, args):
     """(step, log) of the run's ckpt.pt, whose weights and optimiser it restores; (0, []) if there is none.
 
-    Its flags must be this run's, but for --out and --device. Without a step it is a ref.pt under the wrong
-    name.
+    Refused unless its flags are this run's (but for --out and --device) and it has a step, as ref.pt has not.
     """
     path = f"{args.out}/ckpt.pt"
     if not os.path.exists(path):
@@ -238,8 +237,8 @@ def last_checkpoint(policy, optimizer, args):
 def check_start(policy, batch, logp, loss):
     """Before the first step the policy is the reference, so every margin is 0, but for rounding.
 
-    That is .01 nats at most in float32. In bfloat16 it is more, up to four times the rounding of a log-prob,
-    which a second pass in float32 measures.
+    That is .01 nats at most in float32. In bfloat16 it is more. A margin is made of four log-probs, whose
+    rounding a second pass in float32 measures.
     """
     exact = sequence_logp(policy, batch.tokens, batch.mask)  # outside of `precision`, so in float32
     rounding = (logp - exact).abs().max()
@@ -250,7 +249,6 @@ def check_start(policy, batch, logp, loss):
 
 
 # ---------------------------------------------------------------------------------------------- measurement
-# Read data.py up to "your own pairs" before this part.
 
 def pair_numbers(logp, ref_logp, p, args):  # (2B,), (2B,), (B,) -> numbers by name
     """Means over pairs: the loss; in nats h, and log pi/ref of the chosen and of the rejected response.
@@ -283,7 +281,7 @@ def told(name, numbers):
 
 # ---------------------------------------------------------------------------------- where the pairs come from
 
-# The Psi whose pi* a run with this loss is compared with. It plays no part in training.
+# the Psi whose pi* a run with this loss is compared with
 PSI_OF = {"ipo": lambda q: psi(q), "dpo": torch.logit}
 
 
@@ -295,7 +293,7 @@ class WorldSource(data.World):
         self.args = args
         self.train = torch.arange(args.pairs)
         self.sft_weight = self.base.repeat(len(self.prompts))  # (R,) how often SFT takes a row
-        # for refuse_what_cannot_run: the values that p may take. set_reference draws the pairs.
+        # until the pairs are drawn: the values that p may take, for refuse_what_cannot_run
         self.pairs.p = torch.ones(1) if args.labels == "hard" else self.pstar
 
     def set_reference(self, ref_logp):  # (R,)
@@ -478,8 +476,7 @@ def refuse_what_cannot_run(source, args):
 def run(args, policy=None, source=None):
     """One run: reference, pairs, training, report. policy and source may be your own.
 
-    A source then has all that FileSource has. What is random comes from the seed, so --resume draws it again.
-    What it cannot draw again is in ref.pt and ckpt.pt.
+    A source then has all that WorldSource or FileSource has.
     """
     torch.manual_seed(args.seed)
     if args.init_from and policy is None:
@@ -492,13 +489,13 @@ def run(args, policy=None, source=None):
         *source.sizes, args.n_layer, args.n_head, args.n_embd))
     policy.to(args.device)
     make_reference(policy, source, args)
-    columns = {name: source.numbers(logp) for name, logp in source.exact.items()}
+    lines = {name: source.numbers(logp) for name, logp in source.exact.items()}
     log = train(policy, shuffled_batches(source, args), args, source.evaluate)
-    columns["after"] = source.evaluate(policy)
-    for name, numbers in columns.items():
+    lines["after"] = source.evaluate(policy)
+    for name, numbers in lines.items():
         told(name, numbers)
     with open(f"{args.out}/report.json", "w") as file:
-        json.dump({"flags": vars(args), "log": log, **columns},
+        json.dump({"flags": vars(args), "log": log, **lines},
                   file, indent=1)
 
 

@@ -274,22 +274,22 @@ class Prefixes:
     """
 
     def __init__(self, tokens, wanted):  # (R,T), (R,T)
-        # A prefix is known by the number of the prefix before it (-1 if there is none) and its last token:
-        # number = {(-1,a): 0, (0,b): 1, (1,c): 2, (1,d): 3, ...}
+        # number[parent, token], where parent is the number of the prefix before it, -1 if there is none:
+        # {(-1,a): 0, (0,b): 1, (1,c): 2, (1,d): 3, ...}
         number = {}
         position, self.rows = [], []
         self.where = torch.zeros_like(tokens)
         # (R,) up to the last wanted position; argmax finds the first True, here from the right
         length = tokens.shape[1] - wanted.flip(1).int().argmax(1)
         for row, n in enumerate(length.tolist()):
-            before, last, numbers = len(number), -1, []
+            before, parent, ids = len(number), -1, []
             for t, token in enumerate(tokens[row, :n].tolist()):
-                if (last, token) not in number:
-                    number[last, token] = len(number)
+                if (parent, token) not in number:
+                    number[parent, token] = len(number)
                     position.append(t)
-                last = number[last, token]
-                numbers.append(last)
-            self.where[row, :n] = torch.tensor(numbers)
+                parent = number[parent, token]
+                ids.append(parent)
+            self.where[row, :n] = torch.tensor(ids)
             new = len(number) - before
             if new:
                 self.rows.append((self.where[row, :n], new))
@@ -297,7 +297,7 @@ class Prefixes:
         self.position = tokens.new_tensor(position)
 
     def attend(self, attention, x):  # (U,C) -> (U,C)
-        """Attention, a row at a time: queries of its new prefixes, keys and values of all its prefixes."""
+        """Attention, a row at a time: its new prefixes, which are its last, look at all its prefixes."""
         from torch.nn.attention.bias import causal_lower_right  # here, since it takes a second
         # a shared prefix is a key in several rows, so `take` copies it
         numbers = [row for row, _ in self.rows]

@@ -2209,7 +2209,7 @@ def test_divergence_in_the_last_step_stops_the_run(small_world, tmp_path):
 
     with mock.patch.object(ipo, "optimizer_step", ruin):
         cli(*WORLD, "--sft_steps", 0, "--steps", 1, "--out", tmp_path,
-            status=1, says="step 1: the policy is not finite; lower --lr")
+            status=1, says="step 1: h is not finite, or over 10,000 nats; lower --lr")
     assert os.listdir(tmp_path) == ["ref.pt"]
 
 
