@@ -353,7 +353,8 @@ def parse_json(line):
 def no_key_twice(items):
     """The dict of these (key, value) pairs. Raises Refused if a key comes twice."""
     if len(dict(items)) < len(items):
-        raise Refused(f"a key stands there twice among {short(', '.join(dict(items)))!r}; keep one of them")
+        raise Refused(f"a key stands there twice among {short(', '.join(key for key, _ in items))!r}; "
+                      "keep one of them")
     return dict(items)
 
 

@@ -171,7 +171,7 @@ def save(path, policy, flags, **more):
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter
         raise Refused(f"{path}: cannot be written ({short(error)}); what was saved before is still there; "
-                      "make room, then --resume") from None
+                      "make room, then --resume (or, if there is no ref.pt yet, begin again)") from None
 
 
 def read(path):

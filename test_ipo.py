@@ -1280,7 +1280,7 @@ null                                     -> null is no object
 {"chosen": "a", "rejected": "b"}         -> python -m lab.models.jsonl makes JSONL of it, with --prompt KEY if
 {"prompt": "q", "rejected": "a"}         -> 'chosen' is not among its keys
 {"prompt": "q", "chosen": "a"}           -> 'rejected' is not among its keys
-{"prompt": "q", "prompt": "q"}           -> a key stands there twice among 'prompt'; keep one
+{"prompt": "q", "prompt": "q"}           -> a key stands there twice among 'prompt, prompt'; keep one
 {"prompt": "", "chosen": 3, "rejected": "b"}                  -> 'chosen' is 3, not a text; write a text
 {"prompt": "", "chosen": "a", "rejected": [{"role": "user"}]} -> 'rejected' is [{"role": "user"}], not a text
 {"prompt": [], "chosen": "a", "rejected": "b"}                -> lists of messages run with python -m lab.
@@ -1322,7 +1322,7 @@ def test_a_half_letter_hides_nowhere(tmp_path):
 
 
 def test_a_key_twice_in_an_inner_object_is_refused(tmp_path):
-    with pytest.raises(data.Refused, match="a key stands there twice among 'b'"):
+    with pytest.raises(data.Refused, match="a key stands there twice among 'b, b'"):
         read(tmp_path, '{"prompt": "", "chosen": "a", "rejected": "b", "more": {"b": 1, "b": 2}}')
 
 
