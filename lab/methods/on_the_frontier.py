@@ -5,10 +5,13 @@ win rate is E p*(y>y'), with y from the policy, y' uniform and p* the true prefe
 highest win rate at each KL(pi||ref): no policy lies above it. How far a policy ended from its own exact
 answer is read from the report.json of the program that trained it.
 
+  python -m lab.methods.on_the_frontier out/all --out out/picture    a table in Markdown, and family.png
+
+The runs in out/all were made before, for example so:
+
   python -m lab.methods.margin_losses --out out/all/0                a folder for each loss
   python -m lab.methods.kto --out out/all/0/kto                      adds a run to it
   python -m lab.methods.kto --seed 1 --out out/all/1/kto             the same method at another seed
-  python -m lab.methods.on_the_frontier out/all --out out/picture    a table in Markdown, and family.png
 
 Runs whose folders have one name are one row: their median, lowest and highest, each run measured from its own
 reference. Trap: a method's tau says where along the frontier it stops, so rows of different taus are no
