@@ -215,11 +215,13 @@ def test_runs_lie_on_the_frontier_or_below(runs, figures):
     assert list(figures) == [f"{runs}/picture/family.png"]
 
 
-def test_seeds_of_one_name_are_one_row_of_a_markdown_table(runs, figures, capsys):
-    """Two runs: their mean, the lower, the higher."""
+def test_seeds_of_one_name_are_one_row_of_a_markdown_table(runs, figures, capsys, quoted, cells):
+    """Two runs: their mean, the lower, the higher. The README's table has the same columns."""
     ends = [row["win rate"] for row in picture(runs)["methods"]["end"]]
-    line, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  | 2 end ")]
+    head, _, _, line = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  |")]
     low, high = sorted(ends)
+    assert cells(line)[:2] == ["2 end", "2"]
+    assert cells(head) == cells(quoted["python -m lab.methods.on_the_frontier out/all"][0])
     assert line.count("|") == 7
     assert f"| {(low + high) / 2:.4f} ({low:.4f} to {high:.4f}) |" in line
 

@@ -2,6 +2,8 @@
 import itertools
 import json
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -92,6 +94,42 @@ def test_a_loss_is_its_papers_formula(name):
     won, lost = NUMPY[name](0.7 * h), NUMPY[name](-0.7 * h)
     due = p * won + (1 - p) * lost
     assert np.allclose(ours.numpy(), due)
+
+
+def formulas():
+    """(loss, f(z)) of the README's table, as Python: powers, and the products that it writes as spaces."""
+    page = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    table = re.search(r"^\| `--loss` \| f\(z\) \|\n\|---\|---\|\n(.*?)\n\n", page, re.M | re.S)[1]
+    for line in table.splitlines():
+        name, formula = [cell.strip() for cell in line.strip("|").split("|")]
+        formula = formula.replace("^", "**")
+        yield name, re.sub(r"(?<=[\d)]) (?=[a-z(])", "*", formula)
+
+
+WORDS = {
+    "exp": np.exp,
+    "log": np.log,
+    "max": np.maximum,
+    "dpo": f_dpo,
+    "s": lambda x: 1 / (1 + np.exp(-x)),
+    "logit": lambda p: np.log(p / (1 - p)),
+    "tau": 0.5,
+    "z": np.linspace(-3, 3, 13),
+}
+
+
+@pytest.mark.parametrize("name, formula", [*formulas()])
+def test_the_readme_s_formula_is_the_loss(name, formula):
+    """For a first response that surely won; rebel's takes p."""
+    loss = (ipo.LOSSES | NEW)[name]
+    p = 0.8 if name == "rebel" else 1.0
+    h = torch.tensor(WORDS["z"] / WORDS["tau"])
+    ours = loss(h, torch.full_like(h, p), WORDS["tau"])
+    assert np.allclose(ours.numpy(), eval(formula, WORDS | {"p": p}))
+
+
+def test_the_readme_has_every_formula():
+    assert {name for name, _ in formulas()} == ipo.LOSSES.keys() | NEW.keys()
 
 
 @pytest.mark.parametrize("name", NEW)
@@ -266,11 +304,16 @@ def test_a_row_is_what_the_run_left(tmp_path, capsys):
     assert "These optimise pi* of their Psi: ipo." in capsys.readouterr().out
 
 
-def test_without_a_name_all_losses_run_that_can(tmp_path, capsys):
+def test_without_a_name_all_losses_run_that_can(tmp_path, capsys, quoted, cells):
+    """And the README's table has these rows, with these columns and Psis."""
     assert status(tmp_path, *SMALL) == 0
     report = report_of(tmp_path / "m")
     assert report.keys() > margin_losses.PSI.keys() - {"rebel"}
     assert "rebel" not in report
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  |")]
+    page = quoted["python -m lab.methods.margin_losses"]
+    assert cells(page[0]) == cells(printed[0])
+    assert [cells(line)[:2] for line in page] == [cells(line)[:2] for line in printed]
 
 
 def test_noise_flips_labels_and_pi_star_stays_the_true_one(tmp_path):
