@@ -42,7 +42,7 @@ class PairData:
     length      (R,) tokens without the padding; prompt_len (R,) tokens of the prompt
     chosen      (N,) the row of each pair's chosen response; rejected (N,) likewise
     p           (N,) probability that it is preferred
-    prompt      (N,) a number for each prompt
+    prompt      (N,) the number of its prompt, for hold_out
     ref_logp    (R,) the reference's log-prob of each response, once it has been computed
     """
 
@@ -92,11 +92,11 @@ def shuffled(n, size, steps, generator):
 
 
 # -------------------------------------------------------------------------------------------- the toy world
-# Four prompts, "pizza review:" and so on. The model reads 13 ids: 7 words, end of text, 4 subjects and
-# "review:". It emits the first 8. Its context has 5 tokens, 2 of them for the prompt. So a response has at
-# most three words. A shorter one ends with end of text, one of three words because the context is full. The
-# model can say nothing else, so its probabilities of these 400 responses sum to one, and optimum and KL below
-# are exact sums. The table holds what a word adds to the reward of a review of each subject.
+# Four prompts, "pizza review:" and so on. The model emits the first 8 of 13 ids: 7 words, end of text, then 4
+# subjects and "review:". Its context is 5 tokens, 2 of them the prompt. So three words fill it, and a shorter
+# response ends with end of text. The model can say nothing else, so its probabilities of these 400 responses
+# sum to one, and optimum and KL below are exact sums. The table holds what a word adds to the reward of a
+# review of each subject.
 
 REWARDS = """
           pizza  coffee  beer  gelato
@@ -146,14 +146,14 @@ class World:
     def __init__(self, name, words=WORDS, lengths=LENGTHS):
         self.tokenizer = Words(words)
         self.prompts = [self.tokenizer.encode_ordinary(f"{subject} review:") for subject in SUBJECTS]
-        # the 7 words have the ids 0 to 6, and end of text has 7
-        eot, longest = len(words), len(lengths) - 1
+        n = eot = len(words)  # n words, so end of text has the id n
+        longest = len(lengths) - 1
         texts, base = [], []  # the ids of each response, without end of text, and how likely SFT takes it
         for length, share in enumerate(lengths):
             # all strings of so many words; of 0 words there is one, the empty string
-            for ids in itertools.product(range(eot), repeat=length):
+            for ids in itertools.product(range(n), repeat=length):
                 texts.append(list(ids))
-                base.append(share / eot ** length)
+                base.append(share / n ** length)
         self.responses = [self.tokenizer.decode(ids) for ids in texts]
         self.base = torch.tensor(base, dtype=torch.float64)
         # filled up with end of text, which adds nothing to a reward
@@ -195,18 +195,17 @@ def preference(name, reward, first):  # (X,Y), (Y,) -> (X,Y,Y)
 
     bt: s(r(y) - r(z)), s the sigmoid. deterministic: 1 if r(y) > r(z), 1/2 on a tie. cyclic: s(r(y) - r(z) +
     2 c), where c is 1 if y's first word beats z's, -1 if it loses, else 0. Word i beats word j if (i - j) % 3
-    is 1, and loses if it is 2. So good (1) beats superb (0), fine (2) beats good, and superb beats fine. The
-    values of two words differ by less than 2, so between texts of one word the circle decides.
+    is 1: good beats superb, fine beats good, superb beats fine. 2 outweighs any two words' difference.
     """
-    gap = reward[:, :, None] - reward[:, None]
-    # sums in another order differ in the last digit
+    gap = reward[:, :, None] - reward[:, None]  # (X,Y,1) - (X,1,Y)
+    # so that equal sums tie, though added in another order
     gap = gap.round(decimals=4)
     if name == "deterministic":
         return (gap.sign() + 1) / 2
     if name == "cyclic":
         ahead = (first[:, None] - first) % 3  # (Y,Y)
         beats = (ahead == 1).double() - (ahead == 2).double()
-        beats[0] = beats[:, 0] = 0  # response 0 is the empty one: its end of text is no word
+        beats[0] = beats[:, 0] = 0  # response 0 is empty
         gap = gap + 2 * beats
     return gap.sigmoid()
 
@@ -221,8 +220,8 @@ def mean_over_opponents(worth, mu):  # (X,Y,Y), (X,Y) -> (X,Y)
 def optimum(ref_logp, worth, mu, tau):  # (X,Y), (X,Y,Y), (X,Y) -> (X,Y)
     """The log of pi*(y) = ref(y) exp(g(y) / tau) / Z, with g(y) the mean of worth = Psi(p*) over mu  (eq. 7).
 
-    DPO's Psi, the logit, is infinite at a certain win or loss, and inf - inf is NaN. With a million instead
-    pi* gives all to the response that wins most: DPO's limit.
+    At a sure win DPO's Psi, the logit, is infinite, and inf - inf is NaN. A million instead gives all to the
+    response that wins most: DPO's limit.
     """
     g = mean_over_opponents(worth.clamp(-1e6, 1e6), mu)
     return (ref_logp + g / tau).log_softmax(-1)  # which divides by Z

@@ -7,8 +7,8 @@
              with Psi(q) = q and p = 1 that is ( h - 1/(2 tau) )^2                                (eq. 17)
   DPO        -log s(tau h) for p = 1; its beta is our tau                  (Rafailov et al. 2023, their eq. 7)
 
-README.md explains the words, and derives the target. A response y is what it calls an answer. yw is the
-chosen and yl the rejected response of a pair, and p is the label, the probability that it gives yw.
+README.md explains the words, and derives the target. What it calls an answer is a response here. yw is a
+pair's chosen response and yl the rejected one. p is the label, the probability that yw wins.
 
   python ipo.py --loss ipo                          the toy world: train, then measure the distance to pi*
   python ipo.py --sample "pizza review:"            what the trained policy says
@@ -48,8 +48,7 @@ def psi(q):
 def target(p, tau):  # (B,) -> (B,)
     """The margin, in nats, that is asked of a pair if its chosen response is preferred with probability p.
 
-    For Psi(q) = q and p = 1 it is 1/(2 tau). If the two responses change places, p becomes 1 - p, and the
-    sign of the target turns, as that of h does.
+    If the two responses change places, p becomes 1 - p, and the sign of the target turns, as that of h does.
     """
     return (psi(p) - psi(1 - p)) / (2 * tau)
 
@@ -62,8 +61,8 @@ def ipo_loss(h, p, tau):  # (B,), (B,) -> (B,)
 def dpo_loss(h, p, tau):  # (B,), (B,) -> (B,)
     """-log s(tau h), if p is 1.
 
-    log s(z) has the slope 1 - s(z), so the slope in h is tau (s(tau h) - p). It is 0 where s(tau h) = p, that
-    is at tau h = logit(p). For p = 1 it never is, and h never stops growing.
+    As log s(z) has the slope 1 - s(z) = s(-z), the loss has the slope tau (s(tau h) - p) in h. That is 0 at
+    tau h = logit(p), and never for p = 1, so h never stops growing.
     """
     return -(p * logsigmoid(tau * h)
              + (1 - p) * logsigmoid(-tau * h))
@@ -85,18 +84,18 @@ def sequence_logp(policy, tokens, mask):  # (R,T), (R,T) -> (R,)
     """
     device = next(policy.parameters()).device
     tokens, mask = tokens.to(device), mask.to(device)
+    # x[scored] below lists the S scored positions, row by row
     scored = mask[:, 1:]                                           # (R,T-1)
-    # the faster way to the same numbers is for long rows; the toy world takes the else
+    # the same, faster, for long rows; skip it
     if model.sharing_pays(policy, tokens):
         x = model.shared_hidden(policy, tokens[:, :-1], scored)    # (S,C)
     else:
-        x = policy.hidden(tokens[:, :-1])[scored]                  # (R,T-1,C), of which the S scored (S,C)
+        x = policy.hidden(tokens[:, :-1])[scored]                  # (S,C)
     logp = policy.head(x).float().log_softmax(-1)                  # (S,V)
     said = tokens[:, 1:][scored]                                   # (S,) the tokens of the responses
-    # back to the rows, to sum each
     token_logp = logp.new_zeros(scored.shape)                      # (R,T-1)
     token_logp[scored] = logp.gather(1, said[:, None]).squeeze(1)
-    return token_logp.sum(1).cpu()
+    return token_logp.sum(1).cpu()  # where p and ref_logp are
 
 
 def margin(logp, ref_logp):  # (2B,), (2B,) -> (B,)
@@ -108,7 +107,7 @@ def margin(logp, ref_logp):  # (2B,), (2B,) -> (B,)
 # ------------------------------------------------------------------------------------------------- training
 
 class Stopped(Refused):
-    """A run that must not go on. A Refused, so that main prints it as one line."""
+    """A run that must not go on. (A Refused that ends in exit status 1.)"""
 
 
 def precision(args):
@@ -117,14 +116,14 @@ def precision(args):
 
 
 def adam(policy):
-    """Adam. The usual .999 would average squared gradients over 1000 steps, half of the toy world's run."""
+    """Adam; optimizer_step sets its rate. The usual .999 would average over 1000 steps, half of a toy run."""
     return torch.optim.Adam(policy.parameters(), betas=(0.9, 0.99), fused=True)
 
 
 def optimizer_step(optimizer, step, steps, peak):
     """One step, with the gradient's norm clipped to 1.
 
-    The learning rate is `peak` times a rise over the first 50 steps (or half of all), times a fall to 0.
+    The learning rate rises for min(50, steps / 2) steps, to about `peak`, and falls towards 0.
     """
     rising = step / min(50, steps / 2)
     falling = 1 - (step - 1) / steps
@@ -140,11 +139,11 @@ def optimizer_step(optimizer, step, steps, peak):
 def train(policy, batches, args, evaluate):
     """Preference training on batches, any iterable of data.Batch. Returns the log, a list of dicts.
 
-    evaluate(policy) gives a line's numbers, and ckpt.pt is saved with it. A run that is resumed goes on from
-    there, and skips the batches before. Raises Stopped.
+    At each log line evaluate(policy) gives the numbers, and ckpt.pt is saved. A resumed run skips the batches
+    before it. Raises Stopped.
     """
     optimizer = adam(policy)
-    seen, log = last_checkpoint(policy, optimizer, args)            # 0, [] in a new run
+    seen, log = last_checkpoint(policy, optimizer, args)            # 0, [] if new; else restores
     for step, batch in enumerate(batches, 1):
         if step <= seen:  # before the interruption
             continue
@@ -152,7 +151,7 @@ def train(policy, batches, args, evaluate):
             logp = sequence_logp(policy, batch.tokens, batch.mask)  # (2B,)
         h = margin(logp, batch.ref_logp)                            # (B,)
         loss = LOSSES[args.loss](h, batch.p, args.tau).mean()       # ()
-        if step == 1:  # every margin is 0
+        if step == 1:  # prints "step 0": every margin is 0
             check_start(policy, batch, logp, loss)
         loss.backward()
         optimizer_step(optimizer, step, args.steps, args.lr)
@@ -178,8 +177,7 @@ def generator(args, number):
 
 
 # A source is where the pairs come from: WorldSource or FileSource, further down. For training it has
-#   pairs       a data.PairData: padded(rows) gives tokens (K,T) and mask (K,T) of K rows, and batch(pairs)
-#               gives tokens (2B,T), mask (2B,T), p (B,) and ref_logp (2B,), chosen rows first
+#   pairs       a data.PairData
 #   train       the indices of the pairs to train on
 #   sft_weight  (R,) how often SFT takes each row
 
@@ -192,7 +190,7 @@ def finetune(policy, source, args):
         tokens, mask = source.pairs.padded(rows)
         with precision(args):
             logp = sequence_logp(policy, tokens, mask)  # (2B,)
-        loss = -logp.sum() / mask.sum()                 # () nats per token of a response
+        loss = -logp.sum() / mask.sum()                 # () nats per token of the whole batch
         loss.backward()
         optimizer_step(optimizer, step, args.sft_steps, args.sft_lr)
         if step % args.log_every == 0:
@@ -200,7 +198,7 @@ def finetune(policy, source, args):
 
 
 @torch.no_grad()
-def score(policy, pairs, args, which=slice(None)):  # -> (R,)
+def score(policy, pairs, args, which=slice(None)):  # -> (R,), or (K,) of K rows
     """log pi(y|x) of all rows of a PairData, or of `which` of them, in nats; 2B at a time, as in training."""
     rows = torch.arange(len(pairs.length))[which]
     with precision(args):
@@ -461,7 +459,7 @@ def claim(out, overwrite):
 
 def refuse_what_cannot_run(source, args):
     """Raises Refused, before anything is replaced, if data, weights and loss do not fit together."""
-    # None: a world, with new weights. Refused: GPT-2's weights for a world, say
+    # None if a world's weights are new; GPT-2's for a world are refused, say
     if args.tokenizer not in (None, source.tokenizer.name):
         raise Refused(f"--init_from {args.init_from} knows the tokens of {args.tokenizer}, and --data "
                       f"{args.data} has those of {source.tokenizer.name}; use weights of the same kind")
