@@ -92,8 +92,8 @@ def shuffled(n, size, steps, generator):
 
 
 # -------------------------------------------------------------------------------------------- the toy world
-# Four prompts, "pizza review:" and so on. The model emits the first 8 of 13 ids: 7 words, end of text, then 4
-# subjects and "review:". Its context is 5 tokens, 2 of them the prompt. So three words fill it, and a shorter
+# Four prompts, "pizza review:" and so on. 13 ids: 7 words, end of text, 4 subjects and "review:". The model
+# emits the first 8. Its context is 5 tokens, 2 of them the prompt. So three words fill it, and a shorter
 # response ends with end of text. The model can say nothing else, so its probabilities of these 400 responses
 # sum to one, and optimum and KL below are exact sums. The table holds what a word adds to the reward of a
 # review of each subject.

@@ -235,8 +235,8 @@ def last_checkpoint(policy, optimizer, args):
 def check_start(policy, batch, logp, loss):
     """Before the first step the policy is the reference, so every margin is 0, but for rounding.
 
-    That is .01 nats at most in float32. In bfloat16 it is more. A margin is made of four log-probs, whose
-    rounding a second pass in float32 measures.
+    In float32 that is .01 nats at most. In bfloat16 each of a margin's four log-probs may be off by what
+    a second pass in float32 measures.
     """
     exact = sequence_logp(policy, batch.tokens, batch.mask)  # outside of `precision`, so in float32
     rounding = (logp - exact).abs().max()
@@ -353,8 +353,8 @@ class FileSource:
 # ------------------------------------------------------------------------------------------------ the program
 
 DEVICE = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")  # cuda, mps, ... if any
-# A run reads the column world or file, then init_from, sample, resume if they are given. The last cell that
-# is not "=" is the default. So sft_steps is 0 with --init_from. "none": not set. "-": the flag is refused.
+# Columns apply from left to right: world or file, then init_from, sample, resume, each if it is given.
+# "=" keeps the default so far. "none": not set. "-": the flag is refused.
 FLAGS = f"""
 flag         world    file     init_from  sample  resume  takes         meaning
 loss         ipo      ipo      =          -       -       {'|'.join(LOSSES)}  the loss on the margin

@@ -297,7 +297,7 @@ class Prefixes:
         self.position = tokens.new_tensor(position)
 
     def attend(self, attention, x):  # (U,C) -> (U,C)
-        """Attention, a row at a time: its new prefixes, which are its last, look at all its prefixes."""
+        """Attention, a row at a time: its new prefixes, always its last, look at all its prefixes."""
         from torch.nn.attention.bias import causal_lower_right  # here, since it takes a second
         # a shared prefix is a key in several rows, so `take` copies it
         numbers = [row for row, _ in self.rows]
