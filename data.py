@@ -179,7 +179,7 @@ class World:
         X, Y = self.reward.shape
         each = -(-n // X)  # pairs for each prompt, rounded up; [:n] cuts the surplus
         x = torch.arange(X).repeat_interleave(each)[:n]
-        draws = torch.multinomial(mu, 2 * each, replacement=True, generator=generator)  # (X, 2 each)
+        draws = torch.multinomial(mu, 2 * each, True, generator=generator)  # (X, 2 each)
         first = draws[:, :each].flatten()[:n]
         second = draws[:, each:].flatten()[:n]
         p = self.pstar[x, first, second]
@@ -197,7 +197,7 @@ def preference(name, reward, first):  # (X,Y), (Y,) -> (X,Y,Y)
     2 c), where c is 1 if y's first word beats z's, -1 if it loses, else 0. Word i beats word j if (i - j) % 3
     is 1: good beats superb, fine beats good, superb beats fine. 2 outweighs any two words' difference.
     """
-    gap = reward[:, :, None] - reward[:, None]  # (X,Y,1) - (X,1,Y)
+    gap = reward[..., None] - reward[:, None]  # (X,Y,1) - (X,1,Y)
     # so that equal sums tie, though added in another order
     gap = gap.round(decimals=4)
     if name == "deterministic":
@@ -214,7 +214,7 @@ def preference(name, reward, first):  # (X,Y), (Y,) -> (X,Y,Y)
 
 def mean_over_opponents(worth, mu):  # (X,Y,Y), (X,Y) -> (X,Y)
     """For each response y the mean of worth[x,y,z] over opponents z from mu."""
-    return (worth * mu[:, None, :]).sum(-1)
+    return (worth * mu[:, None]).sum(-1)
 
 
 def optimum(ref_logp, worth, mu, tau):  # (X,Y), (X,Y,Y), (X,Y) -> (X,Y)
@@ -254,19 +254,18 @@ FIRST_BYTES = {  # files that are no JSONL begin with them
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
     b"[": "a JSON array",
-    b"{\n": "JSON over several lines",
+    b"{\n": "JSON over several lines"
 }
 # what marks that somebody else speaks; see count_oddities
 TURNS = ("\n\nHuman:", "\n\nAssistant:", "<|im_start|>", "<|user|>", "<|start_header_id|>", "[INST]")
 
 
 def one_line(text):
-    """The text without line breaks and a terminal's escape codes; a long one loses its middle."""
-    if len(text) > 600:
-        text = f"{text[:300]} ... {text[-250:]}"
+    """The text without line breaks and a terminal's escape codes; a long path in it loses its middle."""
+    words = [word if len(word) < 200 else f"{word[:90]}...{word[-90:]}" for word in text.split(" ")]
     # ascii("\n")[1:-1] is a backslash and an n
     return "".join(c if c.isprintable()
-                   else ascii(c)[1:-1] for c in text)
+                   else ascii(c)[1:-1] for c in " ".join(words))
 
 
 def short(text):
@@ -432,7 +431,7 @@ def count_oddities(pairs, notes):
 
 def hold_out(data, share, seed):
     """The indices of the pairs to train on, and of those held out (of all, if none is). share: of prompts."""
-    n = int(data.prompt.max()) + 1
+    n = data.prompt.max() + 1
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     held = torch.isin(data.prompt, order[:int(share * n)])
     print(f"data: {(~held).sum():,} pairs to train on, {held.sum():,} held out (if 0, all are evaluated)")
