@@ -146,7 +146,8 @@ class World:
     def __init__(self, name, words=WORDS, lengths=LENGTHS):
         self.tokenizer = Words(words)
         self.prompts = [self.tokenizer.encode_ordinary(f"{subject} review:") for subject in SUBJECTS]
-        n = eot = len(words)  # n words, so end of text has the id n
+        n = len(words)
+        eot = n  # the words have the ids 0 to n - 1
         longest = len(lengths) - 1
         texts, base = [], []  # the ids of each response, without end of text, and how likely SFT takes it
         for length, share in enumerate(lengths):
@@ -179,6 +180,7 @@ class World:
         X, Y = self.reward.shape
         each = -(-n // X)  # pairs for each prompt, rounded up; [:n] cuts the surplus
         x = torch.arange(X).repeat_interleave(each)[:n]
+        # True: with replacement
         draws = torch.multinomial(mu, 2 * each, True, generator=generator)  # (X, 2 each)
         first = draws[:, :each].flatten()[:n]
         second = draws[:, each:].flatten()[:n]
@@ -254,7 +256,7 @@ FIRST_BYTES = {  # files that are no JSONL begin with them
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
     b"[": "a JSON array",
-    b"{\n": "JSON over several lines"
+    b"{\n": "JSON over several lines",
 }
 # what marks that somebody else speaks; see count_oddities
 TURNS = ("\n\nHuman:", "\n\nAssistant:", "<|im_start|>", "<|user|>", "<|start_header_id|>", "[INST]")
@@ -286,36 +288,6 @@ def get_tokenizer(name):
     except Exception as error:  # tiktoken passes on whatever its HTTP library or the file system raises
         raise Refused(f"--tokenizer {name}: unknown, or neither on disk nor downloaded ({short(error)}); "
                       "set TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer bytes") from None
-
-
-def read_jsonl(path, parse=None):
-    """The pairs of a JSONL file, a list; prints what was skipped. Raises Refused, naming the first bad line.
-
-    parse(item, notes) -> Pair reads the object of one line; by default parse_pair. notes: a Counter of what
-    will be told.
-    """
-    if not os.path.isfile(path):
-        found = "a folder" if os.path.isdir(path) else "no such file"
-        raise Refused(f"--data {path}: {found}; give a JSONL file (python ipo.py takes {', '.join(WORLDS)}, "
-                      f"too); if it is a URL, a dataset on a hub or one saved in a folder, {CONVERT}")
-    pairs, notes, refusals = [], Counter(), []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if number == 1:
-                refuse_other_formats(path, line)
-            if not line.strip():
-                notes["blank lines skipped"] += 1
-                continue
-            try:
-                pairs.append((parse or parse_pair)(parse_json(line), notes))
-            except Refused as error:
-                refusals.append(f"{path}:{number}: {error}")
-    if refusals:
-        raise Refused(f"{refusals[0]} (lines with faults: {len(refusals):,})")
-    if not pairs:
-        raise Refused(f"--data {path}: the file is empty; {NEEDED}, an object a line")
-    tell(path, notes)
-    return pairs
 
 
 def refuse_other_formats(path, line):
@@ -376,6 +348,35 @@ def parse_pair(item, notes):
     if unused:
         notes[f"lines with keys that are not used: {short(', '.join(sorted(unused)))!r}"] += 1
     return Pair(*texts, float(p))
+
+
+def read_jsonl(path, parse=parse_pair):
+    """The pairs of a JSONL file, a list; prints what was skipped. Raises Refused, naming the first bad line.
+
+    parse(item, notes) -> Pair reads the object of one line. notes: a Counter of what will be told.
+    """
+    if not os.path.isfile(path):
+        found = "a folder" if os.path.isdir(path) else "no such file"
+        raise Refused(f"--data {path}: {found}; give a JSONL file (python ipo.py takes {', '.join(WORLDS)}, "
+                      f"too); if it is a URL, a dataset on a hub or one saved in a folder, {CONVERT}")
+    pairs, notes, refusals = [], Counter(), []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                refuse_other_formats(path, line)
+            if not line.strip():
+                notes["blank lines skipped"] += 1
+                continue
+            try:
+                pairs.append(parse(parse_json(line), notes))
+            except Refused as error:
+                refusals.append(f"{path}:{number}: {error}")
+    if refusals:
+        raise Refused(f"{refusals[0]} (lines with faults: {len(refusals):,})")
+    if not pairs:
+        raise Refused(f"--data {path}: the file is empty; {NEEDED}, an object a line")
+    tell(path, notes)
+    return pairs
 
 
 def encode(pairs, tokenizer, block_size):

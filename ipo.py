@@ -171,7 +171,7 @@ def train(policy, batches, args, evaluate):
 def generator(args, number):
     """Random numbers for one use, so that a resumed run draws what it drew before.
 
-    number: 0 for SFT, 1 for the order of the pairs, 2 for the world's pairs, others for lab/.
+    number: 0 for SFT, 1 for the order of the pairs, 2 for the world's pairs. Others are free.
     """
     return torch.Generator().manual_seed(10 * args.seed + number)
 
@@ -279,7 +279,7 @@ def told(name, numbers):
 
 # ---------------------------------------------------------------------------------- where the pairs come from
 
-# the Psi whose pi* a run with this loss is compared with
+# the Psi whose pi* a run with this loss is compared with; psi is looked up when it is called
 PSI_OF = {"ipo": lambda q: psi(q), "dpo": torch.logit}
 
 

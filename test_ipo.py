@@ -389,6 +389,13 @@ def distance_of_optima(psi):
     return data.kl(some, other).item()
 
 
+def test_dpos_targets_are_at_least_four_times_as_large():
+    """The README's reason for how far its optimum is."""
+    p = torch.linspace(0.51, 0.99, 49).double()
+    dpo = torch.logit(p) / 0.2
+    assert (dpo >= 4 * ipo.target(p, 0.2)).all()
+
+
 def test_mu_matters_unless_psi_is_logit_under_bradley_terry():
     """logit p* = r - r': another mu adds a constant to g, which Z takes up; the identity has no such luck."""
     assert distance_of_optima(torch.logit) < 1e-9
