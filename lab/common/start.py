@@ -116,7 +116,9 @@ def refuse_twice(flag, values):
 
 def shown(value):
     """A figure as text, - for None. (The format's z: no -0.0000.)"""
-    return f"{value:z.4f}" if isinstance(value, float) else "-" if value is None else str(value)
+    if isinstance(value, float):
+        return f"{value:z.4f}"
+    return "-" if value is None else str(value)
 
 
 class Row(dict):

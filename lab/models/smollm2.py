@@ -169,17 +169,15 @@ def run(argv):
     fresh = answered(policy, tokenizer, asked, args)
     for texts in zip(asked, held.texts[::ANSWERS], fresh.texts[::ANSWERS]):
         print(*texts, sep="\n  ")
-    figures = {}
     known = {"": ipo.score(policy, held, args), " at pi*": held.ref_logp + held.best.flatten()}
+    figures = {"words before": spread(-4 * held.reward), "words after": spread(-4 * fresh.reward)}
     for where, logp in known.items():
         for name, each in numbers(logp, held).items():
             figures[name + where] = spread(each)
-    figures["words before"] = spread(-4 * held.reward)
-    figures["words after"] = spread(-4 * fresh.reward)
     won = (fresh.reward[:, :, None] - held.reward[:, None]).sigmoid()
     far = fresh.ref_logp - ipo.score(load(args, tokenizer), fresh, args)  # ref here is the policy
-    far = spread(far.view(-1, ANSWERS))
-    answer = f"New answers win {spread(won)} against the reference's, at KL(pi||ref) {far} nats."
+    answer = f"New answers win {spread(won)} against the reference's, "
+    answer += f"at KL(pi||ref) {spread(far.view(-1, ANSWERS))} nats."
     start.finish(args, answer, figures)
 
 
