@@ -7,6 +7,7 @@ Sizes: N pairs in all, B in a batch, R rows, T tokens in a row, X prompts of the
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections import Counter
 from typing import NamedTuple
@@ -61,9 +62,10 @@ class PairData:
 
         A token never looks to its right, so the padding there changes no log-prob.
         """
-        length, prompt_len = self.length[rows, None], self.prompt_len[rows, None]  # (K,1)
-        t = torch.arange(length.max())                                             # (T,)
-        mask = (t >= prompt_len) & (t < length)                                    # (K,T)
+        length = self.length[rows].unsqueeze(1)          # (K,1)
+        prompt_len = self.prompt_len[rows].unsqueeze(1)  # (K,1)
+        t = torch.arange(length.max())                   # (T,)
+        mask = (t >= prompt_len) & (t < length)          # (K,T)
         return self.tokens[rows, :len(t)].long(), mask
 
     def pair_rows(self, pairs):  # (B,) -> (2B,)
@@ -76,9 +78,10 @@ class PairData:
 
     def digest(self):
         """A fingerprint of rows and labels."""
-        parts = self.tokens, self.prompt_len, self.chosen, self.rejected, self.p
-        # an array counts as its bytes
-        return hashlib.sha256(b"".join(part.numpy() for part in parts)).hexdigest()
+        sha = hashlib.sha256()
+        for part in (self.tokens, self.prompt_len, self.chosen, self.rejected, self.p):
+            sha.update(part.numpy())  # its bytes
+        return sha.hexdigest()
 
 
 def shuffled(n, size, steps, generator):
@@ -92,11 +95,8 @@ def shuffled(n, size, steps, generator):
 
 
 # -------------------------------------------------------------------------------------------- the toy world
-# Four prompts, "pizza review:" and so on. 13 ids: 7 words, end of text, 4 subjects and "review:". The model
-# emits the first 8. Its context is 5 tokens, 2 of them the prompt. So three words fill it, and a shorter
-# response ends with end of text. The model can say nothing else, so its probabilities of these 400 responses
-# sum to one, and optimum and KL below are exact sums. The table holds what a word adds to the reward of a
-# review of each subject.
+# Four prompts, "pizza review:" and so on. A response has up to three words. The table holds what a word adds
+# to the reward of a response, for each subject.
 
 REWARDS = """
           pizza  coffee  beer  gelato
@@ -107,22 +107,22 @@ dull       -0.5    -0.5  -0.5    -0.5
 awful      -0.9    -0.9  -0.9    -0.9
 hot         0.5     0.7  -0.6    -0.9
 cold       -0.5    -0.7   0.6     0.4
-<|endoftext|> 0       0     0       0
 """
 SUBJECTS, *LINES = [line.split() for line in REWARDS.strip().splitlines()]
 VALUES = {word: list(map(float, values)) for word, *values in LINES}  # a word's four numbers
-WORDS = list(VALUES)[:-1]  # without end of text
-WORLDS = ("bt", "deterministic", "cyclic")  # see `preference`
-# shares of SFT's texts with 0, 1, 2 and 3 words; after a word a text ends with probability 1/4
+WORDS = list(VALUES)
+WORLDS = "bt", "deterministic", "cyclic"  # see `preference`
+# shares of SFT's texts with 0, 1, 2 and 3 words: none is empty, and each word but the third is the last
+# with probability 1/4
 LENGTHS = 0, 1/4, 3/16, 9/16
 
 
 class Words:
-    """The world's tokenizer: a token is a word, its id the word's place in the list."""
+    """The world's tokenizer. 13 tokens: the words, end of text, the subjects, "review:". An id is a place."""
     name = "words"
 
     def __init__(self, words):
-        self.words = [*words, EOT, *SUBJECTS, "review:"]  # so the ids of `words` are 0, 1, 2, ...
+        self.words = [*words, EOT, *SUBJECTS, "review:"]
         self.n_vocab = len(self.words)
         self.eot_token = len(words)
 
@@ -135,41 +135,46 @@ class Words:
         return " ".join(self.words[i] for i in ids)
 
 
+def reward(response):  # -> (X,)
+    """What the words of a response add up to, for each prompt."""
+    values = [VALUES[word] for word in response.split()]
+    nothing = [0.0] * len(SUBJECTS)
+    return torch.tensor([nothing, *values], dtype=torch.float64).sum(0)
+
+
 class World:
     """X prompts, Y responses to each, and every probability known, in float64.
 
     reward (X,Y). pstar (X,Y,Y): pstar[x,y,z] is the probability that y is preferred to z, written p*(y>z).
     base (Y,): the distribution of SFT's texts. pairs: a PairData whose row x * Y + y is prompt x with
     response y; `draw` gives it pairs.
+
+    Its model reads 13 ids and emits the first 8, words and end of text. It has a context of 5 tokens, and the
+    prompt takes 2. So a text of the model has three words, or ends earlier with end of text. That is one of
+    these 400 responses. Their probabilities sum to 1, and the sums below, such as KL, are exact.
     """
 
     def __init__(self, name, words=WORDS, lengths=LENGTHS):
-        self.tokenizer = Words(words)
-        self.prompts = [self.tokenizer.encode_ordinary(f"{subject} review:") for subject in SUBJECTS]
-        n = len(words)
-        eot = n  # the words have the ids 0 to n - 1
-        longest = len(lengths) - 1
-        texts, base = [], []  # the ids of each response, without end of text, and how likely SFT takes it
+        self.responses, base = [], []
         for length, share in enumerate(lengths):
-            # all strings of so many words; of 0 words there is one, the empty string
-            for ids in itertools.product(range(n), repeat=length):
-                texts.append(list(ids))
-                base.append(share / n ** length)
-        self.responses = [self.tokenizer.decode(ids) for ids in texts]
+            for response in itertools.product(words, repeat=length):  # every string of so many words
+                self.responses.append(" ".join(response))
+                base.append(share / len(words) ** length)
         self.base = torch.tensor(base, dtype=torch.float64)
-        # filled up with end of text, which adds nothing to a reward
-        filled = [(ids + [eot] * longest)[:longest] for ids in texts]
-        padded = torch.tensor(filled)  # (Y, longest)
-        values = torch.tensor([VALUES[word] for word in (*words, EOT)],
-                              dtype=torch.float64)  # (words + 1, X)
-        self.reward = values[padded].sum(1).T  # (Y, longest, X) -> (Y,X) -> (X,Y)
-        self.pstar = preference(name, self.reward, padded[:, 0])
-        # each response and one end of text, but none after three words
-        rows = [(ids + [eot])[:longest] for ids in texts]
-        prompts = [prompt for prompt in self.prompts for _ in rows]
+        self.reward = torch.stack([reward(response) for response in self.responses], dim=1)
+        self.tokenizer = Words(words)
+        encode = self.tokenizer.encode_ordinary
+        # end of text follows, but not after three words
+        longest = len(lengths) - 1
+        rows = [encode(f"{response} {EOT}")[:longest] for response in self.responses]
+        first = torch.tensor([row[0] for row in rows])  # (Y,) end of text, if there is no word
+        self.pstar = preference(name, self.reward, first)
+        prompts = []
+        for subject in SUBJECTS:  # all responses to the first prompt, then to the second, ...
+            prompts += [encode(f"{subject} review:")] * len(rows)
         self.pairs = PairData(prompts, rows * len(SUBJECTS))
-        # of its model: the context, 5; how many ids it reads, 13; how many it emits, 8
-        self.sizes = 2 + longest, self.tokenizer.n_vocab, eot + 1
+        # of its model: the context, how many ids it reads, how many it emits
+        self.sizes = 2 + longest, self.tokenizer.n_vocab, len(words) + 1
 
     def draw(self, n, mu, labels, generator):
         """Gives self.pairs n pairs: two independent responses from mu (X,Y), and a label.
@@ -178,11 +183,11 @@ class World:
         drawn, and p is p*. Both responses may be the same. Then h is 0, whatever the policy.
         """
         X, Y = self.reward.shape
-        each = -(-n // X)  # pairs for each prompt, rounded up; [:n] cuts the surplus
-        x = torch.arange(X).repeat_interleave(each)[:n]
+        each = math.ceil(n / X)  # pairs for each prompt; [:n] leaves the last prompt fewer
+        x = torch.arange(X).repeat_interleave(each)[:n]                     # (n,)
         # True: with replacement
         draws = torch.multinomial(mu, 2 * each, True, generator=generator)  # (X, 2 each)
-        first = draws[:, :each].flatten()[:n]
+        first = draws[:, :each].flatten()[:n]                               # (n,)
         second = draws[:, each:].flatten()[:n]
         p = self.pstar[x, first, second]
         if labels == "hard":
@@ -195,11 +200,13 @@ class World:
 def preference(name, reward, first):  # (X,Y), (Y,) -> (X,Y,Y)
     """p*(y>z) of each kind of world. first: the ids of the responses' first words, or of end of text.
 
-    bt: s(r(y) - r(z)), s the sigmoid. deterministic: 1 if r(y) > r(z), 1/2 on a tie. cyclic: s(r(y) - r(z) +
-    2 c), where c is 1 if y's first word beats z's, -1 if it loses, else 0. Word i beats word j if (i - j) % 3
-    is 1: good beats superb, fine beats good, superb beats fine. 2 outweighs any two words' difference.
+    bt: s(r(y) - r(z)), s the sigmoid.
+    deterministic: 1 if r(y) > r(z), 1/2 on a tie.
+    cyclic: s(r(y) - r(z) + 2 c), where c is 1 if y's first word beats z's, -1 if it loses, else 0. It is a
+    game of rock, paper, scissors: good beats superb, fine beats good, superb beats fine. In general the word
+    with id i beats the one with id j if (i - j) % 3 is 1. Values differ by 1.8 at most, so 2 outweighs them.
     """
-    gap = reward[..., None] - reward[:, None]  # (X,Y,1) - (X,1,Y)
+    gap = reward.unsqueeze(2) - reward.unsqueeze(1)  # (X,Y,1) - (X,1,Y)
     # so that equal sums tie, though added in another order
     gap = gap.round(decimals=4)
     if name == "deterministic":
@@ -207,7 +214,8 @@ def preference(name, reward, first):  # (X,Y), (Y,) -> (X,Y,Y)
     if name == "cyclic":
         ahead = (first[:, None] - first) % 3  # (Y,Y)
         beats = (ahead == 1).double() - (ahead == 2).double()
-        beats[0] = beats[:, 0] = 0  # response 0 is empty
+        # response 0 is empty, and has no first word
+        beats[0] = beats[:, 0] = 0
         gap = gap + 2 * beats
     return gap.sigmoid()
 
@@ -222,11 +230,11 @@ def mean_over_opponents(worth, mu):  # (X,Y,Y), (X,Y) -> (X,Y)
 def optimum(ref_logp, worth, mu, tau):  # (X,Y), (X,Y,Y), (X,Y) -> (X,Y)
     """The log of pi*(y) = ref(y) exp(g(y) / tau) / Z, with g(y) the mean of worth = Psi(p*) over mu  (eq. 7).
 
-    At a sure win DPO's Psi, the logit, is infinite, and inf - inf is NaN. A million instead gives all to the
-    response that wins most: DPO's limit.
+    DPO's Psi, the logit, is inf at a sure win and -inf at a sure loss, and a mean of both would be NaN. With
+    a million in place of inf the response that wins most gets everything. That is DPO's limit.
     """
     g = mean_over_opponents(worth.clamp(-1e6, 1e6), mu)
-    return (ref_logp + g / tau).log_softmax(-1)  # which divides by Z
+    return (ref_logp + g / tau).log_softmax(-1)  # log_softmax divides by Z
 
 
 def kl(logp, other):  # (X,Y), (X,Y) -> ()

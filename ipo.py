@@ -7,8 +7,8 @@
              with Psi(q) = q and p = 1 that is ( h - 1/(2 tau) )^2                                (eq. 17)
   DPO        -log s(tau h) for p = 1; its beta is our tau                  (Rafailov et al. 2023, their eq. 7)
 
-README.md explains the words, and derives the target. What it calls an answer is a response here. yw is a
-pair's chosen response and yl the rejected one. p is the label, the probability that yw wins.
+README.md explains the words, and derives the target. yw is a pair's chosen response and yl the rejected one.
+p is the label, the probability that yw wins.
 
   python ipo.py --loss ipo                          the toy world: train, then measure the distance to pi*
   python ipo.py --sample "pizza review:"            what the trained policy says
@@ -61,8 +61,8 @@ def ipo_loss(h, p, tau):  # (B,), (B,) -> (B,)
 def dpo_loss(h, p, tau):  # (B,), (B,) -> (B,)
     """-log s(tau h), if p is 1.
 
-    As log s(z) has the slope 1 - s(z) = s(-z), the loss has the slope tau (s(tau h) - p) in h. That is 0 at
-    tau h = logit(p), and never for p = 1, so h never stops growing.
+    log s(z) has the slope s(-z), which is 1 - s(z). So this loss has the slope tau (s(tau h) - p) in h. It is
+    0 at tau h = logit(p). For p = 1 it is never 0, and h never stops growing.
     """
     return -(p * logsigmoid(tau * h)
              + (1 - p) * logsigmoid(-tau * h))
@@ -80,21 +80,19 @@ def sequence_logp(policy, tokens, mask):  # (R,T), (R,T) -> (R,)
         mask              0   0   1   1
         predicted there   x1  y2  y3
         scored            0   1   1         the mask without its first column
-    S counts the ones in `scored` of all rows. C are channels, V is the vocabulary.
+    S counts the ones in `scored` of all rows. C are channels, V is the vocabulary, x are hidden states.
     """
     device = next(policy.parameters()).device
     tokens, mask = tokens.to(device), mask.to(device)
-    # x[scored] below lists the S scored positions, row by row
-    scored = mask[:, 1:]                                           # (R,T-1)
-    # the same, faster, for long rows; skip it
-    if model.sharing_pays(policy, tokens):
-        x = model.shared_hidden(policy, tokens[:, :-1], scored)    # (S,C)
+    scored = mask[:, 1:]                                         # (R,T-1)
+    if model.sharing_pays(policy, tokens):  # the same as below, faster for long rows; skip it
+        x = model.shared_hidden(policy, tokens[:, :-1], scored)  # (S,C)
     else:
-        x = policy.hidden(tokens[:, :-1])[scored]                  # (S,C)
-    logp = policy.head(x).float().log_softmax(-1)                  # (S,V)
-    said = tokens[:, 1:][scored]                                   # (S,) the tokens of the responses
-    token_logp = logp.new_zeros(scored.shape)                      # (R,T-1)
-    token_logp[scored] = logp.gather(1, said[:, None]).squeeze(1)
+        x = policy.hidden(tokens[:, :-1])[scored]                # (S,C) the scored positions, row by row
+    logp = policy.head(x).float().log_softmax(-1)                # (S,V)
+    said = tokens[:, 1:][scored]                                 # (S,) the tokens of the responses
+    token_logp = logp.new_zeros(scored.shape)                    # (R,T-1)
+    token_logp[scored] = logp.gather(1, said[:, None]).squeeze(1)  # each back to its place
     return token_logp.sum(1).cpu()  # where p and ref_logp are
 
 
@@ -107,7 +105,7 @@ def margin(logp, ref_logp):  # (2B,), (2B,) -> (B,)
 # ------------------------------------------------------------------------------------------------- training
 
 class Stopped(Refused):
-    """A run that must not go on. (A Refused that ends in exit status 1.)"""
+    """A run that must not go on: exit status 1. (Any other Refused is bad input: 2.)"""
 
 
 def precision(args):
@@ -116,14 +114,17 @@ def precision(args):
 
 
 def adam(policy):
-    """Adam; optimizer_step sets its rate. The usual .999 would average over 1000 steps, half of a toy run."""
+    """Adam; optimizer_step sets its rate.
+
+    The usual second beta, .999, would average squared gradients over 1000 steps, half of a toy run.
+    """
     return torch.optim.Adam(policy.parameters(), betas=(0.9, 0.99), fused=True)
 
 
 def optimizer_step(optimizer, step, steps, peak):
     """One step, with the gradient's norm clipped to 1.
 
-    The learning rate rises for min(50, steps / 2) steps, to about `peak`, and falls towards 0.
+    The learning rate is `peak`, times a warm-up over min(50, steps / 2) steps, times a line from 1 to 0.
     """
     rising = step / min(50, steps / 2)
     falling = 1 - (step - 1) / steps
@@ -137,13 +138,14 @@ def optimizer_step(optimizer, step, steps, peak):
 
 
 def train(policy, batches, args, evaluate):
-    """Preference training on batches, any iterable of data.Batch. Returns the log, a list of dicts.
+    """Preference training. Returns the log, a list of dicts. Raises Stopped.
 
-    At each log line evaluate(policy) gives the numbers, and ckpt.pt is saved. A resumed run skips the batches
-    before it. Raises Stopped.
+    batches: any iterable of data.Batch, which has tokens, mask, p and ref_logp. At each log line
+    evaluate(policy) gives the numbers, and ckpt.pt is saved. A resumed run skips the batches before it.
     """
     optimizer = adam(policy)
-    seen, log = last_checkpoint(policy, optimizer, args)            # 0, [] if new; else restores
+    # a new run: 0, []; a resumed one: policy and optimizer are restored
+    seen, log = last_checkpoint(policy, optimizer, args)
     for step, batch in enumerate(batches, 1):
         if step <= seen:  # before the interruption
             continue
@@ -151,13 +153,13 @@ def train(policy, batches, args, evaluate):
             logp = sequence_logp(policy, batch.tokens, batch.mask)  # (2B,)
         h = margin(logp, batch.ref_logp)                            # (B,)
         loss = LOSSES[args.loss](h, batch.p, args.tau).mean()       # ()
-        if step == 1:  # prints "step 0": every margin is 0
+        if step == 1:  # prints "step 0", and checks that every margin is 0
             check_start(policy, batch, logp, loss)
         loss.backward()
         optimizer_step(optimizer, step, args.steps, args.lr)
         if step % args.log_every == 0 or step == args.steps:
             numbers = {"batch loss": loss.item(), **evaluate(policy)}
-            if numbers.get("h", 0) is None:  # see means
+            if numbers.get("h", 0) is None:  # NaN, or over 10,000: see means
                 raise Stopped(f"step {step}: h is not finite, or over 10,000 nats; lower --lr")
             told(f"step {step}/{args.steps}", numbers)
             log.append({"step": step, **numbers})
@@ -290,7 +292,7 @@ class WorldSource(data.World):
         super().__init__(args.data)
         self.args = args
         self.train = torch.arange(args.pairs)
-        self.sft_weight = self.base.repeat(len(self.prompts))  # (R,) how often SFT takes a row
+        self.sft_weight = self.base.repeat(len(data.SUBJECTS))  # (R,) how often SFT takes a row
         # until the pairs are drawn: the values that p may take, for refuse_what_cannot_run
         self.pairs.p = torch.ones(1) if args.labels == "hard" else self.pstar
 
