@@ -1,4 +1,4 @@
-"""Claims of lab/models/smollm2.py, on a GGUF file that is made here, and on the package if it is there."""
+"""Claims of smollm2.py and short_answers.py, on a GGUF file that is made here, and on the package, if any."""
 import importlib.util
 import json
 
@@ -8,7 +8,7 @@ import torch
 import data
 import ipo
 from lab.common import exact, pictures, start
-from lab.models import chat, hf, smollm2
+from lab.models import chat, hf, short_answers, smollm2
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
@@ -133,7 +133,7 @@ def test_a_run_makes_the_folder_and_says_where_it_goes(made, tmp_path, monkeypat
     monkeypatch.setattr(smollm2, "found", lambda: tmp_path / "tiny.gguf")
     assert run("--make", f"{tmp_path}/new/model/") == 0
     said = capsys.readouterr().out
-    assert said.endswith(f"lab.models.smollm2 --init_from {tmp_path}/new/model\n")
+    assert said.endswith(f"lab.models.short_answers --init_from {tmp_path}/new/model\n")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["model"]
     assert chat.Tokenizer(f"{tmp_path}/new/model").ids("Ye") == chat.Tokenizer(made[1]).ids("Ye")
 
@@ -213,9 +213,9 @@ def answered(folder, *given, asked=("Why?", "Who is it?"), **own):
     args = flags("--init_from", folder, *given)
     vars(args).update(own)
     tokenizer = chat.Tokenizer(folder)
-    policy = smollm2.load(args, tokenizer)
+    policy = short_answers.load(args, tokenizer)
     torch.manual_seed(0)
-    return smollm2.answered(policy, tokenizer, asked, args), policy, args
+    return short_answers.answered(policy, tokenizer, asked, args), policy, args
 
 
 @pytest.fixture
@@ -223,18 +223,22 @@ def short(monkeypatch, tmp_path):
     """Few questions and short answers, and a function that runs the program -> its exit status."""
     path = tmp_path / "questions.txt"
     path.write_text("".join(f"Why {k}?\n" for k in range(6)))
-    monkeypatch.setattr(smollm2, "QUESTIONS", path)
-    monkeypatch.setattr(smollm2, "TOKENS", 5)
-    return lambda *argv: run("--out", str(tmp_path / "out"), "--steps", "2", "--log_every", "1", *argv)
+    monkeypatch.setattr(short_answers, "QUESTIONS", path)
+    monkeypatch.setattr(short_answers, "TOKENS", 5)
+    def run_short(*argv):
+        given = ["--out", str(tmp_path / "out"), "--steps", "2", "--log_every", "1", *argv]
+        return start.main("short_answers", short_answers.run, given)
+
+    return run_short
 
 
 def test_no_question_stands_there_twice():
-    questions = smollm2.QUESTIONS.read_text().splitlines()
+    questions = short_answers.QUESTIONS.read_text().splitlines()
     assert len(set(questions)) == len(questions) == 60
 
 
 def test_an_answer_ends_in_end_of_text_unless_it_is_cut(made, monkeypatch):
-    monkeypatch.setattr(smollm2, "TOKENS", 90)
+    monkeypatch.setattr(short_answers, "TOKENS", 90)
     pairs, _, _ = answered(made[1])
     end = chat.Tokenizer(made[1]).eot_token
     for row, n, prompt in zip(pairs.tokens, pairs.length, pairs.prompt_len):
@@ -247,7 +251,7 @@ def test_an_answer_ends_in_end_of_text_unless_it_is_cut(made, monkeypatch):
 def test_the_prompt_is_that_of_the_chat_template(made):
     pairs, _, _ = answered(made[1])
     hf_ = chat.Tokenizer(made[1]).hf
-    asked = [*smollm2.BEFORE, {"role": "user", "content": "Who is it?"}]
+    asked = [*short_answers.BEFORE, {"role": "user", "content": "Who is it?"}]
     due = hf_.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
     last = pairs.tokens[-1, :pairs.prompt_len[-1]]
     assert hf_.decode(last) == due
@@ -257,7 +261,7 @@ def test_log_probs_are_those_of_transformers_at_the_temperature(made):
     pairs, policy, _ = answered(made[1])
     n, prompt = pairs.length[0], pairs.prompt_len[0]
     row = pairs.tokens[0, :n].long()
-    logp = (policy.hf(row[None]).logits[0] / smollm2.TEMPERATURE).log_softmax(-1)
+    logp = (policy.hf(row[None]).logits[0] / short_answers.TEMPERATURE).log_softmax(-1)
     said = logp[:-1].gather(1, row[1:, None])[:, 0]
     due = said[prompt - 1:].sum().item()
     assert pairs.ref_logp[0].item() == pytest.approx(due, abs=1e-3)
@@ -286,7 +290,7 @@ def test_the_numbers_are_means_over_pairs_and_labels(spoken):
     """A loop over the ordered pairs of the first question."""
     pairs, _, _ = spoken
     u = torch.linspace(-1, 2, 12) ** 2
-    found = smollm2.numbers(pairs.ref_logp + u, pairs)
+    found = short_answers.numbers(pairs.ref_logp + u, pairs)
     h = chosen = accuracy = 0
     for y in range(6):
         for z in range(6):
@@ -302,7 +306,7 @@ def test_the_numbers_are_means_over_pairs_and_labels(spoken):
 
 def test_the_reference_has_no_margin(made):
     pairs, policy, args = answered(made[1])
-    found = smollm2.numbers(ipo.score(policy, pairs, args), pairs)
+    found = short_answers.numbers(ipo.score(policy, pairs, args), pairs)
     assert found["h"].abs().max() < 1e-3
 
 
@@ -340,7 +344,7 @@ def test_the_loss_is_the_core_s_with_the_winner_first(spoken, loss, mean):
     """With --mean log-probs are divided by the number of tokens and multiplied by its mean."""
     pairs, policy, args = spoken
     args.loss, args.mean = loss, mean
-    found = next(smollm2.losses(moved(policy), pairs, args)).item()
+    found = next(short_answers.losses(moved(policy), pairs, args)).item()
     x, winner, loser = next(labels(pairs, args))
     u = ipo.score(policy, pairs, args) - pairs.ref_logp
     if mean:
@@ -388,15 +392,15 @@ def by_trl(policy, pairs, tokenizer, args):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of TRL and transformers to each other
 def test_the_paper_s_sum_in_trl_ends_with_the_same_held_out_margin(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(smollm2, "TEMPERATURE", 1.0)  # TRL has none
+    monkeypatch.setattr(short_answers, "TEMPERATURE", 1.0)  # TRL has none
     given = ["--steps", "6", "--lr", "5e-3", "--log_every", "6", "--out", str(tmp_path)]
     source, policy, args = answered(made[1], *given, kind="deterministic")
     held, theirs, _ = answered(made[1], *given, asked=["Where?", "When is it?"])
 
     def margin(policy):
-        return ipo.means(smollm2.numbers(ipo.score(policy, held, args), held))["h"]
+        return ipo.means(short_answers.numbers(ipo.score(policy, held, args), held))["h"]
 
-    start.fit(policy, smollm2.losses(policy, source, args), args, lambda policy: {})
+    start.fit(policy, short_answers.losses(policy, source, args), args, lambda policy: {})
     by_trl(theirs, source, chat.Tokenizer(made[1]), args)
     assert abs(margin(policy)) > 0.01
     assert margin(theirs) == pytest.approx(margin(policy), abs=1e-3)
@@ -427,7 +431,7 @@ def test_a_seed_fixes_the_run(made, short, tmp_path):
 
 
 @pytest.mark.parametrize("argv, why", [
-    ([], "give --init_from, the folder that --make FOLDER writes"),
+    ([], "give --init_from, the folder that python -m lab.models.smollm2 --make"),
     (["--data", "cyclic"], "--data does nothing in this program"),
     (["--init_from", "no/such"], "there is no such folder"),
     (["--kind", "cyclic"], "invalid choice"),
