@@ -3,11 +3,11 @@
   python -m lab.common.pictures OUT [OUT ...]     a run's --out each, or a folder of runs
   python -m lab.common.pictures out/a out/b --out pictures
 
-runs.png: the margin h against the step, and beside it KL(pi||ref) in a world, or for a file the accuracy on
-held-out pairs. A colour is a run. Dashed: what a hard label asks h for. Diamond: the exact pi*. Trap: in a
-world h is a mean over coin flips that contradict each other. At the optimum it is at the diamond, not at the
-dashed line. With soft labels pairs stand as drawn, so h averages to about 0. Where runs end under the
-frontier, python -m lab.methods.on_the_frontier draws.
+runs.png: the margin h against the step, and beside it KL(pi||ref) in a world, or for a file the win rate or
+else the accuracy on held-out pairs. A colour is a run. Dashed: what a hard label asks h for. Diamond: the
+exact pi*. Trap: in a world h is a mean over coin flips that contradict each other. At the optimum it is at
+the diamond, not at the dashed line. With soft labels pairs stand as drawn, so h averages to about 0. Where
+runs end under the frontier, python -m lab.methods.on_the_frontier draws.
 """
 import argparse
 import json
@@ -24,9 +24,10 @@ from lab.common import start
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
 DASHED = {"linestyle": (0, (6, 4)), "linewidth": 1.5}
 DIAMOND = {"marker": "D", "markersize": 12, "markerfacecolor": "none", "linestyle": "none"}
-CURVES = {"h": "margin h, nats", "kl_ref": "KL(pi||ref), nats", "accuracy": "accuracy, held out"}
+CURVES = {"h": "margin h, nats", "kl_ref": "KL(pi||ref), nats", "win": "win rate, held out",
+          "accuracy": "accuracy, held out"}
 # before it is trained the policy is the reference
-FIRST = {"step": 0, "h": 0.0, "kl_ref": 0.0, "accuracy": 0.5}
+FIRST = {"step": 0, "h": 0.0, "kl_ref": 0.0, "win": 0.5, "accuracy": 0.5}
 
 
 class Run(NamedTuple):

@@ -1,7 +1,8 @@
 """Does IPO do on a pretrained chat model what it does in the toy world?
 
   python -m lab.models.short_answers --init_from out/smollm2         IPO at tau .1
-  python -m lab.models.short_answers --init_from out/smollm2 --loss dpo --kind deterministic --out out/chat/dpo
+  python -m lab.models.short_answers --init_from out/smollm2 --loss dpo --kind deterministic
+  python -m lab.models.short_answers --init_from out/smollm2 --all   nine runs, their table and a picture
 
 --init_from: a folder with a chat model, such as python -m lab.models.smollm2 makes.
 
@@ -10,10 +11,11 @@ preferred, the shorter answer: each word more costs a quarter of a nat, and p*(y
 --kind deterministic the shorter one always wins. A step takes all 15 pairs of one question's answers, with a
 coin flip for each. Every third question is held out. At the end the policy answers these anew.
 
-Printed: means over pairs and labels of held-out questions, with standard errors over questions. "pi*" is that
-of the small world of six answers, where log pi*/ref is g/tau up to a constant. DPO's on certain labels is
-infinitely far, and millions stand there. The win rate is against the reference's answers, and always
-Bradley-Terry's.
+Printed: means over held-out questions, with their standard errors in brackets. The six answers to a question
+are a small world. In it h, chosen and accuracy are means over pairs and labels, win is the win rate, and
+log pi*/ref is g/tau, up to a constant. DPO's pi* on certain labels is infinitely far, and millions stand
+for it. "new win" is of new answers against the reference's, and always Bradley-Terry's.
+--all leaves each run in a folder of its own below --out. Started again, it skips those that are finished.
 Traps: with --mean u is divided by the number of tokens and multiplied by its mean, so that tau compares with
 the sum's. An answer that is cut is scored without end of text.
 """
@@ -25,16 +27,32 @@ import torch
 import data
 import ipo
 from data import Refused
-from lab.common import exact, start
+from lab.common import exact, pictures, start
 from lab.models import chat, hf
 
 QUESTIONS = Path(__file__).with_name("questions.txt")
-BEFORE = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a cow?"},
-          {"role": "assistant", "content": "A farm animal."}]
+BEFORE = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is a cow?"},
+    {"role": "assistant", "content": "A farm animal."},
+]
 ANSWERS, TOKENS, TEMPERATURE = 6, 24, 0.7  # to a question; in an answer, at most; of policy and reference
-DEFAULTS = "--tau 0.1 --steps 20 --batch_size 3 --lr 2e-5 --log_every 10 --out out/chat/ipo"
+DEFAULTS = "--tau 0.1 --steps 20 --batch_size 3 --lr 2e-5 --log_every 5 --out out/chat"
 USELESS = ("data labels mu pairs batch_size tokenizer holdout block_size sft_steps sft_lr n_layer n_head "
            "n_embd dtype overwrite").split()
+RUNS = {  # of --all
+    "ipo": "--loss ipo",
+    "mean": "--mean",
+    "dpo": "--loss dpo",
+    "ipo-certain": "--kind deterministic",
+    "dpo-certain": "--kind deterministic --loss dpo",
+    "ipo-.5": "--tau 0.5",
+    "ipo-.5-slow": "--tau 0.5 --lr 5e-6",
+    "mean-.5": "--tau 0.5 --mean",
+    "dpo-.5": "--tau 0.5 --loss dpo",
+}
+COLUMNS = ["h", "h at pi*", "chosen", "chosen at pi*", "accuracy", "win", "win at pi*", "new win", "KL",
+           "words"]
 
 
 def load(args, tokenizer):
@@ -48,8 +66,7 @@ def load(args, tokenizer):
 def answered(policy, tokenizer, questions, args):  # -> data.PairData
     """What the policy says to X questions, Y = ANSWERS times each. It is the reference of these answers.
 
-    An answer that is not cut has its end of text. Also texts; reward (X,Y), where a word costs 1/4 nat; pstar
-    (X,Y,Y); chance (X,Y,Y) of a pair that its first won; best (X,Y), log pi*/ref of this small world.
+    An answer that is not cut has its end of text. Also texts, and reward (X,Y), where a word costs 1/4 nat.
     """
     own = tokenizer.hf
     own.pad_token = own.eos_token
@@ -67,16 +84,23 @@ def answered(policy, tokenizer, questions, args):  # -> data.PairData
         answers.append(ids[:stop])
     pairs = data.PairData(prompts, answers)
     pairs.ref_logp = ipo.score(policy, pairs, args)
-    pairs.texts = own.batch_decode(answers, skip_special_tokens=True)
+    pairs.asked, pairs.texts = questions, own.batch_decode(answers, skip_special_tokens=True)
     words = [len(text.split()) for text in pairs.texts]
     pairs.reward = torch.tensor(words).view(-1, ANSWERS) / -4
+    print(f"{len(questions)} questions are answered", flush=True)
+    return pairs
+
+
+def prefer(pairs, args):
+    """Gives pairs pstar (X,Y,Y) of --kind; g (X,Y), how often an answer wins; chance (X,Y,Y) of a pair that
+    its first won; best (X,Y), log pi*/ref of the small world.
+    """
     pairs.pstar = data.preference(args.kind, pairs.reward, None)
     mu = torch.full_like(pairs.reward, 1 / ANSWERS)
+    pairs.g = data.mean_over_opponents(pairs.pstar, mu)
     pairs.chance = 2 * pairs.pstar * exact.weights(mu)
     worth = ipo.PSI_OF[args.loss](pairs.pstar)
     pairs.best = data.optimum(mu.log(), worth, mu, args.tau) - mu.log()
-    print(f"{len(questions)} questions are answered")
-    return pairs
 
 
 def numbers(logp, pairs):  # (R,) -> {name: (X,)}
@@ -86,6 +110,7 @@ def numbers(logp, pairs):  # (R,) -> {name: (X,)}
     numbers = {"h": h, "chosen": u[:, :, None], "accuracy": h.sign() / 2 + 0.5}
     for name, each in numbers.items():
         numbers[name] = (pairs.chance * each).sum((1, 2))
+    numbers["win"] = (u.softmax(1) * pairs.g).sum(1)
     return numbers
 
 
@@ -106,41 +131,90 @@ def losses(policy, source, args):
 
 
 def spread(each):  # (X,...) -> text
-    """The mean, and its standard error over questions."""
+    """The mean, and in brackets its standard error over questions."""
     each = each.reshape(len(each), -1).mean(1)
-    return f"{each.mean():.3f} +- {each.std() / len(each) ** 0.5:.3f}"
+    return f"{each.mean():.2f} ({each.std() / len(each) ** 0.5:.2f})"
+
+
+def experiment(tokenizer, source, held, args):
+    """One run, from the reference to report.json. source, held: answers to train on, and held-out ones."""
+    start.make_folder(args.out)
+    for pairs in source, held:
+        prefer(pairs, args)
+    policy = load(args, tokenizer)
+    start.fit(policy, losses(policy, source, args), args,
+              lambda policy: ipo.means(numbers(ipo.score(policy, held, args), held)))
+    known = {"": ipo.score(policy, held, args), " at pi*": held.ref_logp + held.best.flatten()}
+    figures = {}
+    for where, logp in known.items():
+        for name, each in numbers(logp, held).items():
+            figures[name + where] = spread(each)
+    torch.manual_seed(args.seed + 1)  # not that of the reference's answers
+    fresh = answered(policy, tokenizer, held.asked, args)
+    for texts in zip(held.asked, held.texts[::ANSWERS], fresh.texts[::ANSWERS]):
+        print(*texts, sep="\n  ")
+    won = (fresh.reward[:, :, None] - held.reward[:, None]).sigmoid()
+    far = fresh.ref_logp - ipo.score(load(args, tokenizer), fresh, args)  # ref_logp is the policy's own here
+    figures |= {"new win": spread(won), "KL": spread(far.view(-1, ANSWERS))}
+    figures |= {"words": spread(-4 * fresh.reward), "words before": spread(-4 * held.reward)}
+    answer = f"New answers win {figures['new win']} against the reference's, "
+    answer += f"at KL(pi||ref) {figures['KL']} nats."
+    start.finish(args, answer, figures)
+
+
+def planned(own, argv, out):
+    """The flags of each of RUNS, by name. Raises Refused if its folder holds a run with others."""
+    start.refuse_given(argv, {"loss", "tau", "lr", "mean", "kind"}, "is set by --all")
+    runs = {}
+    for name, flags in RUNS.items():
+        args = start.parse(own, [*argv, *flags.split(), "--out", f"{out}/{name}"], DEFAULTS, USELESS)
+        found = pictures.report_of(args.out).get("flags")
+        if found not in (None, vars(args)):
+            raise Refused(f"{args.out} holds a run with other flags; name another --out, or remove it")
+        runs[name] = args
+    return runs
+
+
+def compare(tokenizer, source, held, runs, out):
+    """Makes all these runs, but for those whose report is there; their table and picture."""
+    rows = {}
+    for name, args in runs.items():
+        done = pictures.report_of(args.out)
+        print(f"{args.out} {'is finished' if done else 'begins'}", flush=True)
+        if not done:
+            experiment(tokenizer, source, held, args)
+        report = pictures.report_of(args.out)
+        rows[name] = start.Row((column, report[column]) for column in COLUMNS)
+    drawn = []
+    for name in "ipo", "mean", "dpo":
+        drawn.append(pictures.read(runs[name].out))
+        drawn[-1].flags["loss"] = name  # its label
+    pictures.draw_runs(drawn, f"{out}/runs.png")
+    return rows
 
 
 def run(argv):
     own = start.parser(__doc__)
     own.add_argument("--mean", action="store_true", help="average over tokens, where the paper sums")
     own.add_argument("--kind", choices=["bt", "deterministic"], default="bt", help="of preference [bt]")
+    own.add_argument("--all", action="store_true", help="nine runs with their table and picture")
     args = start.parse(own, argv, DEFAULTS, USELESS)
     if not args.init_from:
         raise Refused("give --init_from, the folder that python -m lab.models.smollm2 --make FOLDER writes")
+    runs = planned(own, argv, args.out) if args.all else {}
     start.make_folder(args.out)
     tokenizer = chat.Tokenizer(args.init_from)
     policy = load(args, tokenizer)
     torch.manual_seed(args.seed)
     questions = QUESTIONS.read_text().splitlines()
-    asked = questions[::3]
-    held = answered(policy, tokenizer, asked, args)
+    held = answered(policy, tokenizer, questions[::3], args)
     source = answered(policy, tokenizer, questions[1::3] + questions[2::3], args)
-    start.fit(policy, losses(policy, source, args), args,
-              lambda policy: ipo.means(numbers(ipo.score(policy, held, args), held)))
-    fresh = answered(policy, tokenizer, asked, args)
-    for texts in zip(asked, held.texts[::ANSWERS], fresh.texts[::ANSWERS]):
-        print(*texts, sep="\n  ")
-    known = {"": ipo.score(policy, held, args), " at pi*": held.ref_logp + held.best.flatten()}
-    figures = {"words before": spread(-4 * held.reward), "words after": spread(-4 * fresh.reward)}
-    for where, logp in known.items():
-        for name, each in numbers(logp, held).items():
-            figures[name + where] = spread(each)
-    won = (fresh.reward[:, :, None] - held.reward[:, None]).sigmoid()
-    far = fresh.ref_logp - ipo.score(load(args, tokenizer), fresh, args)  # ref here is the policy
-    answer = f"New answers win {spread(won)} against the reference's, "
-    answer += f"at KL(pi||ref) {spread(far.view(-1, ANSWERS))} nats."
-    start.finish(args, answer, figures)
+    if not runs:
+        return experiment(tokenizer, source, held, args)
+    rows = compare(tokenizer, source, held, runs, args.out)
+    answer = "At tau .1 IPO ends {KL} nats from the reference, and new answers win {new win}. "
+    answer = answer.format(**rows["ipo"]) + "DPO: {KL}, {new win}.".format(**rows["dpo"])
+    start.finish(args, answer, start.table("run", rows))
 
 
 if __name__ == "__main__":

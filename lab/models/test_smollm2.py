@@ -215,7 +215,9 @@ def answered(folder, *given, asked=("Why?", "Who is it?"), **own):
     tokenizer = chat.Tokenizer(folder)
     policy = short_answers.load(args, tokenizer)
     torch.manual_seed(0)
-    return short_answers.answered(policy, tokenizer, asked, args), policy, args
+    pairs = short_answers.answered(policy, tokenizer, asked, args)
+    short_answers.prefer(pairs, args)
+    return pairs, policy, args
 
 
 @pytest.fixture
@@ -280,9 +282,7 @@ def spoken(made):
     pairs, policy, args = answered(made[1])
     words = [0, 1, 2, 1, 3, 0, 1, 1, 2, 4, 0, 2]
     pairs.reward = torch.tensor(words).view(2, 6) / -4
-    pairs.pstar = data.preference("bt", pairs.reward, None)
-    mu = torch.full_like(pairs.reward, 1 / 6)
-    pairs.chance = 2 * pairs.pstar * exact.weights(mu)
+    short_answers.prefer(pairs, args)
     return pairs, policy, args
 
 
@@ -302,6 +302,19 @@ def test_the_numbers_are_means_over_pairs_and_labels(spoken):
     assert found["h"][0].item() == pytest.approx(h.item(), abs=1e-4)
     assert found["chosen"][0].item() == pytest.approx(chosen.item(), abs=1e-4)
     assert found["accuracy"][0].item() == pytest.approx(accuracy.item(), abs=1e-4)
+
+
+def test_the_win_rate_is_that_of_the_policy_among_the_six_answers(spoken):
+    """y from ref exp(u), normalised, and y' from the six at random; written out for the second question."""
+    pairs, _, _ = spoken
+    u = torch.linspace(-1, 2, 12) ** 2
+    found = short_answers.numbers(pairs.ref_logp + u, pairs)["win"][1].item()
+    weight = u[6:].exp() / u[6:].exp().sum()
+    due = 0
+    for y in range(6):
+        for z in range(6):
+            due += weight[y].item() * pairs.pstar[1, y, z].item() / 6
+    assert found == pytest.approx(due, abs=1e-4)
 
 
 def test_the_reference_has_no_margin(made):
@@ -412,14 +425,14 @@ def test_a_run_ends_with_its_answer_and_a_report(made, short, tmp_path, capsys):
     assert "New answers win 0." in said
     assert "step 2/2" in said
     report = json.loads((tmp_path / "out/report.json").read_text())
-    assert {"h", "chosen", "accuracy", "h at pi*", "words before", "words after"} < report.keys()
+    assert {"h", "chosen", "accuracy", "h at pi*", "words before", "words"} < report.keys()
 
 
 def test_its_folder_is_drawn(made, short, tmp_path, figures):
     assert short("--init_from", made[1], "--kind", "deterministic", "--loss", "dpo") == 0
     pictures.run([str(tmp_path / "out")])
     left, right = figures[f"{tmp_path}/out/runs.png"].axes
-    assert right.get_ylabel() == "accuracy, held out"
+    assert right.get_ylabel() == "win rate, held out"
 
 
 def test_a_seed_fixes_the_run(made, short, tmp_path):
@@ -430,7 +443,60 @@ def test_a_seed_fixes_the_run(made, short, tmp_path):
     assert reports[0] == reports[1]
 
 
+@pytest.fixture
+def three_runs(monkeypatch):
+    """--all of what the picture needs alone."""
+    few = {name: short_answers.RUNS[name] for name in ("ipo", "mean", "dpo")}
+    monkeypatch.setattr(short_answers, "RUNS", few)
+
+
+def report(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_all_makes_the_runs_that_single_commands_make(made, short, three_runs, tmp_path, figures):
+    assert short("--init_from", made[1], "--all") == 0
+    alone = str(tmp_path / "alone")
+    assert short("--init_from", made[1], "--loss", "dpo", "--out", alone) == 0
+    together, alone = report(tmp_path / "out/dpo"), report(tmp_path / "alone")
+    for flags in together["flags"], alone["flags"]:
+        del flags["out"], flags["all"]
+    assert together == alone
+
+
+def test_all_ends_with_a_table_and_a_picture(made, short, three_runs, tmp_path, figures, capsys):
+    assert short("--init_from", made[1], "--all") == 0
+    said = capsys.readouterr().out
+    row = next(line for line in said.splitlines() if line.startswith("  | dpo "))
+    for name in short_answers.COLUMNS:
+        assert f" {report(tmp_path / 'out/dpo')[name]} |" in row
+    left, right = figures[f"{tmp_path}/out/runs.png"].axes
+    assert right.get_ylabel() == "win rate, held out"
+    assert [line.get_label() for line in right.lines] == ["ipo, tau 0.1", "mean, tau 0.1", "dpo, tau 0.1"]
+
+
+def test_all_goes_on_with_the_run_that_was_not_finished(made, short, three_runs, tmp_path, figures, capsys):
+    assert short("--init_from", made[1], "--all") == 0
+    before = report(tmp_path / "out/dpo")
+    (tmp_path / "out/dpo/report.json").unlink()
+    capsys.readouterr()
+    assert short("--init_from", made[1], "--all") == 0
+    said = capsys.readouterr().out
+    assert said.count(" is finished\n") == 2
+    assert f"{tmp_path}/out/dpo begins\n" in said
+    assert report(tmp_path / "out/dpo") == before
+
+
+def test_all_refuses_a_folder_of_other_flags_before_the_work(made, short, three_runs, tmp_path, capsys):
+    assert short("--init_from", made[1], "--out", str(tmp_path / "out/mean")) == 0
+    capsys.readouterr()
+    line = refusal(capsys, short("--init_from", made[1], "--all"))
+    assert f"{tmp_path}/out/mean holds a run with other flags" in line
+    assert not (tmp_path / "out/ipo").exists()
+
+
 @pytest.mark.parametrize("argv, why", [
+    (["--all", "--tau", "1", "--init_from", "no/such"], "--tau is set by --all"),
     ([], "give --init_from, the folder that python -m lab.models.smollm2 --make"),
     (["--data", "cyclic"], "--data does nothing in this program"),
     (["--init_from", "no/such"], "there is no such folder"),
