@@ -60,7 +60,8 @@ class PairData:
     def padded(self, rows):  # (K,) -> (K,T), (K,T)
         """The tokens of these K rows, and their mask, True on response tokens.
 
-        A token never looks to its right, so the padding there changes no log-prob.
+        A token never looks to its right, so the padding there changes no log-prob. A prompt of 2 tokens and a
+        response of 2, in T = 5, have the mask 0 0 1 1 0.
         """
         length = self.length[rows].unsqueeze(1)          # (K,1)
         prompt_len = self.prompt_len[rows].unsqueeze(1)  # (K,1)
@@ -85,7 +86,10 @@ class PairData:
 
 
 def shuffled(n, size, steps, generator):
-    """Yields `size` indices for each step: all of 0..n-1 in random order, then in another, and so on."""
+    """Yields `size` indices for each step: all of 0..n-1 in random order, then in another, and so on.
+
+    A step may take the end of one order and the beginning of the next.
+    """
     left = torch.arange(0)  # none yet
     for _ in range(steps):
         while len(left) < size:
@@ -112,8 +116,8 @@ SUBJECTS, *LINES = [line.split() for line in REWARDS.strip().splitlines()]
 VALUES = {word: list(map(float, values)) for word, *values in LINES}  # a word's four numbers
 WORDS = list(VALUES)
 WORLDS = "bt", "deterministic", "cyclic"  # see `preference`
-# shares of SFT's texts with 0, 1, 2 and 3 words: none is empty, and each word but the third is the last
-# with probability 1/4
+# shares of SFT's texts with 0, 1, 2 and 3 words: none is empty, and after the first and the second word it
+# ends with probability 1/4
 LENGTHS = 0, 1/4, 3/16, 9/16
 
 
@@ -150,8 +154,8 @@ class World:
     response y; `draw` gives it pairs.
 
     Its model reads 13 ids and emits the first 8, words and end of text. It has a context of 5 tokens, and the
-    prompt takes 2. So a text of the model has three words, or ends earlier with end of text. That is one of
-    these 400 responses. Their probabilities sum to 1, and the sums below, such as KL, are exact.
+    prompt takes 2. That leaves three words, or fewer and end of text, which are these 400 responses. So their
+    probabilities sum to 1, and the sums below, such as KL, are exact.
     """
 
     def __init__(self, name, words=WORDS, lengths=LENGTHS):
@@ -164,7 +168,7 @@ class World:
         self.reward = torch.stack([reward(response) for response in self.responses], dim=1)
         self.tokenizer = Words(words)
         encode = self.tokenizer.encode_ordinary
-        # end of text follows, but not after three words
+        # if 7 is end of text: [7], [word, 7], [word, word, 7], and [word, word, word]
         longest = len(lengths) - 1
         rows = [encode(f"{response} {EOT}")[:longest] for response in self.responses]
         first = torch.tensor([row[0] for row in rows])  # (Y,) end of text, if there is no word
@@ -180,12 +184,13 @@ class World:
         """Gives self.pairs n pairs: two independent responses from mu (X,Y), and a label.
 
         "hard": a coin flip with p*; the winner becomes "chosen", and p = 1. "soft": the pair stays as it was
-        drawn, and p is p*. Both responses may be the same. Then h is 0, whatever the policy.
+        drawn, p is p*, and "chosen" may be the worse one. Both responses may be the same. Then h is 0, whatever
+        the policy.
         """
         X, Y = self.reward.shape
-        each = math.ceil(n / X)  # pairs for each prompt; [:n] leaves the last prompt fewer
+        each = math.ceil(n / X)  # pairs for each prompt; [:n] leaves the last ones fewer
         x = torch.arange(X).repeat_interleave(each)[:n]                     # (n,)
-        # True: with replacement
+        # prompt by prompt, as x is: the first half of its draws are first responses; True: with replacement
         draws = torch.multinomial(mu, 2 * each, True, generator=generator)  # (X, 2 each)
         first = draws[:, :each].flatten()[:n]                               # (n,)
         second = draws[:, each:].flatten()[:n]
@@ -203,8 +208,9 @@ def preference(name, reward, first):  # (X,Y), (Y,) -> (X,Y,Y)
     bt: s(r(y) - r(z)), s the sigmoid.
     deterministic: 1 if r(y) > r(z), 1/2 on a tie.
     cyclic: s(r(y) - r(z) + 2 c), where c is 1 if y's first word beats z's, -1 if it loses, else 0. It is a
-    game of rock, paper, scissors: good beats superb, fine beats good, superb beats fine. In general the word
-    with id i beats the one with id j if (i - j) % 3 is 1. Values differ by 1.8 at most, so 2 outweighs them.
+    game of rock, paper, scissors. id i beats id j if (i - j) % 3 is 1: good (1) beats superb (0), fine (2)
+    beats good, superb beats fine (-2 % 3 is 1), and so on. The values of two words differ by 1.8 at most, so
+    between responses of one word c decides.
     """
     gap = reward.unsqueeze(2) - reward.unsqueeze(1)  # (X,Y,1) - (X,1,Y)
     # so that equal sums tie, though added in another order
@@ -230,8 +236,8 @@ def mean_over_opponents(worth, mu):  # (X,Y,Y), (X,Y) -> (X,Y)
 def optimum(ref_logp, worth, mu, tau):  # (X,Y), (X,Y,Y), (X,Y) -> (X,Y)
     """The log of pi*(y) = ref(y) exp(g(y) / tau) / Z, with g(y) the mean of worth = Psi(p*) over mu  (eq. 7).
 
-    DPO's Psi, the logit, is inf at a sure win and -inf at a sure loss, and a mean of both would be NaN. With
-    a million in place of inf the response that wins most gets everything. That is DPO's limit.
+    DPO's Psi, the logit, is inf at a sure win and -inf at a sure defeat. A mean of both would be NaN. With a
+    million in place of inf the response that wins most gets nearly everything, as from DPO without end.
     """
     g = mean_over_opponents(worth.clamp(-1e6, 1e6), mu)
     return (ref_logp + g / tau).log_softmax(-1)  # log_softmax divides by Z

@@ -48,7 +48,7 @@ def psi(q):
 def target(p, tau):  # (B,) -> (B,)
     """The margin, in nats, that is asked of a pair if its chosen response is preferred with probability p.
 
-    If the two responses change places, p becomes 1 - p, and the sign of the target turns, as that of h does.
+    If the two responses change places, p becomes 1 - p, and the signs of target and h turn. The loss stays.
     """
     return (psi(p) - psi(1 - p)) / (2 * tau)
 
@@ -59,10 +59,11 @@ def ipo_loss(h, p, tau):  # (B,), (B,) -> (B,)
 
 
 def dpo_loss(h, p, tau):  # (B,), (B,) -> (B,)
-    """-log s(tau h), if p is 1.
+    """-log s(tau h) if p is 1. In general its mean over flips of a coin with p, as a defeat turns h to -h.
 
-    log s(z) has the slope s(-z), which is 1 - s(z). So this loss has the slope tau (s(tau h) - p) in h. It is
-    0 at tau h = logit(p). For p = 1 it is never 0, and h never stops growing.
+    log s(z) has the slope 1 - s(z), and log s(-z) the slope -s(z). So this loss has the slope
+    tau (s(tau h) - p) in h, which is 0 at tau h = logit(p). Where one response always wins it is never 0, and
+    h never stops growing.
     """
     return -(p * logsigmoid(tau * h)
              + (1 - p) * logsigmoid(-tau * h))
@@ -80,19 +81,20 @@ def sequence_logp(policy, tokens, mask):  # (R,T), (R,T) -> (R,)
         mask              0   0   1   1
         predicted there   x1  y2  y3
         scored            0   1   1         the mask without its first column
-    S counts the ones in `scored` of all rows. C are channels, V is the vocabulary, x are hidden states.
+    Padding on the right has the mask 0, too. S counts the ones in `scored` of all rows. policy.hidden gives C
+    channels at each position, and policy.head makes logits of them, for a vocabulary of V.
     """
     device = next(policy.parameters()).device
     tokens, mask = tokens.to(device), mask.to(device)
     scored = mask[:, 1:]                                         # (R,T-1)
-    if model.sharing_pays(policy, tokens):  # the same as below, faster for long rows; skip it
+    if model.sharing_pays(policy, tokens):  # not in the toy world: the same, faster for long rows
         x = model.shared_hidden(policy, tokens[:, :-1], scored)  # (S,C)
     else:
         x = policy.hidden(tokens[:, :-1])[scored]                # (S,C) the scored positions, row by row
     logp = policy.head(x).float().log_softmax(-1)                # (S,V)
     said = tokens[:, 1:][scored]                                 # (S,) the tokens of the responses
     token_logp = logp.new_zeros(scored.shape)                    # (R,T-1)
-    token_logp[scored] = logp.gather(1, said[:, None]).squeeze(1)  # each back to its place
+    token_logp[scored] = logp.gather(1, said[:, None]).squeeze(1)  # back to their places
     return token_logp.sum(1).cpu()  # where p and ref_logp are
 
 
@@ -124,7 +126,8 @@ def adam(policy):
 def optimizer_step(optimizer, step, steps, peak):
     """One step, with the gradient's norm clipped to 1.
 
-    The learning rate is `peak`, times a warm-up over min(50, steps / 2) steps, times a line from 1 to 0.
+    The learning rate is `peak`, times a warm-up over min(50, steps / 2) steps, times a line from 1 to
+    1/steps.
     """
     rising = step / min(50, steps / 2)
     falling = 1 - (step - 1) / steps
@@ -141,13 +144,13 @@ def train(policy, batches, args, evaluate):
     """Preference training. Returns the log, a list of dicts. Raises Stopped.
 
     batches: any iterable of data.Batch, which has tokens, mask, p and ref_logp. At each log line
-    evaluate(policy) gives the numbers, and ckpt.pt is saved. A resumed run skips the batches before it.
+    evaluate(policy) gives numbers by name, and ckpt.pt is saved. A resumed run skips the batches before it.
     """
     optimizer = adam(policy)
-    # a new run: 0, []; a resumed one: policy and optimizer are restored
+    # a new run: 0, [] (its folder has been emptied); a resumed one: policy and optimizer are restored
     seen, log = last_checkpoint(policy, optimizer, args)
     for step, batch in enumerate(batches, 1):
-        if step <= seen:  # before the interruption
+        if step <= seen:  # its effect is in ckpt.pt
             continue
         with precision(args):
             logp = sequence_logp(policy, batch.tokens, batch.mask)  # (2B,)
@@ -159,7 +162,7 @@ def train(policy, batches, args, evaluate):
         optimizer_step(optimizer, step, args.steps, args.lr)
         if step % args.log_every == 0 or step == args.steps:
             numbers = {"batch loss": loss.item(), **evaluate(policy)}
-            if numbers.get("h", 0) is None:  # NaN, or over 10,000: see means
+            if numbers.get("h", 0) is None:  # None: NaN, or over 10,000 (see means)
                 raise Stopped(f"step {step}: h is not finite, or over 10,000 nats; lower --lr")
             told(f"step {step}/{args.steps}", numbers)
             log.append({"step": step, **numbers})
@@ -237,8 +240,8 @@ def last_checkpoint(policy, optimizer, args):
 def check_start(policy, batch, logp, loss):
     """Before the first step the policy is the reference, so every margin is 0, but for rounding.
 
-    In float32 that is .01 nats at most. In bfloat16 each of a margin's four log-probs may be off by what
-    a second pass in float32 measures.
+    A margin has four log-probs, of two responses by policy and reference. In bfloat16 each may be off by
+    `rounding`, which a second pass in float32 measures. In float32 that is 0, and .01 nats are allowed.
     """
     exact = sequence_logp(policy, batch.tokens, batch.mask)  # outside of `precision`, so in float32
     rounding = (logp - exact).abs().max()
@@ -281,7 +284,8 @@ def told(name, numbers):
 
 # ---------------------------------------------------------------------------------- where the pairs come from
 
-# the Psi whose pi* a run with this loss is compared with; psi is looked up when it is called
+# the Psi whose pi* a run with this loss is compared with; psi is looked up when it is called, since it may
+# be replaced
 PSI_OF = {"ipo": lambda q: psi(q), "dpo": torch.logit}
 
 
@@ -411,6 +415,7 @@ def parse(argv=None):
     # the columns init_from, sample and resume
     kinds += [kind for kind in NAMES[3:6] if kind in given]
     flags = {}
+    # the last column that applies, and is not "=", has the default
     for cells in ROWS:
         row = dict(zip(NAMES, cells))
         name = row["flag"]
@@ -447,7 +452,10 @@ def value_of(name, text, takes):
 
 
 def claim(out, overwrite):
-    """Removes an older run: any with --overwrite, else a finished one (it has report.json) in a world."""
+    """Removes an older run if --overwrite says so, or if it is a world's and finished (has report.json).
+
+    Any other is refused.
+    """
     os.makedirs(out, exist_ok=True)
     old = {"report.json", "ckpt.pt", "ref.pt"}.intersection(os.listdir(out))
     if old and not overwrite:
@@ -461,7 +469,7 @@ def claim(out, overwrite):
 
 def refuse_what_cannot_run(source, args):
     """Raises Refused, before anything is replaced, if data, weights and loss do not fit together."""
-    # None if a world's weights are new; GPT-2's for a world are refused, say
+    # None: new weights for a world. GPT-2's weights for a world are refused, say.
     if args.tokenizer not in (None, source.tokenizer.name):
         raise Refused(f"--init_from {args.init_from} knows the tokens of {args.tokenizer}, and --data "
                       f"{args.data} has those of {source.tokenizer.name}; use weights of the same kind")
@@ -502,13 +510,13 @@ def run(args, policy=None, source=None):
 def make_reference(policy, source, args):
     """SFT makes the policy the reference. ref.pt gets it, and its log-prob of every row.
 
-    --resume reads both. Without ref_logp in it SFT was interrupted, and starts again. Raises Refused if the
-    data have changed.
+    --resume reads both. If it has no ref_logp, SFT was interrupted. It starts again, from the same weights,
+    which the seed gives. Raises Refused if the data have changed.
     """
     path = f"{args.out}/ref.pt"
     if not args.resume:
         claim(args.out, args.overwrite)
-    # not saved as flags
+    # they are of this start alone, and so not saved
     args.resume = args.overwrite = None
     saved = model.read(path) if os.path.exists(path) else {}
     if "ref_logp" in saved:  # stopped later
