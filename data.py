@@ -184,8 +184,8 @@ class World:
         """Gives self.pairs n pairs: two independent responses from mu (X,Y), and a label.
 
         "hard": a coin flip with p*; the winner becomes "chosen", and p = 1. "soft": the pair stays as it was
-        drawn, p is p*, and "chosen" may be the worse one. Both responses may be the same. Then h is 0, whatever
-        the policy.
+        drawn, p is p*, and "chosen" may be the worse one. Both responses may be the same. Then h is 0 for any
+        policy.
         """
         X, Y = self.reward.shape
         each = math.ceil(n / X)  # pairs for each prompt; [:n] leaves the last ones fewer
