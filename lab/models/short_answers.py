@@ -6,8 +6,8 @@
 
 --init_from: a folder with a chat model, such as python -m lab.models.smollm2 makes.
 
-The model answers 60 questions, six times each, in at most 24 tokens at temperature .7. We made up what is
-preferred, the shorter answer: each word more costs a quarter of a nat, and p*(y>y') = s(r(y) - r(y')). With
+The model answers 60 questions, six times each, in at most --tokens tokens, at temperature .7. We made up what
+is preferred, the shorter answer: each word more costs a quarter of a nat, and p*(y>y') = s(r(y) - r(y')). With
 --kind deterministic the shorter one always wins. A step takes all 15 pairs of one question's answers, with a
 coin flip for each. Every third question is held out. At the end the policy answers these anew.
 
@@ -36,7 +36,7 @@ BEFORE = [
     {"role": "user", "content": "What is a cow?"},
     {"role": "assistant", "content": "A farm animal."},
 ]
-ANSWERS, TOKENS, TEMPERATURE = 6, 24, 0.7  # to a question; in an answer, at most; of policy and reference
+ANSWERS, TEMPERATURE = 6, 0.7  # to a question; of policy and reference
 DEFAULTS = "--tau 0.1 --steps 20 --batch_size 3 --lr 2e-5 --log_every 5 --out out/chat"
 USELESS = ("data labels mu pairs batch_size tokenizer holdout block_size sft_steps sft_lr n_layer n_head "
            "n_embd dtype overwrite").split()
@@ -77,7 +77,7 @@ def answered(policy, tokenizer, questions, args):  # -> data.PairData
     rows = own.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     said = policy.hf.generate(
         **rows.to(args.device), do_sample=True, temperature=TEMPERATURE, top_k=0,
-        max_new_tokens=TOKENS)
+        max_new_tokens=args.tokens)
     answers = []
     for ids in said[:, rows["input_ids"].shape[1]:].tolist():
         stop = [*ids, end].index(end) + 1
@@ -197,6 +197,7 @@ def run(argv):
     own = start.parser(__doc__)
     own.add_argument("--mean", action="store_true", help="average over tokens, where the paper sums")
     own.add_argument("--kind", choices=["bt", "deterministic"], default="bt", help="of preference [bt]")
+    own.add_argument("--tokens", type=int, choices=[8, 24, 72], default=24, help="in an answer, at most [24]")
     own.add_argument("--all", action="store_true", help="nine runs with their table and picture")
     args = start.parse(own, argv, DEFAULTS, USELESS)
     if not args.init_from:

@@ -1,6 +1,7 @@
 """Claims of smollm2.py and short_answers.py, on a GGUF file that is made here, and on the package, if any."""
 import importlib.util
 import json
+import os
 
 import pytest
 import torch
@@ -204,7 +205,7 @@ def test_the_package_makes_a_model_that_knows_france(tmp_path):
 
 def flags(*given):
     args = ipo.parse(["--batch_size", "3", "--steps", "3", *given])
-    args.mean, args.kind = False, "bt"
+    args.mean, args.kind, args.tokens = False, "bt", 24
     return args
 
 
@@ -226,9 +227,8 @@ def short(monkeypatch, tmp_path):
     path = tmp_path / "questions.txt"
     path.write_text("".join(f"Why {k}?\n" for k in range(6)))
     monkeypatch.setattr(short_answers, "QUESTIONS", path)
-    monkeypatch.setattr(short_answers, "TOKENS", 5)
     def run_short(*argv):
-        given = ["--out", str(tmp_path / "out"), "--steps", "2", "--log_every", "1", *argv]
+        given = ["--out", str(tmp_path / "out"), "--steps", "2", "--log_every", "1", "--tokens", "8", *argv]
         return start.main("short_answers", short_answers.run, given)
 
     return run_short
@@ -239,9 +239,8 @@ def test_no_question_stands_there_twice():
     assert len(set(questions)) == len(questions) == 60
 
 
-def test_an_answer_ends_in_end_of_text_unless_it_is_cut(made, monkeypatch):
-    monkeypatch.setattr(short_answers, "TOKENS", 90)
-    pairs, _, _ = answered(made[1])
+def test_an_answer_ends_in_end_of_text_unless_it_is_cut(made):
+    pairs, _, _ = answered(made[1], tokens=90)
     end = chat.Tokenizer(made[1]).eot_token
     for row, n, prompt in zip(pairs.tokens, pairs.length, pairs.prompt_len):
         answer = row[prompt:n].tolist()
@@ -378,7 +377,7 @@ def rows(pairs, args):
 
 
 def by_trl(policy, pairs, tokenizer, args):
-    """The same steps in TRL's trainer."""
+    """The same steps in TRL's trainer, which takes a model with LoRA's weights as it is."""
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     trl = pytest.importorskip("trl", reason="TRL is not installed")
     from lab.models import trl_ipo
@@ -403,18 +402,39 @@ def by_trl(policy, pairs, tokenizer, args):
           optimizers=(optimizer, schedule)).train()
 
 
+def with_lora(policy):
+    """Freezes the weights, and puts LoRA's beside them, which say nothing at first."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    torch.manual_seed(5)
+    found = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
+    peft.inject_adapter_in_model(found, policy.hf)
+
+
+# CHAT_MODEL=out/smollm2 pytest lab/models/test_smollm2.py -k held_out_margin -rP   on a real model
+REAL = os.environ.get("CHAT_MODEL")
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of TRL and transformers to each other
-def test_the_paper_s_sum_in_trl_ends_with_the_same_held_out_margin(made, tmp_path, monkeypatch):
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_paper_s_sum_in_trl_ends_with_the_same_held_out_margin(made, tmp_path, monkeypatch, lora):
     monkeypatch.setattr(short_answers, "TEMPERATURE", 1.0)  # TRL has none
-    given = ["--steps", "6", "--lr", "5e-3", "--log_every", "6", "--out", str(tmp_path)]
-    source, policy, args = answered(made[1], *given, kind="deterministic")
-    held, theirs, _ = answered(made[1], *given, asked=["Where?", "When is it?"])
+    folder = REAL or made[1]
+    rate = {False: 5e-3, True: 5e-2}[lora]
+    if REAL:
+        rate /= 200
+    given = ["--steps", "6", "--lr", str(rate), "--log_every", "6", "--out", str(tmp_path)]
+    source, policy, args = answered(folder, *given, kind="deterministic")
+    held, theirs, _ = answered(folder, *given, asked=["Where is Rome?", "When is it noon?"])
+    if lora:
+        with_lora(policy)
+        with_lora(theirs)
 
     def margin(policy):
         return ipo.means(short_answers.numbers(ipo.score(policy, held, args), held))["h"]
 
     start.fit(policy, short_answers.losses(policy, source, args), args, lambda policy: {})
-    by_trl(theirs, source, chat.Tokenizer(made[1]), args)
+    by_trl(theirs, source, chat.Tokenizer(folder), args)
+    print("held-out margin:", margin(policy), "in TRL:", margin(theirs))
     assert abs(margin(policy)) > 0.01
     assert margin(theirs) == pytest.approx(margin(policy), abs=1e-3)
 
