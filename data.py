@@ -116,13 +116,13 @@ SUBJECTS, *LINES = [line.split() for line in REWARDS.strip().splitlines()]
 VALUES = {word: list(map(float, values)) for word, *values in LINES}  # a word's four numbers
 WORDS = list(VALUES)
 WORLDS = "bt", "deterministic", "cyclic"  # see `preference`
-# shares of SFT's texts with 0, 1, 2 and 3 words: none is empty, and after the first and the second word it
-# ends with probability 1/4
+# shares of SFT's texts with 0, 1, 2 and 3 words. After the first and the second word a text ends with
+# probability 1/4, so these are 1/4, 3/4 * 1/4 and the rest.
 LENGTHS = 0, 1/4, 3/16, 9/16
 
 
 class Words:
-    """The world's tokenizer. 13 tokens: the words, end of text, the subjects, "review:". An id is a place."""
+    """The world's tokenizer. 13 tokens: words, end of text, subjects, "review:". An id is an index."""
     name = "words"
 
     def __init__(self, words):
@@ -154,8 +154,8 @@ class World:
     response y; `draw` gives it pairs.
 
     Its model reads 13 ids and emits the first 8, words and end of text. It has a context of 5 tokens, and the
-    prompt takes 2. That leaves three words, or fewer and end of text, which are these 400 responses. So their
-    probabilities sum to 1, and the sums below, such as KL, are exact.
+    prompt takes 2. A third word fills it, and a shorter response ends with end of text. So the model can say
+    these 400 and nothing else, their probabilities sum to 1, and the sums below, such as KL, are exact.
     """
 
     def __init__(self, name, words=WORDS, lengths=LENGTHS):
@@ -190,7 +190,7 @@ class World:
         X, Y = self.reward.shape
         each = math.ceil(n / X)  # pairs for each prompt; [:n] leaves the last ones fewer
         x = torch.arange(X).repeat_interleave(each)[:n]                     # (n,)
-        # prompt by prompt, as x is: the first half of its draws are first responses; True: with replacement
+        # row x has prompt x's first responses, then its second ones; True: with replacement
         draws = torch.multinomial(mu, 2 * each, True, generator=generator)  # (X, 2 each)
         first = draws[:, :each].flatten()[:n]                               # (n,)
         second = draws[:, each:].flatten()[:n]
@@ -208,11 +208,10 @@ def preference(name, reward, first):  # (X,Y), (Y,) -> (X,Y,Y)
     bt: s(r(y) - r(z)), s the sigmoid.
     deterministic: 1 if r(y) > r(z), 1/2 on a tie.
     cyclic: s(r(y) - r(z) + 2 c), where c is 1 if y's first word beats z's, -1 if it loses, else 0. It is a
-    game of rock, paper, scissors. id i beats id j if (i - j) % 3 is 1: good (1) beats superb (0), fine (2)
-    beats good, superb beats fine (-2 % 3 is 1), and so on. The values of two words differ by 1.8 at most, so
-    between responses of one word c decides.
+    game of rock, paper, scissors: good and awful beat superb, dull and cold. These beat fine and hot, which
+    beat good and awful. As (i - j) % 3 is 1 if id i beats id j, 2 if it loses, else 0.
     """
-    gap = reward.unsqueeze(2) - reward.unsqueeze(1)  # (X,Y,1) - (X,1,Y)
+    gap = reward.unsqueeze(2) - reward.unsqueeze(1)  # (X,Y,1) - (X,1,Y): r(y) - r(z)
     # so that equal sums tie, though added in another order
     gap = gap.round(decimals=4)
     if name == "deterministic":
@@ -230,14 +229,15 @@ def preference(name, reward, first):  # (X,Y), (Y,) -> (X,Y,Y)
 
 def mean_over_opponents(worth, mu):  # (X,Y,Y), (X,Y) -> (X,Y)
     """For each response y the mean of worth[x,y,z] over opponents z from mu."""
-    return (worth * mu[:, None]).sum(-1)
+    return (worth * mu[:, None]).sum(-1)  # (X,Y,Y) * (X,1,Y)
 
 
 def optimum(ref_logp, worth, mu, tau):  # (X,Y), (X,Y,Y), (X,Y) -> (X,Y)
     """The log of pi*(y) = ref(y) exp(g(y) / tau) / Z, with g(y) the mean of worth = Psi(p*) over mu  (eq. 7).
 
     DPO's Psi, the logit, is inf at a sure win and -inf at a sure defeat. A mean of both would be NaN. With a
-    million in place of inf the response that wins most gets nearly everything, as from DPO without end.
+    million in place of inf g is a million times (share of wins - share of defeats). So the response that wins
+    most gets nearly everything, as in DPO that is trained for ever.
     """
     g = mean_over_opponents(worth.clamp(-1e6, 1e6), mu)
     return (ref_logp + g / tau).log_softmax(-1)  # log_softmax divides by Z

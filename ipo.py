@@ -48,7 +48,7 @@ def psi(q):
 def target(p, tau):  # (B,) -> (B,)
     """The margin, in nats, that is asked of a pair if its chosen response is preferred with probability p.
 
-    If the two responses change places, p becomes 1 - p, and the signs of target and h turn. The loss stays.
+    target(1 - p) is -target(p). So if the two responses change places, the loss stays.
     """
     return (psi(p) - psi(1 - p)) / (2 * tau)
 
@@ -59,11 +59,11 @@ def ipo_loss(h, p, tau):  # (B,), (B,) -> (B,)
 
 
 def dpo_loss(h, p, tau):  # (B,), (B,) -> (B,)
-    """-log s(tau h) if p is 1. In general its mean over flips of a coin with p, as a defeat turns h to -h.
+    """-log s(tau h) if p is 1. In general its mean over flips of a coin with p, as a lost flip swaps the two.
 
-    log s(z) has the slope 1 - s(z), and log s(-z) the slope -s(z). So this loss has the slope
-    tau (s(tau h) - p) in h, which is 0 at tau h = logit(p). Where one response always wins it is never 0, and
-    h never stops growing.
+    log s(z) has the slope 1 - s(z), and log s(-z) the slope -s(z). So with s for s(tau h) the slope in h is
+    -tau (p (1 - s) - (1 - p) s) = tau (s - p), which is 0 at tau h = logit(p). If p is 1 it never is. Where a
+    response also loses pairs these hold its h back. Where it always wins, h never stops growing.
     """
     return -(p * logsigmoid(tau * h)
              + (1 - p) * logsigmoid(-tau * h))
@@ -87,14 +87,14 @@ def sequence_logp(policy, tokens, mask):  # (R,T), (R,T) -> (R,)
     device = next(policy.parameters()).device
     tokens, mask = tokens.to(device), mask.to(device)
     scored = mask[:, 1:]                                         # (R,T-1)
-    if model.sharing_pays(policy, tokens):  # not in the toy world: the same, faster for long rows
+    if model.sharing_pays(policy, tokens):  # rows of over 16 tokens: the same, faster
         x = model.shared_hidden(policy, tokens[:, :-1], scored)  # (S,C)
     else:
         x = policy.hidden(tokens[:, :-1])[scored]                # (S,C) the scored positions, row by row
     logp = policy.head(x).float().log_softmax(-1)                # (S,V)
     said = tokens[:, 1:][scored]                                 # (S,) the tokens of the responses
     token_logp = logp.new_zeros(scored.shape)                    # (R,T-1)
-    token_logp[scored] = logp.gather(1, said[:, None]).squeeze(1)  # back to their places
+    token_logp[scored] = logp.gather(1, said[:, None]).squeeze(1)  # back to their places; autograd follows
     return token_logp.sum(1).cpu()  # where p and ref_logp are
 
 
@@ -126,10 +126,9 @@ def adam(policy):
 def optimizer_step(optimizer, step, steps, peak):
     """One step, with the gradient's norm clipped to 1.
 
-    The learning rate is `peak`, times a warm-up over min(50, steps / 2) steps, times a line from 1 to
-    1/steps.
+    The learning rate is `peak` times `rising`, a warm-up, times `falling`, a line from 1 to 1/steps.
     """
-    rising = step / min(50, steps / 2)
+    rising = step / min(50, steps / 2)  # after 50 steps over 1, which counts as 1
     falling = 1 - (step - 1) / steps
     group = optimizer.param_groups[0]  # there is one, with all weights
     group["lr"] = peak * min(rising, 1) * falling
@@ -147,7 +146,7 @@ def train(policy, batches, args, evaluate):
     evaluate(policy) gives numbers by name, and ckpt.pt is saved. A resumed run skips the batches before it.
     """
     optimizer = adam(policy)
-    # a new run: 0, [] (its folder has been emptied); a resumed one: policy and optimizer are restored
+    # a new run: 0, [], since `claim` has emptied its folder; a resumed one: policy and optimizer are restored
     seen, log = last_checkpoint(policy, optimizer, args)
     for step, batch in enumerate(batches, 1):
         if step <= seen:  # its effect is in ckpt.pt
