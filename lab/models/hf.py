@@ -36,6 +36,7 @@ class Policy(nn.Module):
     def __init__(self, hf, first=(), block_size=4096):
         super().__init__()
         self.hf = hf.eval()
+        self.temperature = 1.0  # divides the logits
         self.cap = getattr(hf.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2
         self.register_buffer("first", torch.tensor(first, dtype=torch.int64), persistent=False)
         tables = hf.get_input_embeddings(), hf.get_output_embeddings()
@@ -49,7 +50,9 @@ class Policy(nn.Module):
 
     def head(self, x):  # (...,C) -> (...,V)
         logits = self.hf.get_output_embeddings()(x)
-        return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
+        if self.cap:
+            logits = self.cap * torch.tanh(logits / self.cap)
+        return logits / self.temperature
 
 
 @torch.no_grad()

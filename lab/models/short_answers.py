@@ -7,7 +7,7 @@
 --init_from: a folder with a chat model, such as python -m lab.models.smollm2 makes.
 
 The model answers 60 questions, six times each, in at most --tokens tokens, at temperature .7. We made up what
-is preferred, the shorter answer: each word more costs a quarter of a nat, and p*(y>y') = s(r(y) - r(y')). With
+is preferred, the shorter answer. Each word costs a quarter of a nat, and p*(y>y') = s(r(y) - r(y')). With
 --kind deterministic the shorter one always wins. A step takes all 15 pairs of one question's answers, with a
 coin flip for each. Every third question is held out. At the end the policy answers these anew.
 
@@ -58,8 +58,7 @@ COLUMNS = ["h", "h at pi*", "chosen", "chosen at pi*", "accuracy", "win", "win a
 def load(args, tokenizer):
     """The policy in --init_from, at TEMPERATURE."""
     policy = hf.load(args.init_from, tokenizer).to(args.device)
-    head = policy.head
-    policy.head = lambda x: head(x) / TEMPERATURE
+    policy.temperature = TEMPERATURE
     return policy
 
 
