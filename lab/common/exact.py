@@ -7,7 +7,6 @@ log pi(y|x), (X,Y). `Table` reads it off any language model, differentiably. On 
   limit      where IPO ends with endless labels of one kind
   minimise   any differentiable objective of log pi, LBFGS in float64: the answer that training approximates
   measured   how far a trained policy is from the exact minimiser of any loss
-  expected   the exact mean of a pair's cost over y, y' ~ mu, y != y', and over the label, a coin flip with p*
   nash       pi = ref exp(E_{y'~pi} p*(y>y') / tau) / Z, the regularised Nash policy, where online IPO ends
              (Munos et al. 2023, arXiv:2312.00886). Unique: the game is strictly concave-convex.
   mirror     IPO-MD's answer: both responses from the normalised pi^(1-b) ref^b
@@ -136,8 +135,7 @@ def measured(mean, trained, source, true):  # -> Row, log pi (X,Y)
     numbers["loss above it"] = mean(trained) - values.min()
     numbers["two starts apart"] = values.max() - values.min()
     row = start.Row(ipo.means(numbers))
-    ratio = (best - ref).abs().max()
-    if ratio > 100:
+    if (best - ref).abs().max() > 100:
         row["KL to its minimiser"] = row["loss above it"] = None
     return row, best
 
@@ -152,15 +150,6 @@ def weights(mu):  # (X,Y) -> (X,Y,Y)
     different = 1 - torch.eye(mu.shape[1], dtype=mu.dtype)
     pairs = mu[:, :, None] * mu[:, None, :] * different
     return pairs / pairs.sum((1, 2), keepdim=True)
-
-
-def expected(cost, pstar, mu):  # (X,Y,Y), (X,Y,Y), (X,Y) -> ()
-    """Mean over prompts of E cost(winner, loser); cost[x,y,y'] is what a pair costs that y won.
-
-    By symmetry p*(y>y') stands for both orders, twice.
-    """
-    each = weights(mu) * pstar * cost
-    return 2 * each.sum((1, 2)).mean()
 
 
 def margins(logp, ref_logp):  # (X,Y), (X,Y) -> (X,Y,Y)
@@ -192,7 +181,7 @@ def rewards(pstar, mu):  # -> (X,Y), mean 0
     """The Bradley-Terry fit to endless pairs: it exists also where preferences are intransitive."""
     def loss(logits):  # minimise hands log-probs over: rewards up to a constant
         gap = margins(logits, 0 * logits)
-        return -expected(logsigmoid(gap), pstar, mu)
+        return -mean_over_pairs(pstar * logsigmoid(gap), mu)
 
     r = minimise(loss, torch.zeros_like(mu))
     return r - r.mean(-1, keepdim=True)

@@ -12,7 +12,6 @@ runs end under the frontier, python -m lab.methods.on_the_frontier draws.
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,8 +71,7 @@ def source_of(out):
     saved = model.read(f"{out}/ref.pt")
     flags = saved["flags"] | {"device": ipo.DEVICE}  # the run may have been made on another machine
     if flags["data"] not in data.WORLDS or "ref_logp" not in saved:
-        raise data.Refused(f"{out}: ref.pt is of a run on the file {flags['data']}, or has no reference; "
-                           "name a run in a world, which has exact answers")
+        raise data.Refused(f"{out}: it is on {flags['data']}, or has no reference; name a run in a world")
     source = ipo.WorldSource(argparse.Namespace(**flags))
     source.set_reference(saved["ref_logp"])
     return source
@@ -96,7 +94,7 @@ def panels(rows, columns, width=6.5, height=3.8):  # -> figure, axes (rows, colu
 
 def save(figure, path):
     figure.savefig(path, dpi=80)
-    print(data.Refused(f"picture: {path}"))
+    print(data.one_line(f"picture: {path}"))
 
 
 def draw_curves(axis, runs, name):
@@ -145,4 +143,4 @@ def run(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(start.main("pictures", run))
+    raise SystemExit(start.main("pictures", run))

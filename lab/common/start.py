@@ -36,16 +36,16 @@ def parser(doc):
 def parse(own, argv, defaults="", without=(), world=False):
     """All flags: the program's own, and ipo.py's with these other defaults ("--tau 0.5 --steps 100").
 
-    without: the flags of ipo.py that do nothing in this program. world: it needs the toy world, and no file.
-    Raises Refused if something is given that does not fit.
+    without: the flags of ipo.py that do nothing in this program. world: it needs the toy world, and no file;
+    the world's tables are small and lie on the CPU. Raises Refused if something is given that does not fit.
     """
     useless = {*without, "sample", "temperature", "resume"}
     if world:
-        useless |= {"data", "init_from", "tokenizer", "holdout", "block_size"}
+        useless |= {"data", "init_from", "tokenizer", "holdout", "block_size", "device", "dtype"}
+        defaults = f"--device cpu {defaults}"
         own.add_argument("--data", default="bt", choices=data.WORLDS, help="a world has exact answers [bt]")
-    useful = [f"--{name}" for name, *_ in ipo.ROWS if name not in useless]
-    own.epilog = f"flags of python ipo.py that count here, too:\n{textwrap.fill(' '.join(useful), 100)}"
-    own.epilog += f"\nother defaults than there: {defaults or 'none'}"
+    useful = textwrap.fill(" ".join(f"--{name}" for name, *_ in ipo.ROWS if name not in useless), 100)
+    own.epilog = f"flags of ipo.py that count, too:\n{useful}\nwith other defaults: {defaults or 'none'}"
     mine, rest = own.parse_known_args(argv)
     refuse_given(rest, useless, "does nothing in this program")
     args = ipo.parse([*defaults.split(), *rest])
@@ -69,8 +69,7 @@ def start(args, world=ipo.WorldSource, file=ipo.FileSource):
     source = world(args) if args.data in data.WORLDS else file(args)
     ipo.refuse_what_cannot_run(source, args)
     args.tokenizer = source.tokenizer.name
-    if policy is None:
-        policy = model.GPT(model.GPTConfig(*source.sizes, args.n_layer, args.n_head, args.n_embd))
+    policy = policy or model.GPT(model.GPTConfig(*source.sizes, args.n_layer, args.n_head, args.n_embd))
     policy.to(args.device)
     ipo.make_reference(policy, source, args)
     return policy, source
@@ -180,5 +179,5 @@ def main(name, run, argv=None, threads=1):  # one, since the world's matrices ar
         for kind, remedy in REMEDIES.items():
             if isinstance(error, kind):
                 why = f"{reason(error)}; {remedy}"
-        print(f"{name}: {data.Refused(why)}", file=sys.stderr)
+        print(f"{name}: {data.one_line(why)}", file=sys.stderr)
         return 1 if isinstance(error, (ipo.Stopped, KeyboardInterrupt)) else 2

@@ -83,21 +83,23 @@ def test_the_table_reads_each_row_once():
 
 
 @cases
-def test_expected_is_the_mean_over_drawn_pairs(seed, Y, tau):
-    """All ordered pairs that are not equal and both outcomes of the coin, summed by hand."""
+def test_the_mean_over_pairs_is_a_sum_over_draws(seed, Y, tau):
     pstar, _, mu = small(seed, Y)
     cost = random(*pstar.shape, seed=seed)
     total = 0.0
-    for x in range(2):
-        all_pairs = 0.0
-        for y, z in itertools.permutations(range(Y), 2):
-            mean = pstar[x, y, z] * cost[x, y, z]
-            mean += pstar[x, z, y] * cost[x, z, y]
-            chance = mu[x, y] * mu[x, z]
-            total += chance * mean / (1 - mu[x].square().sum()) / 2
-            all_pairs += chance
-        assert all_pairs.item() == pytest.approx(1 - mu[x].square().sum().item())
-    assert exact.expected(cost, pstar, mu).item() == pytest.approx(total.item(), abs=1e-12)
+    for x, y, z in itertools.product(range(2), range(Y), range(Y)):
+        total += mu[x, y] * mu[x, z] * cost[x, y, z] / 2
+    assert exact.mean_over_pairs(cost, mu).item() == pytest.approx(total.item(), abs=1e-12)
+
+
+@cases
+def test_weights_are_the_chances_of_pairs_that_are_not_equal(seed, Y, tau):
+    _, _, mu = small(seed, Y)
+    weights = exact.weights(mu)
+    for x, y, z in itertools.product(range(2), range(Y), range(Y)):
+        unequal = 1 - mu[x].square().sum()
+        due = (y != z) * mu[x, y] * mu[x, z] / unequal
+        assert weights[x, y, z].item() == pytest.approx(due.item(), abs=1e-12)
 
 
 @cases
@@ -108,7 +110,7 @@ def test_the_minimiser_of_ipo_is_pi_star(seed, Y, tau):
 
     def loss(logp):
         h = exact.margins(logp, ref)
-        return exact.expected(ipo.ipo_loss(h, certain, tau), pstar, mu)
+        return exact.mean_over_pairs(pstar * ipo.ipo_loss(h, certain, tau), mu)
 
     found = exact.minimise(loss, torch.zeros_like(ref))
     assert torch.allclose(found, data.optimum(ref, pstar, mu, tau), atol=1e-6)
@@ -121,7 +123,7 @@ def test_the_minimiser_of_dpo_is_pi_star_under_bradley_terry(seed, Y, tau):
 
     def loss(logp):
         h = exact.margins(logp, ref)
-        return -exact.expected(logsigmoid(tau * h), pstar, mu)
+        return -exact.mean_over_pairs(pstar * logsigmoid(tau * h), mu)
 
     found = exact.minimise(loss, ref)
     assert torch.allclose(found, (ref + r / tau).log_softmax(-1), atol=1e-5)
@@ -210,7 +212,7 @@ def test_the_limit_minimises_the_expected_loss(seed, Y, tau, labels, monkeypatch
 
     def loss(logp):
         h = exact.margins(logp, ref)
-        return exact.expected(ipo.ipo_loss(h, p, tau), chance, mu)
+        return exact.mean_over_pairs(chance * ipo.ipo_loss(h, p, tau), mu)
 
     found = exact.minimise(loss, ref)
     assert torch.allclose(found, exact.limit(ref, q, mu, tau, labels), atol=1e-5)

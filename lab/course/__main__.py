@@ -13,15 +13,14 @@ import sys
 from pathlib import Path
 
 PAGE = Path(__file__).with_name("EXERCISES.md")
-HEAD = r"^## (\d+)\. (.+) \((\d+) minutes\)$"
+QUESTION = r"^## (\d+)\. ([^\n]+) \((\d+) minutes\)\n(.*?)(?=^## |\Z)"
 
 
 def questions():
     """{number: (title, minutes, text)}"""
     text = re.sub(r"<!--.*?-->\n*", "", PAGE.read_text(encoding="utf-8"), flags=re.S)
-    parts = re.split(HEAD, text, flags=re.M)[1:]
     return {int(n): (title, minutes, asked.strip().replace("\\*", "*"))
-            for n, title, minutes, asked in zip(*(parts[i::4] for i in range(4)))}
+            for n, title, minutes, asked in re.findall(QUESTION, text, re.M | re.S)}
 
 
 def run(argv=None):
@@ -44,10 +43,9 @@ def run(argv=None):
 
 
 if __name__ == "__main__":
-    given = sys.argv[1:]
-    if len(given) == 1 and given[0].isdecimal() and int(given[0]) in questions():
-        title, minutes, text = questions()[int(given[0])]
-        print(f"{int(given[0])}. {title} ({minutes} minutes)\n\n{text}\n", flush=True)
+    for n, (title, minutes, text) in questions().items():
+        if sys.argv[1:] == [str(n)]:
+            print(f"{n}. {title} ({minutes} minutes)\n\n{text}\n", flush=True)
     try:
         from lab.common import start
         import lab.course.exercises  # noqa: F401

@@ -215,8 +215,7 @@ def check_10(answer):
 
 def check_11(answer):
     loss, psi = answer()
-    h = torch.linspace(-12, 12, 4801, dtype=torch.float64)
-    h.requires_grad_()
+    h = torch.linspace(-12, 12, 4801, dtype=torch.float64, requires_grad=True)
     value = numbers(loss(h, torch.ones_like(h), 1.0), 4801)
     need(value.isfinite().all(), "finite")
     [slope] = torch.autograd.grad(value.sum(), h)

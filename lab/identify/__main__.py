@@ -14,7 +14,6 @@ Trap: a loss without a reference looks like one of the margin until the referenc
 """
 import functools
 import math
-import sys
 
 from data import Refused
 from lab.common import start
@@ -102,4 +101,4 @@ def sentence(report):
 
 
 if __name__ == "__main__":
-    sys.exit(start.main("identify", run))
+    raise SystemExit(start.main("identify", run))

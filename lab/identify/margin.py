@@ -19,6 +19,7 @@ from data import Refused, short
 WIDE = (torch.arange(-30_000, 30_001).double() / 2000).sinh()  # h from -1.6e6 to 1.6e6, closest at 0
 GRID = torch.arange(-2000, 2001, dtype=torch.float64) / 40
 ZERO = len(GRID) // 2  # GRID[ZERO] is 0, exactly
+AT_ZERO = GRID[[ZERO]]
 KNOWN = {  # f(z), for z = beta h
     "dpo": lambda z: -F.logsigmoid(z),
     "hinge": lambda z: F.relu(1 - z),
@@ -72,7 +73,7 @@ def values(function, *columns):  # (n,...) each -> (n,)
 
 
 class Loss:
-    """loss(h, p) -> its values, in the shape of h. Raises Refused if the function takes something else."""
+    """loss(h, p) -> its values; h (n,), p a number. Raises Refused if the function takes something else."""
 
     def __init__(self, function):
         self.function = function
@@ -83,12 +84,11 @@ class Loss:
                           "or four log-probs; --tau NAME=VALUE gives one a value; or is it for --tokens?")
 
     def __call__(self, h, p=1.0):
-        x = h.flatten()
-        zero = torch.zeros_like(x)
-        columns = [x, zero + p][:len(self.names)]
+        zero = torch.zeros_like(h)
+        columns = [h, zero + p][:len(self.names)]
         if len(self.names) == 4:
-            columns = [x / 2, -x / 2, zero, zero]
-        return values(self.function, *columns).view(h.shape)
+            columns = [h / 2, -h / 2, zero, zero]
+        return values(self.function, *columns)
 
 
 def slope(loss, h):  # (n,) -> (n,)
@@ -157,11 +157,10 @@ def as_square(costs, slopes):
 
 def as_known(f, name, costs, slopes):
     """name_it's answer if this is a factor times f(beta h); None if it is not."""
-    zero = GRID[[ZERO]]
-    factor = (costs[ZERO] / f(zero)).item()
+    factor = (costs[ZERO] / f(AT_ZERO)).item()
     if not abs(factor * slopes[ZERO]) > 0:  # a nan is not
         return None
-    beta = (slopes[ZERO] / factor / slope(f, zero)).item()
+    beta = (slopes[ZERO] / factor / slope(f, AT_ZERO)).item()
     if not alike(costs, factor * f(beta * GRID), factor):
         return None
     return name, beta, factor
@@ -174,7 +173,6 @@ def alike(costs, curve, unit):
 
 def examine(loss, tau):
     """All that can be said of a loss of the margin, by name. tau: what the caller named, or None."""
-    zero = GRID[[ZERO]]
     slopes = slope(loss, WIDE)
     verdict, its_tau, factor = name_it(loss)
     ignored = torch.allclose(loss(GRID, 0.7), loss(GRID, 1.0))
@@ -183,8 +181,8 @@ def examine(loss, tau):
         "tau": its_tau,
         "factor": factor,
         "margin alone": margin_only(loss),
-        "value at h = 0": loss(zero).item(),
-        "slope at h = 0": slope(loss, zero).item(),
+        "value at h = 0": loss(AT_ZERO).item(),
+        "slope at h = 0": slope(loss, AT_ZERO).item(),
         "stops at": turn(slopes, several=True),  # nan: a certain pair always asks for more
         "eq. 17 asks for": 1 / (2 * tau) if tau else None,
         "link": name_link(slopes),

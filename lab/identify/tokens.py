@@ -81,19 +81,14 @@ def of_numbers(token_loss, kind):
     return loss
 
 
-def draw(mask, scale):  # -> (4,n,T)
-    """Random log-probs: chosen, rejected, reference's chosen and rejected; one ratio of a response is 0."""
-    tokens = -1 - scale * torch.rand(4, 16, mask.shape[1], dtype=torch.float64)
-    tokens[:2, :, 2] = tokens[2:, :, 2]
-    return tokens
-
-
 def difference(token_loss, kind):
     """How far the costs of random tokens are from those of their numbers, at most, over their spread."""
     worst = 0.0
     for (lengths, width), scale in product(SHAPES, (0.01, 1.0, 10.0)):
         mask = masks(lengths, width)
-        tokens = draw(mask, scale)
+        # (4,16,T) log-probs of chosen, rejected and the reference's of both; one ratio of a response is 0
+        tokens = -1 - scale * torch.rand(4, 16, width, dtype=torch.float64)
+        tokens[:2, :, 2] = tokens[2:, :, 2]
         ratio = (tokens[:2] - tokens[2:]).repeat(2, 1, 1)
         numbers = [kind.number(*row) for row in zip(tokens, ratio, mask.repeat(2, 1))]
         costs = margin.values(lambda *rows: token_loss(*rows, *mask[:, None]), *tokens)
@@ -120,17 +115,14 @@ def random_gpt2(seed):
         bos_token_id=0, eos_token_id=0)).eval()
 
 
-class Given:
-    """Stands for a model whose log-probs of tokens (R,T) are given."""
-
-    def __init__(self, logp):
-        self.logp = logp
-
-    def __call__(self, labels, **more):
+def given(logp):  # (R,T)
+    """Stands for a model that has these log-probs of tokens."""
+    def model(labels, **more):
         scored = labels[:, 1:] != -100
         zero = torch.zeros(scored.shape)
-        return SimpleNamespace(log_probs=self.logp * scored, entropy=zero, mean_logits=zero,
+        return SimpleNamespace(log_probs=logp * scored, entropy=zero, mean_logits=zero,
                                log_sum_sq_probs=zero, is_top1=zero > 0)
+    return model
 
 
 def trainer(loss_type):
@@ -166,7 +158,7 @@ def of_trl(loss_type):
         ones = torch.ones_like(mask)
         batch = {"input_ids": ones, "attention_mask": ones, "completion_mask": mask}
         made.beta = beta
-        made.ref_model = Given(torch.cat([ref_chosen, ref_rejected]))
+        made.ref_model = given(torch.cat([ref_chosen, ref_rejected]))
         with mock.patch.object(torch.Tensor, "item", lambda tensor: 0.0):
-            return made.compute_loss(Given(torch.cat([chosen, rejected])), batch)
+            return made.compute_loss(given(torch.cat([chosen, rejected])), batch)
     return loss

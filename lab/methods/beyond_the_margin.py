@@ -17,7 +17,6 @@ Traps: only dpop knows the reference; what holds cpo, orpo and slic_hf near the 
 and simpo has none. cpo, slic_hf and dpop are convex in the logits; of orpo and simpo LBFGS finds a minimum.
 With lam 0 slic_hf is a hinge alone, whose minimiser is a staircase.
 """
-import sys
 from argparse import Namespace
 from typing import NamedTuple
 
@@ -84,10 +83,10 @@ def losses(policy, source, args):
     """Yields the mean cost of each step's pairs; for slic_hf with as many SFT responses as pairs."""
     random = ipo.generator(args, 3)
     for batch in ipo.shuffled_batches(source, args):
-        with ipo.precision(args):
-            logp = ipo.sequence_logp(policy, batch.tokens, batch.mask)
-        halves = [column.chunk(2) for column in (logp, batch.ref_logp, batch.mask.sum(1))]
-        chosen, rejected = map(Side._make, zip(*halves))
+        logp = ipo.sequence_logp(policy, batch.tokens, batch.mask)
+        columns = logp, batch.ref_logp, batch.mask.sum(1)
+        halves = zip(*(column.chunk(2) for column in columns))
+        chosen, rejected = map(Side._make, halves)
         loss = both_orders(chosen, rejected, batch.p, args).mean()
         if args.loss == "slic_hf":
             rows = torch.multinomial(source.sft_weight, args.batch_size, True, generator=random)
@@ -117,7 +116,7 @@ def expectation(source, args):  # -> a function of log pi (X,Y) that gives ()
 
 def row(loss, args):  # -> start.Row
     """One run, in a folder of its own."""
-    print(data.Refused(f"{loss}, in {args.out}"))
+    print(data.one_line(f"{loss}, in {args.out}"))
     policy, source = start.start(args)
     # only now, since the core knows neither this loss nor one without tau; the saved flags are to say so
     args.loss = loss
@@ -149,4 +148,4 @@ def run(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(start.main("beyond_the_margin", run))
+    raise SystemExit(start.main("beyond_the_margin", run))

@@ -15,7 +15,6 @@ difference. Among responses with g > 1/2 the loss is not convex. The exact answe
 LBFGS finds from the reference, and KL(answer||pi) is its distance, since the answer has zeros.
 """
 import json
-import sys
 
 import torch
 
@@ -56,13 +55,13 @@ class Thumbs(ipo.FileSource):
             super().__init__(args, pairs=data.read_jsonl(args.data, parse))
         except data.Refused as error:
             raise data.Refused(str(error).replace(data.NEEDED, NEEDED)) from None
-        rows, label = self.labelled(self.train)
-        self.sft_weight = torch.zeros(len(self.pairs.length)).scatter(0, rows, label)
+        self.sft_weight[self.pairs.chosen] *= self.pairs.p
+        self.sft_weight[self.pairs.rejected] = 0
         for which in (self.train, self.held_out):
-            liked, n = float(self.pairs.p[which].sum()), len(which)
-            if not 0 < liked < n:
-                raise data.Refused(f"--data {args.data}: {liked:g} of {n} rows for training, or held out, "
-                                   "are liked; both kinds are needed in both (--holdout, --seed)")
+            p = self.pairs.p[which]
+            if not 0 < p.mean() < 1:
+                raise data.Refused(f"--data {args.data}: {p.sum():g} of {len(p)} rows for training, or "
+                                   "held out, are liked; both kinds are needed in both (--holdout, --seed)")
 
     def labelled(self, which):  # -> rows (N,), labels (N,) in 0..1
         return self.pairs.chosen[which], self.pairs.p[which]
@@ -71,9 +70,7 @@ class Thumbs(ipo.FileSource):
         """Means of log pi/ref over the held-out rows that are liked, and over the others."""
         rows, label = self.labelled(self.held_out)
         f = ipo.score(policy, self.pairs, self.args, rows) - self.pairs.ref_logp[rows]
-        liked = f @ label / label.sum()
-        disliked = f @ (1 - label) / (1 - label).sum()
-        return ipo.means({"liked": liked, "disliked": disliked})
+        return ipo.means({"liked": f[label == 1], "disliked": f[label == 0]})
 
 
 class World(ipo.WorldSource):
@@ -83,19 +80,17 @@ class World(ipo.WorldSource):
         p = self.pairs.p[which]
         return self.pairs.pair_rows(which), torch.cat([p, 1 - p])
 
-    def liked(self):  # -> (X,Y)
-        """g: how often each response is liked."""
-        return data.mean_over_opponents(self.pstar, self.mu)
-
     def set_reference(self, ref_logp):
         super().set_reference(ref_logp)
+        # (X,Y) how often each response is liked
+        self.g = data.mean_over_opponents(self.pstar, self.mu)
         self.answer = answer(self)
 
     def evaluate(self, policy):
         logp = self.table(policy)
         return ipo.means({
             "KL(answer||pi)": data.kl(self.answer, logp),
-            "mass where g < 1/2": (logp.exp() * (self.liked() < 0.5)).sum(-1),
+            "mass where g < 1/2": (logp.exp() * (self.g < 0.5)).sum(-1),
             "KL to ref": data.kl(logp, self.exact["ref"]),
             "win rate": exact.win(logp, self.pstar, self.mu),
         })
@@ -103,8 +98,8 @@ class World(ipo.WorldSource):
 
 def answer(world):  # -> log pi (X,Y)
     """The minimiser at the z0 that it has itself, from the reference."""
-    g, ref, args = world.liked(), world.exact["ref"], world.args
-    logp, z0 = ref, torch.zeros(())
+    g, ref, args = world.g, world.exact["ref"], world.args
+    logp, z0 = ref, 0
 
     def mean(logp):
         return (world.mu * cost(logp - ref, z0, g, args)).sum(-1).mean()
@@ -119,14 +114,12 @@ def answer(world):  # -> log pi (X,Y)
 
 def mismatched(pairs, block_size):
     """PairData of as many rows: each response, after the prompt that stands half of all rows further on."""
+    rows = list(zip(pairs.tokens.tolist(), pairs.prompt_len, pairs.length))
     prompts, responses = [], []
-    n = len(pairs.length)
-    for row in range(n):
-        response = pairs.tokens[row, pairs.prompt_len[row]:pairs.length[row]].tolist()
-        other = (row + n // 2) % n
-        prompt = pairs.tokens[other, :pairs.prompt_len[other]].tolist()
-        prompts.append(prompt[-(block_size - len(response)):])
-        responses.append(response)
+    for row, (tokens, n, end) in enumerate(rows):
+        other, m, _ = rows[row - len(rows) // 2]
+        responses.append(tokens[n:end])
+        prompts.append(other[:m][end - n - block_size:])
     return data.PairData(prompts, responses)
 
 
@@ -173,4 +166,4 @@ def run(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(start.main("kto", run))
+    raise SystemExit(start.main("kto", run))

@@ -18,7 +18,6 @@ slope vanishes where coin flips have pushed z. At p = 1 rebel would ask for an i
 """
 import functools
 import math
-import sys
 from argparse import Namespace
 
 import torch
@@ -26,8 +25,7 @@ from torch.nn.functional import logsigmoid, relu
 
 import data
 import ipo
-import model
-from lab.common import exact, start
+from lab.common import exact, pictures, start
 
 
 def both_ways(f):  # f(z) -> loss(h, p, tau)
@@ -155,9 +153,9 @@ def prepared(name, args):  # -> the source of one run, with its flags in source.
 def row(source):  # -> start.Row
     """One run of the core, in a folder of its own, and what became of it."""
     one = source.args
-    print(data.Refused(f"{one.loss}, in {one.out}"))
+    print(data.one_line(f"{one.loss}, in {one.out}"))
     ipo.run(one, source=source)
-    trained = source.table(model.load(f"{one.out}/ckpt.pt")[0])
+    trained = pictures.policy_of(one.out, source)
     mine, best = exact.measured(expectation(source, one), trained, source, source.true)
     ref, opt = source.exact["ref"], source.exact["opt"]
     known = ipo.means({
@@ -202,4 +200,4 @@ def run(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(start.main("margin_losses", run))
+    raise SystemExit(start.main("margin_losses", run))

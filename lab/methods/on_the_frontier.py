@@ -18,7 +18,6 @@ reference. Trap: a method's tau says where along the frontier it stops, so rows 
 ranking.
 """
 import statistics
-import sys
 from pathlib import Path
 
 import numpy
@@ -105,4 +104,4 @@ def run(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(start.main("on_the_frontier", run))
+    raise SystemExit(start.main("on_the_frontier", run))

@@ -22,7 +22,6 @@ the largest reward of all responses, not that of its candidates, or it is biased
 hold it does not teach. The exact answers to hard labels are right for the paper's Psi alone.
 """
 import copy
-import sys
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ import torch
 import data
 import ipo
 from lab.common import exact, start
-from lab.methods.reward_model import fit, parse_world, table
+from lab.methods.reward_model import fit, table
 
 METHODS = {"policy": "Online IPO", "mixture": "IPO-MD", "rejection": "RSO", "offline": "Offline IPO"}
 
@@ -63,7 +62,8 @@ def accepted(ref, r, args):  # (X,Y), (X,Y) -> (X,Y)
     Each is kept with probability exp(r - max r), so they are exact draws from ref exp(r) / Z.
     """
     random = ipo.generator(args, 6)
-    y = torch.multinomial(ref.exp(), args.pairs, replacement=True, generator=random)
+    # True: with replacement
+    y = torch.multinomial(ref.exp(), args.pairs, True, generator=random)
     chance = (r - r.amax(-1, keepdim=True)).exp()
     kept = torch.rand(y.shape, generator=random) < chance.gather(1, y)
     print(f"rejection: {kept.double().mean():.2%} of {args.pairs:,} candidates a prompt are accepted")
@@ -103,7 +103,7 @@ def parse(argv):
     own.add_argument("--labels_by", default="truth", choices=["truth", "reward"], help="the judge [truth]")
     own.add_argument("--b", type=float, default=0.5, help="mixture: the reference's exponent [0.5]")
     own.add_argument("--offline", action="store_true", help="train offline, too, and compare")
-    args = parse_world(own, argv, "--out out/online")
+    args = start.parse(own, argv, "--out out/online", ["loss"], world=True)
     if args.pairs_from != "mixture":
         start.refuse_given(argv, ["b"], "does nothing without --pairs_from mixture")
     if args.pairs_from != "rejection" and args.labels_by == "truth":
@@ -120,7 +120,7 @@ def run(argv):
     judge, r = world.pstar, world.reward
     if args.labels_by == "reward":
         r = table(fit(policy, world, args, args.steps, lr=3e-3), world)
-        judge = (r[:, :, None] - r[:, None, :]).sigmoid()
+        judge = exact.margins(r, 0 * r).sigmoid()
     if args.offline:
         other = copy.copy(args)
         other.pairs_from = "offline"
@@ -143,4 +143,4 @@ def run(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(start.main("online", run))
+    raise SystemExit(start.main("online", run))

@@ -13,7 +13,6 @@ Traps: the head must not read padding. In `cyclic` r-hat is compared with the fi
 `deterministic` that fit is infinite: rewards grow as long as one trains, and few --steps hold them.
 """
 import copy
-import sys
 
 import torch
 
@@ -79,14 +78,9 @@ def rmse(reward, other):  # (X,Y), (X,Y) -> ()
     return (error - error.mean(-1, keepdim=True)).square().mean().sqrt()
 
 
-def parse_world(own, argv, defaults="", without=()):
-    """start.parse for a program of worlds alone, whose tables are small and lie on the CPU."""
-    without = ("loss", "device", "dtype", *without)
-    return start.parse(own, argv, f"--device cpu {defaults}", without, world=True)
-
-
 def run(argv):
-    args = parse_world(start.parser(__doc__), argv, "--out out/reward_model --lr 3e-3")
+    own = start.parser(__doc__)
+    args = start.parse(own, argv, "--out out/reward_model --lr 3e-3", ["loss"], world=True)
     policy, world = start.start(args)
     learned, right = table(fit(policy, world, args, args.steps, args.lr), world), taught(world)
     ref = world.exact["ref"]
@@ -107,4 +101,4 @@ def run(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(start.main("reward_model", run))
+    raise SystemExit(start.main("reward_model", run))

@@ -21,7 +21,6 @@ itself makes the gradient (k-1)/k as large, which Adam hides.
 """
 import copy
 import itertools
-import sys
 
 import torch
 
@@ -29,7 +28,7 @@ import data
 import ipo
 from lab.common import exact, start
 from lab.methods.margin_losses import rebel
-from lab.methods.reward_model import best_policy, fit, parse_world, table, taught
+from lab.methods.reward_model import best_policy, fit, table, taught
 
 
 def baseline(value):  # (X,k) -> (X,k)
@@ -93,9 +92,8 @@ def others(reference, world, args):
 
 def compare(tables, args):
     """The answer of --compare and its figures, from {name: log pi (X,Y)}."""
-    figures = {}
-    for (name, logp), (other, theirs) in itertools.combinations(tables.items(), 2):
-        figures[f"{name}, {other}"] = max(data.kl(logp, theirs), data.kl(theirs, logp)).item()
+    figures = {f"{name}, {other}": max(data.kl(logp, theirs), data.kl(theirs, logp)).item()
+               for (name, logp), (other, theirs) in itertools.combinations(tables.items(), 2)}
     text = (f"RLHF, DPO, IPO with Psi = logit and the exact optimum are at most {max(figures.values()):.5f} "
             f"nats from one another, at tau {args.tau}.")
     return text, figures
@@ -106,7 +104,7 @@ def parse(argv):
     own.add_argument("--kl", choices=["reward", "k3"], default="reward", help="see above [reward]")
     own.add_argument("--k", type=int, default=64, help="samples of each prompt in a step [64]")
     own.add_argument("--compare", action="store_true", help="RLHF, DPO and IPO's loop at one policy?")
-    args = parse_world(own, argv, "--steps 1000 --lr 2e-3 --out out/rlhf", ["labels"])
+    args = start.parse(own, argv, "--steps 1000 --lr 2e-3 --out out/rlhf", ["loss", "labels"], world=True)
     if args.k < 2:
         raise data.Refused("--k takes 2 or more")
     if args.compare:
@@ -115,14 +113,6 @@ def parse(argv):
     else:
         start.refuse_given(argv, ["pairs", "mu", "batch_size"], "does nothing without --compare")
     return args
-
-
-def said(figures, args):
-    """The answer of a run, in a sentence or two."""
-    text = f"RLOO ends {figures['KL to ref exp(r/tau)/Z']:.4f} nats from ref exp(r/tau)/Z, at tau {args.tau}."
-    if args.kl == "k3":
-        text += f" Its own answer with k3, tau ref/(nu - r), is {figures['KL to its exact answer']:.4f} away."
-    return text
 
 
 def run(argv):
@@ -147,8 +137,11 @@ def run(argv):
         "KL to the reference": data.kl(logp, ref),
         "win rate": exact.win(logp, world.pstar, world.mu),
     })
-    start.finish(args, said(figures, args), figures)
+    text = f"RLOO ends {figures['KL to ref exp(r/tau)/Z']:.4f} nats from ref exp(r/tau)/Z, at tau {args.tau}."
+    if args.kl == "k3":
+        text += f" Its own answer with k3, tau ref/(nu - r), is {figures['KL to its exact answer']:.4f} away."
+    start.finish(args, text, figures)
 
 
 if __name__ == "__main__":
-    sys.exit(start.main("rlhf", run))
+    raise SystemExit(start.main("rlhf", run))

@@ -16,7 +16,6 @@ A round multiplies log pi_t - log p_data by 1 - 1/lambda. So rounds converge if 
 Trap: with lambda .1 a round's answer lies 9 times as far from p_data, in log space, on the other side.
 """
 import copy
-import sys
 from pathlib import Path
 
 import torch
@@ -24,20 +23,20 @@ import torch
 import data
 import ipo
 from lab.common import start
-from lab.methods.reward_model import parse_world
 
 
 def draw(logp, n, random):  # (X,Y) -> (X n,)
     """Rows of the world: n responses to each prompt."""
     X, Y = logp.shape
-    y = torch.multinomial(logp.exp(), n, replacement=True, generator=random)
+    # True: with replacement
+    y = torch.multinomial(logp.exp(), n, True, generator=random)
     first = Y * torch.arange(X)[:, None]  # each prompt's first row
     return (first + y).flatten()
 
 
 def batches(world, p_data, opponent, args, random):  # p_data, opponent (X,Y): log-probs
     """Yields the Batch of each step: chosen responses from the data, rejected ones from the opponent."""
-    n = max(1, args.batch_size // len(p_data))
+    n = args.batch_size // len(p_data) or 1
     p = torch.ones(n * len(p_data))
     for _ in range(args.steps):
         rows = torch.cat([draw(p_data, n, random), draw(opponent, n, random)])
@@ -51,8 +50,9 @@ def answer(opponent, p_data, lam):  # (X,Y), (X,Y) -> (X,Y)
 
 def play(policy, world, p_data, args):
     """All rounds. Returns KL(p_data||pi) after each, and what it would be if each ended at its answer."""
-    random, theory = ipo.generator(args, 5), world.table(policy)
-    mine, figures = copy.copy(args), {}
+    opponent = theory = world.exact["ref"]
+    random, figures = ipo.generator(args, 5), {}
+    mine = copy.copy(args)
     mine.loss, mine.tau = "dpo", args.lam
 
     def distance(policy):
@@ -60,31 +60,30 @@ def play(policy, world, p_data, args):
 
     for number in range(1, args.rounds + 1):
         print(f"round {number}:")
-        opponent = world.table(policy)
         theory = answer(theory, p_data, args.lam)
         Path(args.out, "ckpt.pt").unlink(missing_ok=True)  # or ipo.train would go on from there
         ipo.train(policy, batches(world, p_data, opponent, mine, random), mine, distance)
-        figures[f"after round {number}"] = data.kl(p_data, world.table(policy))
+        opponent = world.table(policy)
+        figures[f"after round {number}"] = data.kl(p_data, opponent)
         figures[f"  exact round {number}"] = data.kl(p_data, theory)
-    return figures | {"KL(answer||pi)": data.kl(theory, world.table(policy))}
+    return figures | {"KL(answer||pi)": data.kl(theory, opponent)}
 
 
 def run(argv):
     own = start.parser(__doc__)
     own.add_argument("--lam", type=float, default=1.0, help="the paper's lambda, DPO's beta [1.0]")
     own.add_argument("--rounds", type=int, default=4, help="of --steps steps each [4]")
-    args = parse_world(own, argv, "--steps 250 --out out/spin", ("labels", "pairs"))
+    args = start.parse(own, argv, "--steps 250 --out out/spin", ["loss", "labels", "pairs"], world=True)
     if args.lam <= 0 or args.rounds < 1:
         raise data.Refused("--lam takes more than 0, --rounds 1 or more")
     policy, world = start.start(args)
     p_data = world.exact["opt"]
-    before = data.kl(p_data, world.table(policy))
     figures = play(policy, world, p_data, args)
     after = figures[f"after round {args.rounds}"]
     text = (f"With lambda {args.lam} SPIN is {after:.4f} nats from its data, KL(p_data||pi). It began at "
-            f"{before:.4f}.")
+            f"{data.kl(p_data, world.exact['ref']):.4f}.")
     start.finish(args, text, ipo.means(figures))
 
 
 if __name__ == "__main__":
-    sys.exit(start.main("spin", run))
+    raise SystemExit(start.main("spin", run))

@@ -15,7 +15,7 @@ from lab.methods import beyond_the_margin, on_the_frontier
 from lab.methods.beyond_the_margin import COSTS, Side
 
 pytestmark = pytest.mark.usefixtures("bt3")
-SMALL = ["--data", "bt3", "--sft_steps", "20", "--pairs", "40000", "--device", "cpu"]
+SMALL = ["--data", "bt3", "--sft_steps", "20", "--pairs", "40000"]
 
 
 def flags_of(loss, **own):
@@ -108,7 +108,8 @@ def test_what_is_convex_has_one_minimum(loss):
 
 @pytest.fixture
 def begun(tmp_path):
-    args = ipo.parse([*SMALL, "--pairs", "6", "--labels", "soft", "--steps", "1", "--out", str(tmp_path)])
+    few = ["--device", "cpu", "--pairs", "6", "--labels", "soft", "--steps", "1"]
+    args = ipo.parse([*SMALL, *few, "--out", str(tmp_path)])
     args.batch_size = 6
     policy, source = start.start(args)
     with torch.no_grad():

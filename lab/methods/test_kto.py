@@ -98,7 +98,7 @@ def test_a_step_descends_the_mean_over_its_rows(begun):
 def test_no_small_move_lowers_the_cost_of_the_answer(begun):
     """z0 is held at KL(answer||ref)."""
     args, _, world = begun
-    best, ref, g = world.answer, world.exact["ref"], world.liked()
+    best, ref, g = world.answer, world.exact["ref"], world.g
     z0 = data.kl(best, ref)
 
     def mean(logp):
@@ -111,9 +111,9 @@ def test_no_small_move_lowers_the_cost_of_the_answer(begun):
 
 def test_the_answer_leaves_nothing_where_g_is_below_one_half(begun):
     _, _, world = begun
-    bad = world.answer.exp() * (world.liked() < 0.5)
+    bad = world.answer.exp() * (world.g < 0.5)
     assert bad.sum() < 1e-3
-    assert (world.liked() < 0.5).any()
+    assert (world.g < 0.5).any()
 
 
 def test_training_ends_near_the_answer(tmp_path):

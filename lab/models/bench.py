@@ -28,7 +28,6 @@ from data import Refused
 from lab.common import start
 from lab.models import chat
 
-SIDES = ("ours", "trl")
 STEPS, BATCH = 6, 4  # of a turn; pairs in a step
 TAU, RATE = 0.1, 1e-5
 
@@ -38,7 +37,7 @@ def parse(argv):
     own = start.parser(__doc__)
     own.add_argument("--data", required=True, help="JSONL file; the first 24 pairs count, p is taken for 1")
     own.add_argument("--init_from", required=True, help="a folder or hub id of GPT-2's weights")
-    own.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # one turn, in a process of its own
+    own.add_argument("--side", help=argparse.SUPPRESS)  # one turn, in a process of its own
     own.set_defaults(device=ipo.DEVICE, dtype="float32", batch_size=BATCH)
     args = own.parse_args(argv)
     found = [pair for pair in data.read_jsonl(args.data) if pair.chosen != pair.rejected]
@@ -69,28 +68,26 @@ def ours(args, found):
 
 def theirs(args, found):
     """The same by TRL's DPOTrainer."""
-    chat.quiet()
+    transformers = chat.quiet()
     import datasets
     import trl
-    losses, marks = [], []
+    marks = []
 
-    class Noted(trl.DPOTrainer):
-        def compute_loss(self, *inputs, **more):
+    class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, *state, **more):
             marks.append(time.perf_counter())
-            loss = super().compute_loss(*inputs, **more)
-            losses.append(loss.item())
-            return loss
 
     config = trl.DPOConfig(
         tempfile.gettempdir(), beta=TAU, learning_rate=RATE, lr_scheduler_type="constant", max_length=None,
-        max_steps=STEPS, per_device_train_batch_size=BATCH, train_sampling_strategy="sequential",
+        max_steps=STEPS, logging_steps=1, per_device_train_batch_size=BATCH, precompute_ref_log_probs=True,
         # 0.99 as in ipo.adam
-        precompute_ref_log_probs=True, gradient_checkpointing=False, bf16=False, adam_beta2=0.99,
+        train_sampling_strategy="sequential", gradient_checkpointing=False, bf16=False, adam_beta2=0.99,
         use_cpu=args.device == "cpu", save_strategy="no", report_to="none", disable_tqdm=True)
     # from_list keeps TRL's cache to this process
     pairs = datasets.Dataset.from_list([pair._asdict() for pair in found])
-    Noted(args.init_from, args=config, train_dataset=pairs).train()
-    return losses, marks
+    trainer = trl.DPOTrainer(args.init_from, args=config, train_dataset=pairs, callbacks=[Clock()])
+    trainer.train()
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line], marks
 
 
 def turn(args, found):
@@ -108,7 +105,7 @@ def run(argv):
     if args.side:
         return turn(args, found)
     rows = []
-    for side in SIDES:
+    for side in ("ours", "trl"):
         command = [sys.executable, "-m", "lab.models.bench", *argv, "--side", side]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

@@ -16,21 +16,17 @@ also compared with those that it has without later tokens: padding on the right 
 sees what follows. What differs is refused. Dropout is off, or pi would not be ref at step 0.
 Trap: weights, gradients and Adam's two averages are float32, 16 bytes a parameter together.
 """
-import sys
-from functools import partial
 from types import SimpleNamespace
 
 import torch
-import torch.nn as nn
 
 import data
 import ipo
-from data import Refused
 from lab.common import start
 from lab.models import chat
 
 
-class Policy(nn.Module):
+class Policy(torch.nn.Module):
     """A model of transformers behind the two methods that the core calls; first: ids before every row."""
 
     def __init__(self, hf, first=(), block_size=4096):
@@ -74,9 +70,8 @@ def check(policy):
 
 def load(name, tokenizer):
     """The Policy of a folder or hub id, for texts of its tokenizer. Raises Refused."""
-    transformers = chat.quiet()
     try:
-        hf, info = transformers.AutoModelForCausalLM.from_pretrained(
+        hf, info = chat.quiet().AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True)
         if info["missing_keys"] or info["mismatched_keys"]:  # they would be random, with a warning
             raise ValueError(f"weights are missing: {sorted(map(str, info['missing_keys']))[:2]}")
@@ -95,10 +90,9 @@ def parse(argv):
     args = ipo.parse(rest)
     args.program = mine.program
     if args.resume and not str(args.tokenizer).startswith("hf:"):
-        raise Refused(f"--resume: {args.out} holds no run of lab.models.hf; python ipo.py goes on with it")
+        raise data.Refused(f"--resume: {args.out} is no run of lab.models.hf; python ipo.py goes on with it")
     if args.sample or args.data in data.WORLDS or not args.init_from:
-        raise Refused("give --init_from, a folder or hub id of transformers, and --data, a JSONL file, and "
-                      "no --sample; transformers' pipeline samples from OUT/export")
+        raise data.Refused("give --init_from M and --data FILE; transformers' pipeline samples OUT/export")
     return args
 
 
@@ -107,13 +101,12 @@ def run(argv):
     tokenizer = chat.Tokenizer(args.init_from)
     policy = load(args.init_from, tokenizer)
     args.tokenizer, args.block_size = tokenizer.name, policy.config.block_size
-    pairs = data.read_jsonl(args.data, partial(chat.parse_pair, tokenizer=tokenizer))
+    pairs = data.read_jsonl(args.data, lambda item, notes: chat.parse_pair(item, notes, tokenizer))
     ipo.run(args, policy, ipo.FileSource(args, tokenizer, pairs))
     policy.hf.save_pretrained(f"{args.out}/export")
     tokenizer.hf.save_pretrained(f"{args.out}/export")
-    # Refused makes one line of a name
-    print(f"\nIt is trained; AutoModelForCausalLM.from_pretrained loads it from {Refused(args.out)}/export.")
+    print(f"\nIt is trained; AutoModelForCausalLM.from_pretrained loads {data.one_line(args.out)}/export.")
 
 
 if __name__ == "__main__":
-    sys.exit(start.main("hf", run, threads=torch.get_num_threads()))
+    raise SystemExit(start.main("hf", run, threads=torch.get_num_threads()))

@@ -18,7 +18,6 @@ import gzip
 import io
 import json
 import os
-import sys
 import urllib.request
 import zipfile
 from collections import Counter
@@ -135,8 +134,7 @@ def split_dialogues(chosen, rejected):
     """Anthropic-HH's form, two whole dialogues: what both share, up to the last turn in it, is the prompt."""
     shared = os.path.commonprefix([chosen, rejected])
     if TURN not in shared:
-        raise Refused("no prompt, and no 'Assistant:' in what chosen and rejected share; give --prompt and "
-                      "the key that holds it")
+        raise Refused("no prompt, nor a shared 'Assistant:'; give --prompt and the key that holds it")
     cut = shared.rfind(TURN) + len(TURN)
     return {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
 
@@ -202,10 +200,10 @@ def run(argv):
     Path(f"{args.out}.tmp").write_text("".join(json.dumps(item) + "\n" for item in items))
     os.replace(f"{args.out}.tmp", args.out)  # whole, or not at all
     reader = "tokens" if type(items[0]["chosen"]) is str else "hf --init_from M"
-    # a Refused is a name as one line
-    print(f"\n{len(rows):,} rows = {len(items):,} pairs in {Refused(args.out)} + {sum(reasons.values()):,} "
-          f"left out. Now: python -m lab.models.{reader} --data {Refused(args.out)}")
+    out = data.one_line(args.out)
+    print(f"\n{len(rows):,} rows = {len(items):,} pairs in {out} + {sum(reasons.values()):,} left out. "
+          f"Now: python -m lab.models.{reader} --data {out}")
 
 
 if __name__ == "__main__":
-    sys.exit(start.main("jsonl", run))
+    raise SystemExit(start.main("jsonl", run))

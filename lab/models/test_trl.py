@@ -357,7 +357,7 @@ def test_the_cache_is_the_runs_own(folder, pairs, tmp_path, monkeypatch):
     (["--loss_type", "sigmoid"], "--loss_type would change the loss"), (["--loss_type=ipo"], "--loss_type"),
     (["--label_smoothing", "0.0"], "--label_smoothing"), (["--max_length", "512"], "--max_length"),
     (["--max-length", "9"], "--max_length"), (["--loss_typ", "ipo"], "loss_typ"),
-    (["--tau", "0"], "--tau is 0.0; it takes 1e-3 to 1e9"), (["--loss", "kto"], "kto"),
+    (["--tau", "0"], "--tau is '0'; it takes 0.001..1e9"), (["--loss", "kto"], "kto"),
     (["--beta", "1"], "(beta is --tau); leave it out"),
     (["--nonsense", "1", "--more"], ": unrecognized arguments: --nonsense 1 --more (TRL has --max_steps, "),
     (["--nonsense", "1"], "; --help lists the flags"),

@@ -10,11 +10,8 @@ responses are scored, end of text included. The prompt's are not. If the prompt 
 shown.
 Trap: the border between prompt and response is where your file puts it. " yes" and "yes" are other tokens.
 """
-import sys
-from functools import partial
 
 import data
-from data import Refused
 from lab.common import start
 from lab.models import chat
 
@@ -25,9 +22,9 @@ def prepare(args):
         tokenizer = data.get_tokenizer(args.tokenizer or "gpt2")
         return tokenizer, args.block_size or 256, data.read_jsonl(args.data)
     if args.tokenizer or args.block_size:
-        raise Refused("--tokenizer and --block_size do nothing with --init_from, which has its own")
+        raise data.Refused("--tokenizer and --block_size do nothing with --init_from, which has its own")
     tokenizer = chat.Tokenizer(args.init_from)
-    pairs = data.read_jsonl(args.data, partial(chat.parse_pair, tokenizer=tokenizer))
+    pairs = data.read_jsonl(args.data, lambda item, notes: chat.parse_pair(item, notes, tokenizer))
     return tokenizer, tokenizer.context(), pairs
 
 
@@ -41,7 +38,7 @@ def show(pair, tokenizer, size):
     """Prints a pair as the program has it that trains."""
     try:
         rows = data.encode([pair], tokenizer, size)  # which says why it drops a pair
-    except Refused:
+    except data.Refused:
         return
     n = int(rows.prompt_len[0])
     cut = max(0, len(tokenizer.encode_ordinary(pair.prompt)) - n)
@@ -66,11 +63,10 @@ def run(argv):
         show(pair, tokenizer, size)
     print()
     rows = data.encode(pairs, tokenizer, size)
-    scored = int((rows.length - rows.prompt_len).sum())
-    longest, tokens = int(rows.length.max()), int(rows.length.sum())
-    print(f"\nOf {tokens:,} tokens in {len(rows.p):,} pairs {scored:,} are scored, end of text included. "
-          f"The longest row has {longest:,} of at most {size:,} tokens.")
+    scored = rows.length - rows.prompt_len
+    print(f"\nOf {rows.length.sum():,} tokens in {len(rows.p):,} pairs {scored.sum():,} are scored, end of "
+          f"text included. The longest row has {rows.length.max():,} of at most {size:,} tokens.")
 
 
 if __name__ == "__main__":
-    sys.exit(start.main("tokens", run))
+    raise SystemExit(start.main("tokens", run))

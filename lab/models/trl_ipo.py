@@ -17,7 +17,6 @@ that is longer than the model's context is left out.
 """
 import os
 import shutil
-import sys
 import warnings
 from collections import Counter
 from functools import partial
@@ -26,7 +25,6 @@ import torch
 
 import data
 import ipo
-from data import Refused
 from lab.common import start
 from lab.models import chat
 
@@ -36,9 +34,9 @@ import datasets  # noqa: E402
 import trl  # noqa: E402
 
 # what would change TRL's loss or cut responses, and would do nothing here, and --config, which might hold it
-UNUSED = ("loss_type", "loss_weights", "ld_alpha", "f_divergence_type", "label_smoothing", "use_weighting",
-          "router_aux_loss_coef", "max_length", "precompute_ref_log_probs", "remove_unused_columns", "config",
-          "beta")
+UNUSED = """loss_type loss_weights ld_alpha f_divergence_type label_smoothing use_weighting
+            router_aux_loss_coef max_length precompute_ref_log_probs remove_unused_columns
+            config beta""".split()
 
 
 def with_p(pad, pairs):
@@ -94,13 +92,11 @@ def parse(argv):
     parser.add_argument("--data", required=True, help="JSONL file: prompt, chosen, rejected, perhaps p")
     parser.add_argument("--loss", default="ipo", choices=ipo.LOSSES, help="loss on the margin [ipo]")
     parser.add_argument("--model", dest="model_name_or_path", required=True, help="folder or hub id")
-    parser.add_argument("--tau", type=float, default=0.1, help="strength of the pull to the reference [0.1]")
+    parser.add_argument("--tau", default="0.1", help="strength of the pull to the reference [0.1]")
     args, m, own, rest = parser.parse_args_and_config(argv, return_remaining_strings=True)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)} (TRL has --max_steps, --learning_rate, ...)")
-    args.beta = own.tau
-    if not 1e-3 <= own.tau <= 1e9:
-        raise Refused(f"--tau is {own.tau}; it takes 1e-3 to 1e9")
+    args.beta = ipo.value_of("tau", own.tau, "0.001..1e9")
     kwargs = {"dtype": m.dtype, "attn_implementation": m.attn_implementation, "revision": m.model_revision}
     args.model_init_kwargs = kwargs | (args.model_init_kwargs or {})
     return args, m, own
@@ -121,7 +117,7 @@ def read(path, name):
     print(f"{len(found) - len(kept):,} of {len(found):,} pairs left out, of two equal responses or more than "
           f"the model's {size:,} tokens; now the reference scores the others")
     if not kept:
-        raise Refused(f"--data {path}: no usable pair; give pairs of two different responses that fit")
+        raise data.Refused(f"--data {path}: no usable pair; give pairs of two different responses that fit")
     return kept
 
 
@@ -146,9 +142,9 @@ def run(argv):
         trainer.save_model()
     except Exception as error:  # of any kind, where TRL, transformers or safetensors cannot use something
         why = f"{start.reason(error)}; change the flag that this is about, --help lists all"
-        raise error if isinstance(error, Refused) else Refused(why) from None
-    print(f"\nThe model is trained on {len(pairs):,} pairs; it is in {Refused(args.output_dir)}.")
+        raise error if isinstance(error, data.Refused) else data.Refused(why) from None
+    print(f"\nThe model is trained on {len(pairs):,} pairs; it is in {data.one_line(args.output_dir)}.")
 
 
 if __name__ == "__main__":
-    sys.exit(start.main("trl_ipo", run, threads=torch.get_num_threads()))
+    raise SystemExit(start.main("trl_ipo", run, threads=torch.get_num_threads()))

@@ -12,7 +12,6 @@ is printed, {ab, ba}, cannot give figure 2. c is in no pair and a, b balance, so
 either loss. The text around the figure (one action never wins, two stay balanced) fits d3prime = {ac, bc}.
 Trap: DPO's optimum is a limit, and at a large tau it is far.
 """
-import sys
 
 import torch
 
@@ -65,7 +64,7 @@ def train(args, winner, loser, Y):
     generator = torch.Generator().manual_seed(args.seed)
     tau = torch.tensor(args.tau, dtype=torch.float64)[:, None, None]
     taus = len(args.tau)
-    theta = torch.zeros(len(LOSSES), taus, SEEDS, Y, dtype=torch.float64, requires_grad=True)
+    theta = tau.new_zeros(len(LOSSES), taus, SEEDS, Y, requires_grad=True)
     optimizer = torch.optim.Adam([theta], 0.01)
     for step in range(args.steps):
         logp = theta.log_softmax(-1)
@@ -147,4 +146,4 @@ def finish(args, runs):
 
 
 if __name__ == "__main__":
-    sys.exit(start.main("bandits", run))
+    raise SystemExit(start.main("bandits", run))

@@ -10,7 +10,6 @@ nothing is trained: all is exact. "nearest" is the pi* of any tau that is neares
 the highest win rate at its KL to the reference. Trap: if all lengths were L, the mean at tau would be the sum
 at tau / L, and nobody would see a difference.
 """
-import sys
 
 import numpy as np
 import torch
@@ -93,4 +92,4 @@ def run(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(start.main("sum_or_mean", run))
+    raise SystemExit(start.main("sum_or_mean", run))

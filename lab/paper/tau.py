@@ -13,7 +13,6 @@ Trap: at one tau the losses stand at different places. Compare them at equal KL;
 """
 import contextlib
 import itertools
-import sys
 
 import numpy as np
 
@@ -41,18 +40,17 @@ def plan(argv):
     own.add_argument("--out", default="out/tau", help="folder of the runs, report.json and picture [out/tau]")
     args = start.parse(own, argv, world=True)
     _, rest = own.parse_known_args(argv)
-    several = {}
-    for name in ("loss", "tau", "steps", "pairs", "seed"):
-        values = getattr(args, name)
+    several = {name: getattr(args, name) for name in ("loss", "tau", "steps", "pairs", "seed")}
+    for name, values in several.items():
         start.refuse_twice(f"--{name}", values)
-        several[name] = [(name, value) for value in values]
     runs = {}
-    for flags in itertools.product(*several.values()):
-        in_name = [value for name, value in flags if name in ("loss", "tau") or len(several[name]) > 1]
+    for values in itertools.product(*several.values()):
+        flags = dict(zip(several, values))
+        in_name = [flags[name] for name in flags if name in ("loss", "tau") or len(several[name]) > 1]
         row = "-".join(in_name)
-        given = [f"--{name}={value}" for name, value in flags]
+        given = [f"--{name}={value}" for name, value in flags.items()]
         given += [f"--data={args.data}", f"--out={args.out}/{row}"]
-        runs[row] = ipo.parse(["--log_every=50", *rest, *given])
+        runs[row] = ipo.parse(["--log_every=50", "--device=cpu", *rest, *given])
         runs[row].program = args.program
     return args, runs
 
@@ -77,13 +75,13 @@ def train(args, runs):
     """Every run, with a line each -> {row: its numbers}, without the runs that had to stop."""
     table = {}
     for done, (row, one) in enumerate(runs.items(), 1):
-        print(data.Refused(f"run {done}/{len(runs)}: {one.out}"), flush=True)
+        print(data.one_line(f"run {done}/{len(runs)}: {one.out}"), flush=True)
         try:
             with open(f"{args.out}/runs.log", "a") as log, contextlib.redirect_stdout(log):
                 ipo.run(one)
             table[row] = measured(one.out)
         except ipo.Stopped as error:
-            print(data.Refused(f"{one.out}: {error}"))
+            print(data.one_line(f"{one.out}: {error}"))
     return table
 
 
@@ -115,4 +113,4 @@ def run(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(start.main("tau", run))
+    raise SystemExit(start.main("tau", run))

@@ -38,7 +38,7 @@ def test_the_mean_leads_where_its_expected_loss_is_least():
 
     def loss(logp):
         h = exact.margins(logp / length, ref / length)
-        return exact.expected(ipo.ipo_loss(h, certain, 0.5), p, mu)
+        return exact.mean_over_pairs(p * ipo.ipo_loss(h, certain, 0.5), mu)
 
     fitted = exact.minimise(loss, ref)
     g = data.mean_over_opponents(p, mu)
