@@ -7,6 +7,8 @@ made of `psi` in ipo.py. The last section is about README.md.
 import ast
 import contextlib
 import copy
+import functools
+import importlib
 import io
 import itertools
 import json
@@ -2111,6 +2113,9 @@ def test_a_prompt_without_room_for_an_answer_is_refused(default_run):
             "--out", default_run[0], "--sample", "pizza review: hot hot hot")
 
 
+NARROW = "--n_embd", 16, "--batch_size", 64
+
+
 @cases("argv, bound", [
     ("--data cyclic --labels soft --tau 0.5 --steps 200", 0.005),
     ("--mu ref --tau 1 --steps 150", 0.01),
@@ -2118,7 +2123,7 @@ def test_a_prompt_without_room_for_an_answer_is_refused(default_run):
 ])
 def test_a_short_run_reaches_the_optimum(small_world, tmp_path, argv, bound):
     """Intransitive and soft, mu the reference, or DPO: four fifths of the way, and below the bound."""
-    cli(*argv.split(), "--pairs", 50_000, "--sft_steps", 40, "--out", tmp_path)
+    cli(*argv.split(), "--pairs", 50_000, "--sft_steps", 40, *NARROW, "--out", tmp_path)
     ours = report(tmp_path)
     assert ours["after"]["kl_opt"] < bound
     assert ours["after"]["kl_opt"] < ours["ref"]["kl_opt"] / 5
@@ -2126,7 +2131,7 @@ def test_a_short_run_reaches_the_optimum(small_world, tmp_path, argv, bound):
 
 def deterministic(folder, loss, steps):
     """The report of a run in the deterministic world."""
-    cli("--data", "deterministic", "--tau", 1, "--pairs", 30_000, "--sft_steps", 30,
+    cli("--data", "deterministic", "--tau", 1, "--pairs", 30_000, "--sft_steps", 30, *NARROW,
         "--loss", loss, "--steps", steps, "--out", folder)
     return report(folder)
 
@@ -2307,7 +2312,7 @@ def outcome(folder):
         states[name] = model.read(f"{folder}/{name}")
     for state in states.values():
         state.pop("flags")
-    return json.dumps(states, default=torch.Tensor.tolist)
+    return json.dumps(states, default=lambda tensor: tensor.numpy().tobytes().hex())
 
 
 def flags_of(kind, folder, *more):
@@ -2611,7 +2616,7 @@ def test_weights_of_another_model_are_not_resumed(tmp_path):
     """A run of a model of one's own, resumed by the command line, which has a GPT."""
     args = options("--data", some_pairs(tmp_path), *FILE, "--out", tmp_path)
     args.block_size = 64
-    ipo.run(args, HuggingFace(hugging_face()))
+    ipo.run(args, HuggingFace())
     refused("the saved weights are those of another model", "--resume", "--out", tmp_path)
 
 
@@ -3104,11 +3109,16 @@ def test_the_command_line_may_be_called(small_world, tmp_path):
     assert report(tmp_path)["after"]["h"] > 0
 
 
-def test_importing_says_and_changes_nothing():
+def test_importing_says_and_changes_nothing(monkeypatch, capsys):
     """No line on the screen, no switch of torch."""
-    code = "import torch; n = torch.get_num_threads(); import ipo; print(torch.get_num_threads() - n)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
-    assert done.stdout == "0\n"
+    for name in ("ipo", "data", "model"):
+        monkeypatch.delitem(sys.modules, name)
+    torch.set_num_threads(3)
+    importlib.import_module("ipo")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert threads == 3
+    assert capsys.readouterr().out == ""
 
 
 def my_loss(h, p, tau):
@@ -3143,12 +3153,13 @@ def test_a_loss_of_ones_own_is_measured_with_its_psi(small_world, tmp_path):
 
 
 class HuggingFace(torch.nn.Module):
-    """A model of transformers as the policy."""
+    """A model of transformers as the policy, for the tokens of --tokenizer bytes."""
 
-    def __init__(self, theirs):
+    def __init__(self, std=0.2):
         super().__init__()
+        theirs = hugging_face(std, vocab_size=257)
         self.theirs, self.head = theirs.transformer, theirs.lm_head
-        self.config = Namespace(block_size=64, vocab_size=50257)
+        self.config = Namespace(block_size=64, vocab_size=257)
 
     def hidden(self, tokens):
         return self.theirs(tokens).last_hidden_state
@@ -3158,10 +3169,10 @@ def test_a_model_of_ones_own_trains_and_resumes_bit_for_bit(tmp_path):
     """transformers' GPT-2, stopped in its third step after SFT."""
     flags = "--data", some_pairs(tmp_path), *FILE, "--block_size", 64, "--out"
     whole_run, cut_run = tmp_path / "whole", tmp_path / "cut"
-    ipo.run(options(*flags, whole_run), HuggingFace(hugging_face()))
+    ipo.run(options(*flags, whole_run), HuggingFace())
     with stopped(ipo, "optimizer_step", 6), pytest.raises(SystemExit):
-        ipo.run(options(*flags, cut_run), HuggingFace(hugging_face()))
-    ipo.run(options("--resume", "--out", cut_run), HuggingFace(hugging_face(1.0)))
+        ipo.run(options(*flags, cut_run), HuggingFace())
+    ipo.run(options("--resume", "--out", cut_run), HuggingFace(1.0))
     assert outcome(cut_run) == outcome(whole_run)
 
 
@@ -3211,6 +3222,7 @@ NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE,
            tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 
+@functools.cache
 def source_of(name):
     return (HERE / name).read_text(encoding="utf-8")
 
@@ -3240,6 +3252,7 @@ def tokens_by_line(text):
     return counts
 
 
+@functools.cache
 def code_of(name):
     return tokens_by_line(without_answers(source_of(name)))
 

@@ -1,6 +1,7 @@
 """What do lab's tests share? The core's folder, the paper's Psi whatever a student made of it, a tiny world,
 and what the pages quote.
 """
+import gc
 import os
 import re
 import sys
@@ -21,6 +22,12 @@ import data  # noqa: E402: one folder up, wherever pytest is started
 import ipo  # noqa: E402
 
 
+def pytest_collection_finish():
+    """A fifth of the time went into looks for garbage among what imports have made. It stays in any case."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def paper_psi(monkeypatch):
     """Psi(q) = q; matrices this small lose more to a second thread than they gain."""
@@ -29,8 +36,8 @@ def paper_psi(monkeypatch):
     monkeypatch.setattr(ipo, "psi", lambda q: q)
 
 
-@pytest.fixture
-def bt3(monkeypatch):
+@pytest.fixture(scope="module")
+def bt3():
     """One more world, --data bt3: Bradley-Terry's, with 4 prompts x 4 responses."""
     make = data.World.__init__
 
@@ -39,8 +46,10 @@ def bt3(monkeypatch):
             words, lengths = ["good", "dull", "hot"], (0, 1)
         make(self, name, words, lengths)
 
-    monkeypatch.setattr(data.World, "__init__", init)
-    monkeypatch.setattr(data, "WORLDS", (*data.WORLDS, "bt3"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.World, "__init__", init)
+        patch.setattr(data, "WORLDS", (*data.WORLDS, "bt3"))
+        yield
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import data
 import ipo
 from lab.common import pictures, start
 
-SHORT = ["--steps", "20", "--sft_steps", "5", "--pairs", "2000", "--batch_size", "16", "--log_every", "10"]
+SHORT = ["--steps", "20", "--sft_steps", "5", "--pairs", "2000", "--batch_size", "64", "--log_every", "10"]
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,12 @@
 """
 import math
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -262,8 +265,8 @@ def test_a_question_that_is_none_is_refused(given, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def in_a_copy(folder, number, name="ipo.py", line="", becomes=""):
-    """`python -m lab.course NUMBER` in a copy of core and course where a line of this file is another."""
+def a_copy(folder, name, line, becomes):
+    """The folder becomes a copy of core and course where a line of this file is another."""
     copied = [HERE / core for core in ("model.py", "data.py", "ipo.py")]
     copied += [path for path in (HERE / "lab").glob("co*/*") if path.is_file()]
     for path in copied:
@@ -272,31 +275,48 @@ def in_a_copy(folder, number, name="ipo.py", line="", becomes=""):
         copy.write_bytes(path.read_bytes())
     edited = folder / name
     edited.write_text(edited.read_text().replace(line, becomes, 1))
-    command = [sys.executable, "-m", "lab.course", str(number)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.fixture
+def in_a_copy(tmp_path, capsys):
+    """`python -m lab.course NUMBER` in such a copy, in this process, as importing torch takes a second."""
+    def run(number, name="ipo.py", line="", becomes=""):
+        a_copy(tmp_path, name, line, becomes)
+        path = [str(tmp_path), *(place for place in sys.path if Path(place).resolve() != HERE)]
+        argv = mock.patch.object(sys, "argv", ["course", str(number)])
+        with mock.patch.dict(sys.modules), mock.patch.object(sys, "path", path), argv:
+            for module in [*sys.modules]:
+                if module.partition(".")[0] in ("ipo", "data", "model", "lab"):
+                    del sys.modules[module]
+            with pytest.raises(SystemExit) as end:
+                runpy.run_module("lab.course", run_name="__main__")
+        return SimpleNamespace(status=end.value.code, stdout=capsys.readouterr().out)
+
+    return run
 
 
 def test_a_psi_half_typed_is_one_line(tmp_path):
-    """The question comes all the same."""
-    done = in_a_copy(tmp_path, 7, "ipo.py", "    return q\n", "    return q q\n")
+    """The question comes all the same. In a process of its own."""
+    a_copy(tmp_path, "ipo.py", "    return q\n", "    return q q\n")
+    command = [sys.executable, "-m", "lab.course", "7"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stdout.startswith("7. A Psi to order")
     assert done.stderr.count("\n") == 1 and "ipo.py, line" in done.stderr
 
 
-def test_an_answer_half_typed_is_one_line(tmp_path):
-    """With the file and the line."""
+def test_an_answer_half_typed_is_one_line(in_a_copy):
+    """With the file and the line. (The text that it exits with is what Python writes to stderr.)"""
     answer = "lab/course/exercises.py"
-    done = in_a_copy(tmp_path, 1, answer, "return None  # open", "return p p")
-    assert done.returncode == 1
+    done = in_a_copy(1, answer, "return None  # open", "return p p")
     assert done.stdout.startswith("1. The loss at step 0")
-    assert done.stderr.count("\n") == 1 and "exercises.py, line" in done.stderr
+    assert "exercises.py, line" in done.status and "\n" not in done.status
 
 
-def test_an_answer_in_place_of_its_line_is_solved(tmp_path):
+def test_an_answer_in_place_of_its_line_is_solved(in_a_copy):
     """Between the banners of exercises.py."""
     answer = "lab/course/exercises.py"
-    done = in_a_copy(tmp_path, 1, answer, "return None  # open", "return ((p - 0.5) / tau) ** 2")
+    done = in_a_copy(1, answer, "return None  # open", "return ((p - 0.5) / tau) ** 2")
     assert done.stdout.endswith("lab/course/exercises.py, answer_1: solved\n")
 
 
@@ -310,10 +330,10 @@ def test_answers_stand_between_the_banners():
     assert between.count("    return None  # open\n") == len(due)
 
 
-def test_a_question_hides_its_hints(tmp_path):
+def test_a_question_hides_its_hints(in_a_copy):
     """And it ends with the state of the answer."""
-    done = in_a_copy(tmp_path, 7)
-    assert done.returncode == 0
+    done = in_a_copy(7)
+    assert done.status == 0
     assert done.stdout.endswith("ipo.py, psi: open\n")
     assert "where must it be flat" not in done.stdout
 

@@ -1,4 +1,5 @@
 """The claims of kto: its loss, z0, exact answer and rows with labels."""
+import copy
 import json
 import math
 from types import SimpleNamespace
@@ -20,11 +21,19 @@ FILE = ["--tokenizer", "bytes", "--block_size", "24", "--n_layer", "1", "--n_hea
         "--sft_steps", "20", "--steps", "60", "--lr", "1e-2", "--log_every", "30"]
 
 
-@pytest.fixture
-def begun(tmp_path):
-    args = ipo.parse([*WORLD, "--out", str(tmp_path)])
-    policy, source = start.start(args, kto.World)
+@pytest.fixture(scope="module")
+def made(bt3, tmp_path_factory):
+    args = ipo.parse([*WORLD, "--out", str(tmp_path_factory.mktemp("kto"))])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ipo, "psi", lambda q: q)
+        policy, source = start.start(args, kto.World)
     return args, policy, source
+
+
+@pytest.fixture
+def begun(made):
+    """(args, policy, source) before training, for each test its own."""
+    return copy.deepcopy(made)
 
 
 def test_the_cost_by_hand():
@@ -117,7 +126,8 @@ def test_the_answer_leaves_nothing_where_g_is_below_one_half(begun):
 
 
 def test_training_ends_near_the_answer(tmp_path):
-    argv = [*WORLD, "--pairs", "20000", "--steps", "400", "--lr", "5e-3", "--out", str(tmp_path)]
+    few = ["--pairs", "20000", "--steps", "400", "--lr", "5e-3", "--batch_size", "64", "--n_embd", "16"]
+    argv = [*WORLD, *few, "--out", str(tmp_path)]
     assert start.main("kto", kto.run, argv) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["mass where g < 1/2"] < 0.02

@@ -16,7 +16,8 @@ from lab.common import exact, start
 from lab.methods import margin_losses
 
 pytestmark = pytest.mark.usefixtures("bt3")
-SMALL = ["--data", "bt3", "--steps", "3", "--sft_steps", "3", "--pairs", "300", "--log_every", "3"]
+SMALL = ["--data", "bt3", "--steps", "3", "--sft_steps", "3", "--pairs", "300", "--log_every", "3",
+         "--batch_size", "32"]
 SLOPES = {  # at h = 0, p = 1, in units of tau, worked out by hand
     "slic": -1,
     "squared_hinge": -2,

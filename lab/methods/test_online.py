@@ -11,14 +11,16 @@ import model
 from lab.common import exact, start
 from lab.methods import online
 
-FAST = ["--steps", "300", "--sft_steps", "40", "--lr", "6e-3", "--batch_size", "128", "--log_every", "150",
-        "--tau", "0.3", "--labels", "soft"]
+FAST = ["--steps", "250", "--sft_steps", "40", "--lr", "6e-3", "--batch_size", "64", "--log_every", "150",
+        "--tau", "0.3", "--labels", "soft", "--n_embd", "16"]
 
 
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def tiny():
     """Worlds with 13 responses."""
-    monkeypatch.setattr(data.World.__init__, "__defaults__", (["superb", "dull", "hot"], (0, 1/4, 3/4)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.World.__init__, "__defaults__", (["superb", "dull", "hot"], (0, 1/4, 3/4)))
+        yield
 
 
 def finished(tmp_path, *flags):
@@ -26,6 +28,15 @@ def finished(tmp_path, *flags):
     argv = ["--data", "deterministic", *FAST, *flags, "--out", str(tmp_path)]
     assert start.main("online", online.run, argv) == 0
     return json.loads((tmp_path / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """(folder, report.json) of a run with --offline."""
+    folder = tmp_path_factory.mktemp("offline")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ipo, "psi", lambda q: q)
+        return folder, finished(folder, "--offline", "--steps", "300", "--batch_size", "128")
 
 
 def far_from(world, seed):
@@ -54,8 +65,9 @@ def flags(**own):
 def rows_of(batch, world):
     """The rows of the world that a batch holds, found by their tokens."""
     tokens, _ = world.pairs.padded(torch.arange(world.reward.numel()))
-    number = {tuple(row): i for i, row in enumerate(tokens.tolist())}
-    return torch.tensor([number[tuple(row)] for row in batch.tokens.tolist()])
+    same = (batch.tokens[:, None] == tokens).all(-1)
+    assert (same.sum(1) == 1).all()
+    return same.int().argmax(1)
 
 
 def shares(batch, world):
@@ -171,9 +183,9 @@ def test_training_rests_at_its_own_answer(tmp_path, pairs_from):
     assert report["KL to the reference"] > 0.05
 
 
-def test_online_and_offline_are_compared(tmp_path):
+def test_online_and_offline_are_compared(compared):
     """Each ends at its own answer, the two are as far apart as these are, and the sentence says so."""
-    report = finished(tmp_path, "--offline")
+    _, report = compared
     assert report["offline to its answer"] < 0.01
     assert report["KL(this||offline)"] == pytest.approx(report["... of exact answers"], abs=0.02)
     assert report["... of exact answers"] > 0.02
@@ -181,11 +193,11 @@ def test_online_and_offline_are_compared(tmp_path):
     assert f"wins {report['wins against offline']:.1%}" in report["answer"]
 
 
-def test_the_checkpoint_is_the_online_policy(tmp_path):
-    report = finished(tmp_path, "--offline")
+def test_the_checkpoint_is_the_online_policy(compared):
+    folder, report = compared
     world = data.World("deterministic")
-    logp = table(model.load(f"{tmp_path}/ckpt.pt")[0], world)
-    ref = table(model.load(f"{tmp_path}/ref.pt")[0], world)
+    logp = table(model.load(f"{folder}/ckpt.pt")[0], world)
+    ref = table(model.load(f"{folder}/ref.pt")[0], world)
     assert data.kl(logp, ref).item() == pytest.approx(report["KL to the reference"], abs=1e-5)
     assert data.kl(logp, exact.nash(ref, world.pstar, 0.3)[0]) < 0.01
 

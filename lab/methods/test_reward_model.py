@@ -10,7 +10,7 @@ import model
 from lab.common import start
 from lab.methods import reward_model
 
-FEW = ["--pairs", "4000", "--sft_steps", "5", "--steps", "100"]
+FEW = ["--pairs", "4000", "--sft_steps", "5", "--steps", "100", "--batch_size", "64", "--n_embd", "16"]
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,8 @@ def test_soft_labels_teach_the_reward(tmp_path):
 
 
 def test_hard_labels_teach_the_reward(tmp_path):
-    assert finished(tmp_path, "--steps", "300")["error, root mean square"] < 0.15
+    report = finished(tmp_path, "--steps", "300", "--batch_size", "128")
+    assert report["error, root mean square"] < 0.15
 
 
 def test_the_answer_says_the_figures(tmp_path, capsys):

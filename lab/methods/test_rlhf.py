@@ -12,8 +12,8 @@ import model
 from lab.common import exact, start
 from lab.methods import reward_model, rlhf
 
-FEW = ["--sft_steps", "20", "--steps", "300", "--log_every", "100"]
-PAIRS = ["--pairs", "4000"]
+FEW = ["--sft_steps", "20", "--steps", "300", "--log_every", "100", "--n_embd", "16"]
+PAIRS = ["--pairs", "4000", "--batch_size", "48"]
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +122,7 @@ def test_compare_maximises_the_learned_reward(tmp_path, monkeypatch):
     """One that likes what is bad leads RLHF away from the others."""
     table = reward_model.table
     monkeypatch.setattr(rlhf, "table", lambda *given: -table(*given))
-    report = finished(tmp_path, "--compare", *PAIRS)
+    report = finished(tmp_path, "--compare", *PAIRS, "--steps", "150", "--lr", "5e-3")
     assert report["RLHF, exact"] > 0.2
     assert report["DPO, exact"] < 0.01
 

@@ -1,6 +1,9 @@
 """Claims of lab/paper/bandits.py, each with its oracle."""
+import contextlib
+import io
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import torch
 
 import data
 import ipo
-from lab.common import start
+from lab.common import pictures, start
 from lab.paper import bandits
 
 PAPER = {  # section 5's exact IPO probabilities, computed by hand from eq. 7
@@ -124,15 +127,39 @@ def test_every_policy_is_the_one_that_is_trained_alone(trained, loss, k):
     assert after["pi"] == pytest.approx(np.mean(alone, 0), abs=1e-9)
 
 
-def test_ipo_arrives_at_its_optimum_in_figure_1(tmp_path, figures):
-    report = run(tmp_path, "--tau", 0.1, 0.5, "--steps", 3000)
+@pytest.fixture(scope="module")
+def pictured(tmp_path_factory):
+    """flags -> (what `run` gives, what it printed, its figures by name), of one run for equal flags."""
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    known = {}
+
+    def once(*flags):
+        if flags not in known:
+            drawn, said, folder = {}, io.StringIO(), tmp_path_factory.mktemp("pictured")
+            with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+                patch.setattr(ipo, "psi", lambda q: q)
+                patch.setattr(pictures, "save", lambda figure, path: drawn.update({path: figure}))
+                report = run(folder, *flags)
+            named = {Path(path).name: figure for path, figure in drawn.items()}
+            known[flags] = report, said.getvalue(), named
+        return known[flags]
+
+    return once
+
+
+FIGURE_1 = "--tau", 0.1, 0.5, "--steps", 3000
+ONE_PAIR = "--data", "bandit2", "--tau", 0.1, "--steps", 1500
+
+
+def test_ipo_arrives_at_its_optimum_in_figure_1(pictured):
+    report, _, _ = pictured(*FIGURE_1)
     for tau in (0.1, 0.5):
         pi = report[f"ipo, tau {tau:g}"]["after"]["pi"]
         assert pi == pytest.approx(PAPER["d1", tau], abs=0.01)
 
 
-def test_dpo_is_greedy_in_figure_1(tmp_path, figures):
-    report = run(tmp_path, "--tau", 0.1, 0.5, "--steps", 3000)
+def test_dpo_is_greedy_in_figure_1(pictured):
+    report, _, _ = pictured(*FIGURE_1)
     assert report["dpo, tau 0.1"]["after"]["pi"][0] > 0.999
     assert report["dpo, tau 0.5"]["after"]["pi"][0] > 0.999
 
@@ -149,17 +176,17 @@ def test_the_picture_shows_the_numbers(tmp_path, figures):
         assert ends[1::2] == pytest.approx(numbers["opt"]["pi"])
 
 
-def test_ipo_s_margin_stops(tmp_path, figures):
+def test_ipo_s_margin_stops(pictured):
     """One certain pair, tau .1: 5 nats, and never much more."""
-    report = run(tmp_path, "--data", "bandit2", "--tau", 0.1, "--steps", 1500)
+    report, _, figures = pictured(*ONE_PAIR)
     assert report["ipo, tau 0.1"]["after"]["h"] == pytest.approx(5, abs=1e-4)
-    curve = figures[f"{tmp_path}/margins.png"].axes[0].lines[0].get_ydata()
+    curve = figures["margins.png"].axes[0].lines[0].get_ydata()
     assert max(curve) < 5.05
 
 
-def test_dpo_s_margin_grows_at_every_look(tmp_path, figures):
-    report = run(tmp_path, "--data", "bandit2", "--tau", 0.1, "--steps", 1500)
-    lines = figures[f"{tmp_path}/margins.png"].axes[0].lines
+def test_dpo_s_margin_grows_at_every_look(pictured):
+    report, _, figures = pictured(*ONE_PAIR)
+    lines = figures["margins.png"].axes[0].lines
     curves = [line.get_ydata() for line in lines if len(line.get_ydata()) == 16]
     assert all(np.diff(curves[1]) > 0)
     assert curves[1][-1] == report["dpo, tau 0.1"]["after"]["h"] > 15
@@ -171,12 +198,15 @@ def test_the_printed_d3_leaves_all_at_a_third(tmp_path, figures):
         assert numbers["after"]["pi"] == pytest.approx(THIRDS, abs=0.02)
 
 
-@pytest.mark.parametrize("steps, said", [(3000, "Yes: on d1"), (100, "Not yet, raise --steps: on d1")])
-def test_the_answer_stands_before_the_figures(tmp_path, figures, capsys, steps, said):
-    run(tmp_path, "--steps", steps, "--tau", 0.1)
-    answer, _, _, *rows = capsys.readouterr().out.splitlines()[-5:]
-    assert answer.startswith(said)
-    assert [row[4:16] for row in rows] == ["ipo, tau 0.1", "dpo, tau 0.1"]
+@pytest.mark.parametrize("flags, begins", [
+    (FIGURE_1, "Yes: on d1"),
+    (("--tau", 0.1, 0.5, "--steps", 100), "Not yet, raise --steps: on d1")])
+def test_the_answer_stands_before_the_figures(pictured, flags, begins):
+    _, said, _ = pictured(*flags)
+    answer, _, _, *rows = said.splitlines()[-7:]
+    assert answer.startswith(begins)
+    names = [row[4:16] for row in rows]
+    assert names == ["ipo, tau 0.1", "ipo, tau 0.5", "dpo, tau 0.1", "dpo, tau 0.5"]
 
 
 @pytest.mark.parametrize("name", ["d1", "d3prime"])

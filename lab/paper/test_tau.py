@@ -10,12 +10,20 @@ import model
 from lab.common import pictures, start
 from lab.paper import tau
 
-SHORT = ["--steps", "20", "--sft_steps", "5", "--pairs", "2000", "--batch_size", "16", "--log_every", "10"]
+SHORT = ["--steps", "20", "--sft_steps", "5", "--pairs", "2000", "--batch_size", "32", "--log_every", "10"]
 NAMES = ["ipo-0.1", "ipo-1", "dpo-0.1", "dpo-1"]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def tiny():
+    """Worlds with 13 responses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.World.__init__, "__defaults__", (["superb", "dull", "hot"], (0, 1/4, 3/4)))
+        yield
+
+
 @pytest.fixture(scope="module")
-def grid(tmp_path_factory):
+def grid(tiny, tmp_path_factory):
     """A finished grid: two losses, two taus."""
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     out = tmp_path_factory.mktemp("tau")
