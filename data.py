@@ -116,8 +116,8 @@ SUBJECTS, *LINES = [line.split() for line in REWARDS.strip().splitlines()]
 VALUES = {word: list(map(float, values)) for word, *values in LINES}  # a word's four numbers
 WORDS = list(VALUES)
 WORLDS = "bt", "deterministic", "cyclic"  # see `preference`
-# shares of SFT's texts with 0, 1, 2 and 3 words. After the first and the second word a text ends with
-# probability 1/4, so these are 1/4, 3/4 * 1/4 and the rest.
+# shares of SFT's texts with 0, 1, 2 and 3 words: none is empty, 1/4 end after the first word, 3/4 * 1/4 after
+# the second, and the rest have three
 LENGTHS = 0, 1/4, 3/16, 9/16
 
 
@@ -142,7 +142,7 @@ class Words:
 def reward(response):  # -> (X,)
     """What the words of a response add up to, for each prompt."""
     values = [VALUES[word] for word in response.split()]
-    nothing = [0.0] * len(SUBJECTS)
+    nothing = [0.0] * len(SUBJECTS)  # so that no words add up to 0
     return torch.tensor([nothing, *values], dtype=torch.float64).sum(0)
 
 
@@ -153,9 +153,10 @@ class World:
     base (Y,): the distribution of SFT's texts. pairs: a PairData whose row x * Y + y is prompt x with
     response y; `draw` gives it pairs.
 
-    Its model reads 13 ids and emits the first 8, words and end of text. It has a context of 5 tokens, and the
-    prompt takes 2. A third word fills it, and a shorter response ends with end of text. So the model can say
-    these 400 and nothing else, their probabilities sum to 1, and the sums below, such as KL, are exact.
+    Its model reads 13 ids and emits the first 8, words and end of text. It has a context of 5 tokens, 2 of
+    them the prompt, so nothing follows a third word. After fewer words it says one of 7 words or ends. That
+    makes 400 ways to end, which are the responses. So their probabilities sum to 1, and the sums below, such
+    as KL, are exact.
     """
 
     def __init__(self, name, words=WORDS, lengths=LENGTHS):
@@ -168,7 +169,7 @@ class World:
         self.reward = torch.stack([reward(response) for response in self.responses], dim=1)
         self.tokenizer = Words(words)
         encode = self.tokenizer.encode_ordinary
-        # if 7 is end of text: [7], [word, 7], [word, word, 7], and [word, word, word]
+        # with 7 for end of text, which is cut off after three words: [7], [w, 7], [w, w, 7], [w, w, w]
         longest = len(lengths) - 1
         rows = [encode(f"{response} {EOT}")[:longest] for response in self.responses]
         first = torch.tensor([row[0] for row in rows])  # (Y,) end of text, if there is no word
@@ -189,10 +190,10 @@ class World:
         """
         X, Y = self.reward.shape
         each = math.ceil(n / X)  # pairs for each prompt; [:n] leaves the last ones fewer
-        x = torch.arange(X).repeat_interleave(each)[:n]                     # (n,)
-        # row x has prompt x's first responses, then its second ones; True: with replacement
-        draws = torch.multinomial(mu, 2 * each, True, generator=generator)  # (X, 2 each)
-        first = draws[:, :each].flatten()[:n]                               # (n,)
+        x = torch.arange(X).repeat_interleave(each)[:n]  # (n,)
+        # n = 8, X = 4: x is 0 0 1 1 2 2 3 3, and row x of draws has two first responses, then two second ones
+        draws = torch.multinomial(mu, 2 * each, True, generator=generator)  # True: with replacement
+        first = draws[:, :each].flatten()[:n]            # (n,)
         second = draws[:, each:].flatten()[:n]
         p = self.pstar[x, first, second]
         if labels == "hard":
@@ -208,8 +209,8 @@ def preference(name, reward, first):  # (X,Y), (Y,) -> (X,Y,Y)
     bt: s(r(y) - r(z)), s the sigmoid.
     deterministic: 1 if r(y) > r(z), 1/2 on a tie.
     cyclic: s(r(y) - r(z) + 2 c), where c is 1 if y's first word beats z's, -1 if it loses, else 0. It is a
-    game of rock, paper, scissors: good and awful beat superb, dull and cold. These beat fine and hot, which
-    beat good and awful. As (i - j) % 3 is 1 if id i beats id j, 2 if it loses, else 0.
+    game of rock, paper, scissors. By id % 3 class 0 is superb, dull and cold, class 1 good and awful, class 2
+    fine and hot. 1 beats 0, 2 beats 1, and 0 beats 2. So i beats j if (i - j) % 3 is 1, and loses if it is 2.
     """
     gap = reward.unsqueeze(2) - reward.unsqueeze(1)  # (X,Y,1) - (X,1,Y): r(y) - r(z)
     # so that equal sums tie, though added in another order
@@ -235,9 +236,9 @@ def mean_over_opponents(worth, mu):  # (X,Y,Y), (X,Y) -> (X,Y)
 def optimum(ref_logp, worth, mu, tau):  # (X,Y), (X,Y,Y), (X,Y) -> (X,Y)
     """The log of pi*(y) = ref(y) exp(g(y) / tau) / Z, with g(y) the mean of worth = Psi(p*) over mu  (eq. 7).
 
-    DPO's Psi, the logit, is inf at a sure win and -inf at a sure defeat. A mean of both would be NaN. With a
-    million in place of inf g is a million times (share of wins - share of defeats). So the response that wins
-    most gets nearly everything, as in DPO that is trained for ever.
+    In the deterministic world DPO's Psi, the logit, is inf or -inf, and a mean of both would be NaN. So a
+    million stands for inf (a tie is 0). g is then a million times wins less defeats, and the best response
+    gets nearly everything. DPO's margins grow without end there, too.
     """
     g = mean_over_opponents(worth.clamp(-1e6, 1e6), mu)
     return (ref_logp + g / tau).log_softmax(-1)  # log_softmax divides by Z

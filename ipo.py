@@ -37,7 +37,7 @@ def psi(q):
     """The worth of being preferred with probability q. q: a tensor of any shape; returns the same shape.
 
     Try another one with --labels soft. By default p is 1 in each pair, so training sees psi(1) - psi(0) and
-    nothing else of psi.
+    nothing else of psi. It ends at pi* if psi(q) + psi(1 - q) is the same for all q (README.md).
     """
     return q
 
@@ -48,7 +48,7 @@ def psi(q):
 def target(p, tau):  # (B,) -> (B,)
     """The margin, in nats, that is asked of a pair if its chosen response is preferred with probability p.
 
-    target(1 - p) is -target(p). So if the two responses change places, the loss stays.
+    target(1 - p) is -target(p). So if the two responses change places, which makes h to -h, the loss stays.
     """
     return (psi(p) - psi(1 - p)) / (2 * tau)
 
@@ -61,9 +61,10 @@ def ipo_loss(h, p, tau):  # (B,), (B,) -> (B,)
 def dpo_loss(h, p, tau):  # (B,), (B,) -> (B,)
     """-log s(tau h) if p is 1. In general its mean over flips of a coin with p, as a lost flip swaps the two.
 
-    log s(z) has the slope 1 - s(z), and log s(-z) the slope -s(z). So with s for s(tau h) the slope in h is
-    -tau (p (1 - s) - (1 - p) s) = tau (s - p), which is 0 at tau h = logit(p). If p is 1 it never is. Where a
-    response also loses pairs these hold its h back. Where it always wins, h never stops growing.
+    log s(z) has the slope 1 - s(z), and log s(-z) the slope -s(z). So with a = s(tau h) the slope in h is
+    -tau (p (1 - a) - (1 - p) a) = tau (a - p). It is 0 where a = p, which is tau h = logit(p). At p = 1 it
+    never is. After coin flips every p is 1, but the pairs that a response loses hold its u back. If it always
+    wins, h never stops growing.
     """
     return -(p * logsigmoid(tau * h)
              + (1 - p) * logsigmoid(-tau * h))
@@ -87,14 +88,16 @@ def sequence_logp(policy, tokens, mask):  # (R,T), (R,T) -> (R,)
     device = next(policy.parameters()).device
     tokens, mask = tokens.to(device), mask.to(device)
     scored = mask[:, 1:]                                         # (R,T-1)
-    if model.sharing_pays(policy, tokens):  # rows of over 16 tokens: the same, faster
+    # never in the toy world; the same but for rounding, faster, in rows of over 16 tokens
+    if model.sharing_pays(policy, tokens):
         x = model.shared_hidden(policy, tokens[:, :-1], scored)  # (S,C)
     else:
         x = policy.hidden(tokens[:, :-1])[scored]                # (S,C) the scored positions, row by row
     logp = policy.head(x).float().log_softmax(-1)                # (S,V)
     said = tokens[:, 1:][scored]                                 # (S,) the tokens of the responses
     token_logp = logp.new_zeros(scored.shape)                    # (R,T-1)
-    token_logp[scored] = logp.gather(1, said[:, None]).squeeze(1)  # back to their places; autograd follows
+    # back to their places, so that each row can be summed; autograd follows
+    token_logp[scored] = logp.gather(1, said[:, None]).squeeze(1)
     return token_logp.sum(1).cpu()  # where p and ref_logp are
 
 
@@ -128,10 +131,10 @@ def optimizer_step(optimizer, step, steps, peak):
 
     The learning rate is `peak` times `rising`, a warm-up, times `falling`, a line from 1 to 1/steps.
     """
-    rising = step / min(50, steps / 2)  # after 50 steps over 1, which counts as 1
+    rising = min(step / min(50, steps / 2), 1)
     falling = 1 - (step - 1) / steps
     group = optimizer.param_groups[0]  # there is one, with all weights
-    group["lr"] = peak * min(rising, 1) * falling
+    group["lr"] = peak * rising * falling
     norm = torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
     if not norm.isfinite():
         raise Stopped("the loss or its gradient is not finite; lower --lr or --sft_lr, or raise --tau")
@@ -143,10 +146,11 @@ def train(policy, batches, args, evaluate):
     """Preference training. Returns the log, a list of dicts. Raises Stopped.
 
     batches: any iterable of data.Batch, which has tokens, mask, p and ref_logp. At each log line
-    evaluate(policy) gives numbers by name, and ckpt.pt is saved. A resumed run skips the batches before it.
+    evaluate(policy) gives numbers by name (h need not be there), and ckpt.pt is saved. A resumed run skips
+    the batches up to its step.
     """
     optimizer = adam(policy)
-    # a new run: 0, [], since `claim` has emptied its folder; a resumed one: policy and optimizer are restored
+    # without ckpt.pt: 0, []; with it, which only a resumed run has: policy and optimizer are restored, too
     seen, log = last_checkpoint(policy, optimizer, args)
     for step, batch in enumerate(batches, 1):
         if step <= seen:  # its effect is in ckpt.pt
@@ -155,13 +159,13 @@ def train(policy, batches, args, evaluate):
             logp = sequence_logp(policy, batch.tokens, batch.mask)  # (2B,)
         h = margin(logp, batch.ref_logp)                            # (B,)
         loss = LOSSES[args.loss](h, batch.p, args.tau).mean()       # ()
-        if step == 1:  # prints "step 0", and checks that every margin is 0
+        if step == 1:  # prints "step 0", and stops unless every margin is 0
             check_start(policy, batch, logp, loss)
         loss.backward()
         optimizer_step(optimizer, step, args.steps, args.lr)
         if step % args.log_every == 0 or step == args.steps:
             numbers = {"batch loss": loss.item(), **evaluate(policy)}
-            if numbers.get("h", 0) is None:  # None: NaN, or over 10,000 (see means)
+            if numbers.get("h", 0) is None:  # it is None if NaN or over 10,000
                 raise Stopped(f"step {step}: h is not finite, or over 10,000 nats; lower --lr")
             told(f"step {step}/{args.steps}", numbers)
             log.append({"step": step, **numbers})
@@ -509,8 +513,8 @@ def run(args, policy=None, source=None):
 def make_reference(policy, source, args):
     """SFT makes the policy the reference. ref.pt gets it, and its log-prob of every row.
 
-    --resume reads both. If it has no ref_logp, SFT was interrupted. It starts again, from the same weights,
-    which the seed gives. Raises Refused if the data have changed.
+    --resume reads both. If it has no ref_logp, SFT was interrupted, and starts again from the same weights.
+    Raises Refused if the data have changed.
     """
     path = f"{args.out}/ref.pt"
     if not args.resume:
