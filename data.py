@@ -296,7 +296,7 @@ def get_tokenizer(name):
         return Words(WORDS)
     if name == "bytes":
         ids = {bytes([byte]): byte for byte in range(256)}
-        # one token a byte, and end of text; (?s). splits a text into characters first
+        # one token a byte, and end of text; (?s). splits a text into characters, and these into bytes
         return tiktoken.Encoding(name, pat_str="(?s).", mergeable_ranks=ids, special_tokens={EOT: 256})
     try:
         return tiktoken.get_encoding(name)
@@ -324,7 +324,7 @@ def parse_json(line):
     """The object that one line (bytes) holds, a dict. Raises Refused."""
     try:
         item = json.loads(line, object_pairs_hook=no_key_twice)
-        # half of a surrogate pair, "\ud83d", is JSON and no text: encode raises UnicodeError
+        # half of a surrogate pair, "\ud83d", is JSON and no text: encode raises UnicodeError, a ValueError
         json.dumps(item, ensure_ascii=False).encode()
     except Refused:  # which is a ValueError, too
         raise
@@ -402,7 +402,8 @@ def encode(pairs, tokenizer, block_size):
     """
     end = [tokenizer.eot_token]
     prompts, responses, p, numbers, notes = [], [], [], [], Counter()
-    number_of = {}  # by text, as one prompt may be cut in two ways
+    # prompts are numbered by their texts, for hold_out: two pairs may cut one prompt in two ways
+    number_of = {}
     for pair in pairs:
         prompt, chosen, rejected = (tokenizer.encode_ordinary(text) for text in pair[:3])
         # tokens left for the prompt, beside the longer response and its end of text
@@ -446,7 +447,10 @@ def count_oddities(pairs, notes):
 
 
 def hold_out(data, share, seed):
-    """The indices of the pairs to train on, and of those held out (of all, if none is). share: of prompts."""
+    """The indices of the pairs to train on, and of those to evaluate: the held-out ones, or all if none is.
+
+    share: of the prompts.
+    """
     n = data.prompt.max() + 1
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     held = torch.isin(data.prompt, order[:int(share * n)])

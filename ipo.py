@@ -179,12 +179,12 @@ def train(policy, batches, args, evaluate):
 def generator(args, number):
     """Random numbers for one use, so that a resumed run draws what it drew before.
 
-    number: 0 for SFT, 1 for the order of the pairs, 2 for the world's pairs. Others are free.
+    number: 0 for SFT, 1 for the order of the pairs, 2 for the world's pairs. Others are free for your code.
     """
     return torch.Generator().manual_seed(10 * args.seed + number)
 
 
-# A source is where the pairs come from: WorldSource or FileSource, further down. For training it has
+# A source is where the pairs come from: WorldSource or FileSource, further down. What follows takes of it
 #   pairs       a data.PairData
 #   train       the indices of the pairs to train on
 #   sft_weight  (R,) how often SFT takes each row
@@ -225,7 +225,8 @@ def shuffled_batches(source, args):
 def last_checkpoint(policy, optimizer, args):
     """(step, log) of the run's ckpt.pt, whose weights and optimiser it restores; (0, []) if there is none.
 
-    Refused unless its flags are this run's (but for --out and --device) and it has a step, as ref.pt has not.
+    Refused unless its flags are this run's (at_present says which may differ) and it has a step. A ref.pt
+    that was copied to its place has none.
     """
     path = f"{args.out}/ckpt.pt"
     if not os.path.exists(path):
@@ -243,8 +244,9 @@ def last_checkpoint(policy, optimizer, args):
 def check_start(policy, batch, logp, loss):
     """Before the first step the policy is the reference, so every margin is 0, but for rounding.
 
-    A margin has four log-probs, of two responses by policy and reference. In bfloat16 each may be off by
-    `rounding`, which a second pass in float32 measures. In float32 that is 0, and .01 nats are allowed.
+    In another batch the same row may have other sums. A margin has four log-probs, of two responses by policy
+    and reference. In bfloat16 each may be off by `rounding`, which a second pass in float32 measures. In
+    float32 that is 0, and .01 nats are allowed.
     """
     exact = sequence_logp(policy, batch.tokens, batch.mask)  # outside of `precision`, so in float32
     rounding = (logp - exact).abs().max()
@@ -259,7 +261,8 @@ def check_start(policy, batch, logp, loss):
 def pair_numbers(logp, ref_logp, p, args):  # (2B,), (2B,), (B,) -> numbers by name
     """Means over pairs: the loss; in nats h, and log pi/ref of the chosen and of the rejected response.
 
-    accuracy: 1 if h has the sign of p - 1/2, 0 if it has the other, 1/2 if one of them is 0.
+    accuracy: 1 if h has the sign of p - 1/2, which is whom the label favours; 0 if it has the other; 1/2 if
+    one of them is 0.
     """
     # a world's log-probs are float64, which would take twice the time
     chosen, rejected = (logp - ref_logp).float().chunk(2)
@@ -287,8 +290,7 @@ def told(name, numbers):
 
 # ---------------------------------------------------------------------------------- where the pairs come from
 
-# the Psi whose pi* a run with this loss is compared with; psi is looked up when it is called, since it may
-# be replaced
+# the Psi whose pi* a run with this loss is compared with (a lambda, since the lab and tests replace psi)
 PSI_OF = {"ipo": lambda q: psi(q), "dpo": torch.logit}
 
 
@@ -300,7 +302,7 @@ class WorldSource(data.World):
         self.args = args
         self.train = torch.arange(args.pairs)
         self.sft_weight = self.base.repeat(len(data.SUBJECTS))  # (R,) how often SFT takes a row
-        # until the pairs are drawn: the values that p may take, for refuse_what_cannot_run
+        # a stand-in until the pairs are drawn: the values that p may take, for refuse_what_cannot_run
         self.pairs.p = torch.ones(1) if args.labels == "hard" else self.pstar
 
     def set_reference(self, ref_logp):  # (R,)
@@ -322,7 +324,7 @@ class WorldSource(data.World):
         return score(policy, self.pairs, self.args).view_as(self.reward).double()
 
     def numbers(self, logp):  # (X,Y) -> numbers by name
-        """Means over all pairs; then kl_ref = KL(pi||ref) and kl_opt = KL(pi||pi*), which are exact sums."""
+        """Means over the training pairs; then kl_ref = KL(pi||ref) and kl_opt = KL(pi||pi*), exact sums."""
         rows = self.pairs.pair_rows(self.train)  # train is all pairs
         numbers = pair_numbers(logp.flatten()[rows], self.pairs.ref_logp[rows],
                                self.pairs.p, self.args)
@@ -334,7 +336,10 @@ class WorldSource(data.World):
 
 
 class FileSource:
-    """Pairs of a JSONL file, or a list of data.Pair: some to train on, some held out, no prompt in both."""
+    """Pairs of a JSONL file, or a list of data.Pair: some to train on, some held out, no prompt in both.
+
+    With --holdout 0 all are for training, and all are evaluated.
+    """
     exact = {}  # no policy is known
 
     def __init__(self, args, tokenizer=None, pairs=None):
@@ -345,14 +350,15 @@ class FileSource:
         # of a model: the context, how many ids it reads, how many it emits
         self.sizes = args.block_size, self.tokenizer.n_vocab, self.tokenizer.n_vocab
         self.train, self.held_out = data.hold_out(self.pairs, args.holdout, args.seed)
-        self.sft_weight = torch.zeros(len(self.pairs.length))  # (R,) both rows of each training pair
+        # (R,) both rows of each training pair, so that the reference gives both some probability
+        self.sft_weight = torch.zeros(len(self.pairs.length))
         self.sft_weight[self.pairs.pair_rows(self.train)] = 1
 
     def set_reference(self, ref_logp):  # (R,)
         self.pairs.ref_logp = ref_logp
 
     def evaluate(self, policy):
-        """Means over the held-out pairs."""
+        """Means over the held-out pairs, or all if there are none."""
         rows = self.pairs.pair_rows(self.held_out)
         logp = score(policy, self.pairs, self.args, rows)
         return pair_numbers(logp, self.pairs.ref_logp[rows],
@@ -363,7 +369,8 @@ class FileSource:
 
 DEVICE = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")  # cuda, mps, ... if any
 # Columns apply from left to right: world or file, then init_from, sample, resume, each if it is given.
-# "=" keeps the default so far. "none": not set. "-": the flag is refused.
+# "=" keeps the default so far. "none": not set. "-": the flag is refused. So with a file and --init_from gpt2
+# sft_steps has 400 from the column file, then 0 from init_from.
 FLAGS = f"""
 flag         world    file     init_from  sample  resume  takes         meaning
 loss         ipo      ipo      =          -       -       {'|'.join(LOSSES)}  the loss on the margin
@@ -413,9 +420,9 @@ def parse(argv=None):
         alone = {"nargs": "?", "const": "yes"} if takes == "yes" else {}
         parser.add_argument(f"--{name}", **alone)
     given = vars(parser.parse_args(argv))  # SUPPRESS: what was typed, and no defaults
-    # (--resume takes the flags from ref.pt instead)
+    # the columns that apply (of no account with --resume, which takes the flags from ref.pt)
     kinds = ["world" if given.get("data", "bt") in data.WORLDS else "file"]
-    # the columns init_from, sample and resume
+    # init_from, sample and resume
     kinds += [kind for kind in NAMES[3:6] if kind in given]
     flags = {}
     # the last column that applies, and is not "=", has the default
@@ -444,9 +451,9 @@ def value_of(name, text, takes):
     if text in takes.split("|") or takes == "text" and text:
         return text
     low, _, high = takes.partition("..")
-    kind = int if low.isdigit() else float      # "1..1e7" takes whole numbers, "0.0..1e9" all
+    kind = int if low.isdigit() else float  # "1..1e7" takes whole numbers, "0.0..1e9" all
     try:
-        # f"{text}", as --tau=-- gives a list
+        # of choices, "hard|soft" say, kind(low) is a ValueError, too; f"{text}", as --tau=-- gives a list
         if kind(low) <= kind(f"{text}") <= float(high):
             return kind(text)
     except ValueError:
@@ -472,7 +479,8 @@ def claim(out, overwrite):
 
 def refuse_what_cannot_run(source, args):
     """Raises Refused, before anything is replaced, if data, weights and loss do not fit together."""
-    # None: new weights for a world. GPT-2's weights for a world are refused, say.
+    # args.tokenizer: that of --init_from's weights, else the flag, None in a world. So GPT-2's weights for a
+    # world are refused.
     if args.tokenizer not in (None, source.tokenizer.name):
         raise Refused(f"--init_from {args.init_from} knows the tokens of {args.tokenizer}, and --data "
                       f"{args.data} has those of {source.tokenizer.name}; use weights of the same kind")
@@ -513,8 +521,9 @@ def run(args, policy=None, source=None):
 def make_reference(policy, source, args):
     """SFT makes the policy the reference. ref.pt gets it, and its log-prob of every row.
 
-    --resume reads both. If it has no ref_logp, SFT was interrupted, and starts again from the same weights.
-    Raises Refused if the data have changed.
+    A new run has no ref.pt. One that was interrupted in SFT has a ref.pt without ref_logp, and SFT starts
+    again from the same weights. One that was interrupted later reads both. Raises Refused if the data have
+    changed.
     """
     path = f"{args.out}/ref.pt"
     if not args.resume:
@@ -522,9 +531,9 @@ def make_reference(policy, source, args):
     # they are of this start alone, and so not saved
     args.resume = args.overwrite = None
     saved = model.read(path) if os.path.exists(path) else {}
-    if "ref_logp" in saved:  # stopped later
+    if "ref_logp" in saved:  # interrupted later
         model.restore(policy, saved)
-    else:  # new, or stopped in SFT
+    else:  # new, or interrupted in SFT
         model.save(path, policy, args)  # only for its flags: --resume needs them if SFT is interrupted
         finetune(policy, source, args)
         saved["ref_logp"] = score(policy, source.pairs, args)

@@ -1,7 +1,7 @@
 """A GPT with GPT-2's names and shapes, sampling, files of weights, and GPT-2's own weights.
 
-What follows "for speed" gives the same numbers faster; skip it.
-Sizes: R rows, T tokens in a row, C channels, V vocabulary (the ids that the model can emit).
+What follows "for speed" gives the same numbers faster, but for rounding; skip it.
+Sizes: R rows, T tokens in a row, C channels, V the ids that the model can emit (head_size).
 """
 import hashlib
 import os
@@ -95,10 +95,10 @@ class GPT(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             if name.endswith("c_proj.weight"):
-                # as in GPT-2: 2 n_layer of these outputs add up in x
+                # as in GPT-2: 2 n_layer of these outputs add up in x, and their variances add up, too
                 p.data /= (2 * config.n_layer) ** 0.5
 
-    def embed(self, tokens, position):  # (...), (...) -> (...,C)
+    def embed(self, tokens, position):  # (R,T), (T,) -> (R,T,C)
         return self.transformer.wte(tokens) + self.transformer.wpe(position)
 
     def hidden(self, tokens):  # (R,T) -> (R,T,C)
@@ -114,7 +114,7 @@ class GPT(nn.Module):
     def head(self, x):  # (...,C) -> (...,V)
         """Logits: a dot product with the word vector of each id that can be emitted ("tied" to wte)."""
         weight = self.transformer.wte.weight
-        # sliced only if it must be: its gradient is one more copy of the largest matrix
+        # sliced only if it must be: the gradient of a slice is one more matrix of the full size
         if self.config.head_size < self.config.vocab_size:
             weight = weight[:self.config.head_size]
         return F.linear(x, weight)
@@ -140,17 +140,17 @@ def generate(policy, tokenizer, text, temperature=1.0, seed=0, max_new_tokens=64
     ids = prompt[:]
     for _ in range(min(max_new_tokens, room)):
         x = policy.hidden(torch.tensor([ids], device=device))[0, -1]  # (C,)
-        # (V,), without ids that the tokenizer lacks: some models have more
+        # (V,); a model of lab/ may emit ids that its tokenizer lacks
         logits = policy.head(x).cpu().double()[:tokenizer.n_vocab]
         if not logits.isfinite().all():
             raise Refused("the policy's weights are not finite: its run diverged; train again, --lr lower")
-        # at 1e-9 only the likeliest token is left
+        # temperature 0: at 1e-9 only the likeliest token is left
         probs = (logits / max(temperature, 1e-9)).softmax(0)
         token = int(torch.multinomial(probs, 1, generator=random))
         if token == tokenizer.eot_token:
             break
         ids.append(token)
-    # the text behind the prompt; decoded together, as a letter may be made of several tokens
+    # the text behind the prompt; all is decoded at once, as a letter may be made of several tokens
     return tokenizer.decode(ids)[len(tokenizer.decode(prompt)):]
 
 
@@ -166,7 +166,7 @@ def save(path, policy, flags, **more):
     try:
         torch.save(more, f"{path}.tmp")
         with open(f"{path}.tmp", "r+b") as file:
-            # file_digest reads to the end, so this appends; torch.load ignores it
+            # file_digest reads to the end, so this appends 32 bytes behind torch's, which torch.load ignores
             file.write(hashlib.file_digest(file, "sha256").digest())
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter
@@ -179,6 +179,7 @@ def read(path):
     try:
         with open(path, "rb") as file:
             content = file.read()
+        # the last 32 bytes are the digest of all before
         if hashlib.sha256(content[:-32]).digest() != content[-32:]:
             raise ValueError("damaged, or not written by this program")
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -219,11 +220,11 @@ def from_gpt2(name):
         c, weights = theirs.config, theirs.state_dict()
         sizes = c.n_positions, c.vocab_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd
         policy = GPT(GPTConfig(*sizes))
-        for key, p in policy.state_dict().items():  # the same names; theirs has the head once more
+        for key, p in policy.state_dict().items():  # the same names; theirs lists the tied head, too
             # GPT-2 keeps the matrices of its linear layers transposed
             flip = key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-            p.copy_(weights[key].T if flip else weights[key])  # p shares its memory with the policy's weight
-        # compare logits (dropout is off), as a variant has the same names
+            p.copy_(weights[key].T if flip else weights[key])  # p is the policy's weight, without gradient
+        # a variant of GPT-2 has the same names, and gives other logits (dropout is off)
         tokens = torch.arange(8)[None]
         same = torch.allclose(policy(tokens), theirs(tokens).logits,
                               rtol=1e-4, atol=1e-3)
@@ -241,7 +242,7 @@ def from_gpt2(name):
 # The two responses of a pair share a prompt, and under causal attention they share all that is computed on
 # it. So compute each distinct prefix (a token with all before it) once. The rows [a b c], [a b d], [e f] have
 # U = 6 of them: a, ab, abc, abd, e, ef, numbered as they come. The rows then are [0 1 2], [0 1 3], [4 5]. The
-# linear layers, which are nearly all of the work, see 6 positions and not 8.
+# linear layers, which are nearly all of the work, see 6 positions and not 8. Attention goes row by row.
 
 def sharing_pays(policy, tokens):
     """In longer rows than the toy world's, and in our GPT alone, as shared_hidden reaches into its blocks."""
@@ -249,7 +250,7 @@ def sharing_pays(policy, tokens):
 
 
 def shared_hidden(policy, tokens, wanted):  # (R,T), (R,T) -> (S,C)
-    """policy.hidden(tokens)[wanted], where wanted is True at S positions: the same, but for rounding.
+    """policy.hidden(tokens)[wanted], where wanted is True at S positions, but for rounding.
 
     The loop is that of GPT.hidden with Block.forward written out.
     """
@@ -269,8 +270,8 @@ class Prefixes:
         position  (U,)   [0 1 2 2 0 1]                  where it stands
         where     (R,T)  [[0 1 2] [0 1 3] [4 5 0]]      each row's prefixes, then zeros that nobody looks up
         rows             ([0 1 2], 3), ([0 1 3], 1), ([4 5], 2)
-    rows: a row's prefixes, and how many of them no earlier row had. After its first new prefix all are new. A
-    row without new ones is left out.
+    rows: a row's prefixes, and how many of them no earlier row had. These come last, as what follows a new
+    prefix is new. A row without new ones is left out here, but not in where.
     """
 
     def __init__(self, tokens, wanted):  # (R,T), (R,T)
@@ -279,7 +280,7 @@ class Prefixes:
         number = {}
         position, self.rows = [], []
         self.where = torch.zeros_like(tokens)
-        # (R,) up to the last wanted position; argmax finds the first True, here from the right
+        # (R,) up to the last wanted position: wanted 0 1 1 0 is 0 1 1 0 from the right, argmax 1, length 3
         length = tokens.shape[1] - wanted.flip(1).int().argmax(1)
         for row, n in enumerate(length.tolist()):
             before, parent, ids = len(number), -1, []
@@ -293,11 +294,15 @@ class Prefixes:
             new = len(number) - before
             if new:
                 self.rows.append((self.where[row, :n], new))
-        self.tokens = tokens.new_tensor([token for _, token in number])  # on the device of `tokens`
+        # in the order of their numbers, on the device of `tokens`
+        self.tokens = tokens.new_tensor([token for _, token in number])
         self.position = tokens.new_tensor(position)
 
     def attend(self, attention, x):  # (U,C) -> (U,C)
-        """Attention, a row at a time: its new prefixes, always its last, look at all its prefixes."""
+        """Attention, a row at a time: queries are its new prefixes, keys and values all its prefixes.
+
+        In the example: 0 1 2 among themselves, then 3 asks 0 1 3, then 4 5. That is the order of x again.
+        """
         from torch.nn.attention.bias import causal_lower_right  # here, since it takes a second
         # a shared prefix is a key in several rows, so `take` copies it
         numbers = [row for row, _ in self.rows]
@@ -308,14 +313,16 @@ class Prefixes:
             q, k, v = attention.split(part[None])     # (1, heads, t, C / heads)
             # 2 queries and 4 keys: [1 1 1 0] and [1 1 1 1], so the last query sees all
             mask = causal_lower_right(new, len(row))
-            # the old ones had their turn in an earlier row
+            # the old ones asked in an earlier row
             z = F.scaled_dot_product_attention(q[:, :, -new:], k, v, mask)
             y.append(attention.merge(z)[0])
-        # row by row, as they were numbered
         return attention.c_proj(torch.cat(y))
 
 
 def take(x, where):  # (U,C), (S,) -> (S,C)
-    """x[where], with gradients summed in float32. In bfloat16 256 + 1 is 256, so a long sum stops growing."""
+    """x[where]. What stands in many rows gets the sum of their gradients, here in float32.
+
+    In bfloat16 256 + 1 is 256, so a long sum stops growing. F.embedding(where, x) is x[where].
+    """
     wide = x.float() if x.dtype == torch.bfloat16 else x
     return F.embedding(where, wide).to(x.dtype)

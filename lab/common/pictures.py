@@ -122,8 +122,10 @@ def draw_runs(runs, path):
     figure, axes = panels(1, len(shown), width=9)
     for axis, name in zip(axes[0], shown):
         draw_curves(axis, runs, name)
-    axes[0, 0].plot([], [], color="gray", label="a label's target", **DASHED)
-    axes[0, 0].plot([], [], color="gray", label="exact pi*", **DIAMOND)
+    if any(one.ref for one in runs):
+        axes[0, 0].plot([], [], color="gray", label="a label's target", **DASHED)
+    if any(one.opt for one in runs):
+        axes[0, 0].plot([], [], color="gray", label="exact pi*", **DIAMOND)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2 + len(shown))
     save(figure, path)
 

@@ -13,8 +13,8 @@ coin flip for each. Every third question is held out. At the end the policy answ
 
 Printed: means over held-out questions, with their standard errors in brackets. The six answers to a question
 are a small world. In it h, chosen and accuracy are means over pairs and labels, win is the win rate, and
-log pi*/ref is g/tau, up to a constant. DPO's pi* on certain labels is infinitely far, and millions stand
-for it. "new win" is of new answers against the reference's, and always Bradley-Terry's.
+log pi*/ref is g/tau, up to a constant. DPO's pi* has infinite margins on certain labels. "new win" is of new
+answers against the reference's, and always Bradley-Terry's.
 --all leaves each run in a folder of its own below --out. Started again, it skips those that are finished.
 Traps: with --mean u is divided by the number of tokens and multiplied by its mean, so that tau compares with
 the sum's. An answer that is cut is scored without end of text.
@@ -130,8 +130,10 @@ def losses(policy, source, args):
 
 
 def spread(each):  # (X,...) -> text
-    """The mean, and in brackets its standard error over questions."""
+    """The mean, and in brackets its standard error over questions; "infinite" if it is over 10,000."""
     each = each.reshape(len(each), -1).mean(1)
+    if each.mean().abs() > 1e4:
+        return "infinite"
     return f"{each.mean():.2f} ({each.std() / len(each) ** 0.5:.2f})"
 
 
@@ -186,8 +188,11 @@ def compare(tokenizer, source, held, runs, out):
         rows[name] = start.Row((column, report[column]) for column in COLUMNS)
     drawn = []
     for name in "ipo", "mean", "dpo":
-        drawn.append(pictures.read(runs[name].out))
-        drawn[-1].flags["loss"] = name  # its label
+        one = pictures.read(runs[name].out)
+        one.flags["loss"] = name  # its label
+        for number in "h", "win":
+            one.opt[number] = float(rows[name][f"{number} at pi*"].split()[0])
+        drawn.append(one)
     pictures.draw_runs(drawn, f"{out}/runs.png")
     return rows
 

@@ -492,7 +492,11 @@ def test_all_ends_with_a_table_and_a_picture(made, short, three_runs, tmp_path, 
         assert f" {report(tmp_path / 'out/dpo')[name]} |" in row
     left, right = figures[f"{tmp_path}/out/runs.png"].axes
     assert right.get_ylabel() == "win rate, held out"
-    assert [line.get_label() for line in right.lines] == ["ipo, tau 0.1", "mean, tau 0.1", "dpo, tau 0.1"]
+    curves = [line for line in right.lines if line.get_marker() == "None"]
+    assert [line.get_label() for line in curves] == ["ipo, tau 0.1", "mean, tau 0.1", "dpo, tau 0.1"]
+    ends = [line.get_ydata()[0] for line in right.lines if line.get_marker() == "D"]
+    due = report(tmp_path / "out/dpo")["win at pi*"]
+    assert ends[-1] == float(due.split()[0])
 
 
 def test_all_goes_on_with_the_run_that_was_not_finished(made, short, three_runs, tmp_path, figures, capsys):
