@@ -37,6 +37,7 @@ DIVIDED = {  # and what their sum is divided by
     "mean": lambda scored, ratio: scored.sum(-1),
     "mean where the ratio is not 0": lambda scored, ratio: (scored * ratio != 0).sum(-1),
 }
+FITS = 1e-3  # a kind that is off by less is the loss's own
 # lengths of both responses, width of the batch
 SHAPES = [((4, 2), 8), ((2, 5), 9),
           ((3, 3), 12), ((6, 2), 10)]
@@ -104,7 +105,7 @@ def find(token_loss):
     off = [difference(token_loss, kind) for kind in KINDS]
     best, second = sorted(off)[:2]
     kind = KINDS[off.index(best)]
-    return kind, best if second > 1e-3 else float("inf")
+    return kind, best if second > FITS else float("inf")
 
 
 def random_gpt2(seed):
