@@ -76,8 +76,7 @@ def of_numbers(token_loss, kind):
     mask = masks((1, 1), 4)
 
     def loss(chosen, rejected, ref_chosen, ref_rejected):  # (1,) each
-        numbers = chosen, rejected, ref_chosen, ref_rejected
-        rows = [kind.tokens(number, mask[0]) for number in numbers]
+        rows = [kind.tokens(number, mask[0]) for number in (chosen, rejected, ref_chosen, ref_rejected)]
         return token_loss(*rows, *mask[:, None])
     return loss
 
