@@ -32,8 +32,7 @@ class Table:
 
     def __init__(self, world):
         self.shape = world.reward.shape
-        rows = torch.arange(world.reward.numel())
-        tokens, mask = world.pairs.padded(rows)
+        tokens, mask = world.pairs.padded(slice(None))
         self.scored = mask[:, 1:]
         self.said = tokens[:, 1:] * self.scored  # 0 for the prompt, which the head may not know
         # A token is predicted from those before it, so the last token of a row is never read. Without it (and

@@ -184,9 +184,9 @@ def check_5(psi):
 
 
 def check_6(answer):
-    certain = math.e - 1  # psi(1) - psi(0)
+    # of exp psi(1) - psi(0) is e - 1
     compare(lambda p, tau: answer(torch.exp, p, tau), CASES,
-            lambda p, tau: (2 * p - 1) * certain / (2 * tau))
+            lambda p, tau: (2 * p - 1) * (math.e - 1) / (2 * tau))
 
 
 def check_7(psi):
@@ -252,8 +252,7 @@ def check_13(answer):
 
 def bugs():
     """[file, line, what it becomes] of each, from the table of question 13."""
-    row = r"^\| \d \| .*? \| (\S+) \| `(.+?)` \| `(.+?)` \|$"
-    return re.findall(row, PAGE.read_text(encoding="utf-8"), re.M)
+    return re.findall(r"^\| \d \| .*? \| (\S+) \| `(.+?)` \| `(.+?)` \|$", PAGE.read_text("utf-8"), re.M)
 
 
 def passes(number, name):

@@ -72,9 +72,9 @@ def of_tokens(function, tau):
         raise Refused(f"--tokens needs six arguments, see --help; its own are ({', '.join(names)})")
     kind, off = tokens.find(function)
     report = margin.examine(margin.Loss(tokens.of_numbers(function, kind)), tau)
-    report["over tokens"] = kind.name if off < 1e-3 else "neither"
-    if off >= 1e-3:  # the numbers are of responses of one token, and name nothing
-        report |= {"margin alone": False, "verdict": "none", "tau": None}
+    report["over tokens"] = kind.name
+    if off > tokens.FITS:  # the numbers are of responses of one token, and name nothing
+        report |= {"over tokens": "neither", "margin alone": False, "verdict": "none", "tau": None}
     return report
 
 

@@ -37,6 +37,7 @@ DIVIDED = {  # and what their sum is divided by
     "mean": lambda scored, ratio: scored.sum(-1),
     "mean where the ratio is not 0": lambda scored, ratio: (scored * ratio != 0).sum(-1),
 }
+FITS = 1e-3  # a kind that is off by less is the loss's own
 # lengths of both responses, width of the batch
 SHAPES = [((4, 2), 8), ((2, 5), 9),
           ((3, 3), 12), ((6, 2), 10)]
@@ -75,8 +76,7 @@ def of_numbers(token_loss, kind):
     mask = masks((1, 1), 4)
 
     def loss(chosen, rejected, ref_chosen, ref_rejected):  # (1,) each
-        numbers = chosen, rejected, ref_chosen, ref_rejected
-        rows = [kind.tokens(number, mask[0]) for number in numbers]
+        rows = [kind.tokens(number, mask[0]) for number in (chosen, rejected, ref_chosen, ref_rejected)]
         return token_loss(*rows, *mask[:, None])
     return loss
 
@@ -104,7 +104,7 @@ def find(token_loss):
     off = [difference(token_loss, kind) for kind in KINDS]
     best, second = sorted(off)[:2]
     kind = KINDS[off.index(best)]
-    return kind, best if second > 1e-3 else float("inf")
+    return kind, best if second > FITS else float("inf")
 
 
 def random_gpt2(seed):

@@ -8,7 +8,7 @@ w, l: log pi of the winner and the loser. |w|, |l|: their tokens. s: the sigmoid
   dpop     -log s(tau (h - lam max(0, log ref(winner) - w)))         Pal et al. 2024
 
 Eq. 7 says nothing of them. But a world's policy is a table of log-probs, so each has an exact minimiser,
-and each row says how far the trained GPT ended from it.
+and each row says how far the trained GPT ended from it. A dash: the loss falls without end.
 
   python -m lab.methods.beyond_the_margin                      all five
   python -m lab.methods.beyond_the_margin --loss cpo           one of them; OWN holds tau, lam and the rest
@@ -141,9 +141,11 @@ def run(argv):
     for loss in args.loss:
         start_with = {"loss": "ipo", "out": f"{args.out}/{loss}"}
         rows[loss] = row(loss, Namespace(**vars(args) | start_with))
-    far = max(row["KL to its minimiser"] or 0 for row in rows.values())
-    said = (f"World {args.data}: each ends at the exact minimiser of its own loss, which is no pi*. "
-            f"The trained policies of {', '.join(rows)} are at most {far:.4f} nats from there.")
+    far = {loss: row["KL to its minimiser"] for loss, row in rows.items()}
+    endless = [loss for loss in far if far[loss] is None]
+    said = (f"World {args.data}: each loss leads to an exact minimiser of its own, which is no pi*. Trained "
+            f"policies end at most {max(far[loss] or 0 for loss in far):.4f} nats from there. "
+            f"These have no minimiser: {', '.join(endless) or 'none'}.")
     start.finish(args, said, start.table("KL in nats", rows))
 
 

@@ -58,8 +58,7 @@ def fit(policy, world, args, steps, lr):
 @torch.no_grad()
 def table(reward, world):  # -> (X,Y)
     """r-hat of every response."""
-    rows = torch.arange(world.reward.numel())
-    return reward(*world.pairs.padded(rows)).view_as(world.reward).double()
+    return reward(*world.pairs.padded(slice(None))).view_as(world.reward).double()
 
 
 def taught(world):  # -> (X,Y)
@@ -79,8 +78,7 @@ def rmse(reward, other):  # (X,Y), (X,Y) -> ()
 
 
 def run(argv):
-    own = start.parser(__doc__)
-    args = start.parse(own, argv, "--out out/reward_model --lr 3e-3", ["loss"], world=True)
+    args = start.parse(start.parser(__doc__), argv, "--out out/reward_model --lr 3e-3", ["loss"], world=True)
     policy, world = start.start(args)
     learned, right = table(fit(policy, world, args, args.steps, args.lr), world), taught(world)
     ref = world.exact["ref"]

@@ -12,9 +12,10 @@ the mean R of the other k - 1 is multiplied by the gradient of log pi.
   python -m lab.methods.rlhf --kl k3
   python -m lab.methods.rlhf --compare --tau 0.5      RLHF, DPO and IPO with Psi = logit: one policy?
 
---compare learns the reward from pairs, each of the four trainings for --steps. It checks proposition 1 of
-Azar et al.: under Bradley-Terry the three have one optimum. It uses soft labels, since with hard ones IPO
-with Psi = logit has no finite target. Without --compare the flags --pairs, --mu and --batch_size are refused.
+--compare learns the reward from pairs, each of the four trainings for --steps. (--lr is RLHF's; the others
+have the rates of reward_model and ipo.py.) It checks proposition 1 of Azar et al.: under Bradley-Terry the
+three have one optimum. It uses soft labels, since with hard ones IPO with Psi = logit has no finite target.
+Without --compare the flags --pairs, --mu and --batch_size are refused.
 Traps: at --lr 3e-3 one run of three gives up a group of responses early; its samples then hold none of them,
 so they hardly come back (those of two words, in all 2 % of the answer). A baseline that holds the sample
 itself makes the gradient (k-1)/k as large, which Adam hides.
@@ -111,7 +112,7 @@ def parse(argv):
         start.refuse_given(argv, ["data", "kl"], "is chosen by --compare; else the optima differ")
         args.labels = "soft"
     else:
-        start.refuse_given(argv, ["pairs", "mu", "batch_size"], "does nothing without --compare")
+        start.refuse_given(argv, ["pairs", "mu", "batch_size"], "counts with --compare alone")
     return args
 
 

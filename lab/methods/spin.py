@@ -13,6 +13,8 @@ A round multiplies log pi_t - log p_data by 1 - 1/lambda. So rounds converge if 
   python -m lab.methods.spin
   python -m lab.methods.spin --lam 0.1 --tau 1       is carried away
 
+A step takes equally many pairs of each of the four prompts. So --batch_size is rounded down to a multiple of
+four, and is 4 at least.
 Trap: with lambda .1 a round's answer lies 9 times as far from p_data, in log space, on the other side.
 """
 import copy

@@ -157,6 +157,16 @@ def test_training_ends_at_the_minimiser(tmp_path):
         assert report[loss]["KL to its minimiser"] < 0.005
 
 
+def test_a_loss_that_falls_without_end_is_named(tmp_path, monkeypatch, capsys):
+    """As SimPO's does in the world deterministic. Its row has a dash, and none counts as a distance."""
+    ends = {"simpo": None, "cpo": 0.25}
+    monkeypatch.setattr(beyond_the_margin, "row",
+                        lambda loss, args: start.Row({"KL to its minimiser": ends[loss]}))
+    assert status(tmp_path, "--loss", *ends) == 0
+    said = capsys.readouterr().out
+    assert "at most 0.2500 nats from there. These have no minimiser: simpo." in said
+
+
 def test_dpop_with_lam_5_does_not_leave_the_reference():
     """Among coin flips every winner is a loser elsewhere, and to lower it costs five times what it gains."""
     world = small(3)

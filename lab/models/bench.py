@@ -5,7 +5,7 @@
 GPT2 is a folder that transformers saved, or the hub id gpt2. The first 24 pairs make six steps. Two fresh
 processes take their turn: ours, and TRL at its best (reference log-probs computed beforehand, activations
 kept). Pairs, weights, optimiser and rate are the same, and all is float32. So the losses must agree, and the
-last line says by how much they differ. The loss is DPO's, which TRL sums over tokens as the core does. IPO's
+answer says by how much they differ. The loss is DPO's, which TRL sums over tokens as the core does. IPO's
 costs the same.
 Traps: what else runs on the machine disturbs seconds, so run it more than once. Where the tokens are decides:
 long prompts favour us more than long responses do. Keep every pair within the model's context, since TRL does
@@ -18,13 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 
 import data
 import ipo
 import model
-from data import Refused
 from lab.common import start
 from lab.models import chat
 
@@ -37,12 +37,13 @@ def parse(argv):
     own = start.parser(__doc__)
     own.add_argument("--data", required=True, help="JSONL file; the first 24 pairs count, p is taken for 1")
     own.add_argument("--init_from", required=True, help="a folder or hub id of GPT-2's weights")
+    own.add_argument("--out", default="out/bench", help="folder of report.json [out/bench]")
     own.add_argument("--side", help=argparse.SUPPRESS)  # one turn, in a process of its own
     own.set_defaults(device=ipo.DEVICE, dtype="float32", batch_size=BATCH)
     args = own.parse_args(argv)
     found = [pair for pair in data.read_jsonl(args.data) if pair.chosen != pair.rejected]
     if len(found) < STEPS * BATCH:
-        raise Refused(f"--data {args.data}: {len(found)} unequal pairs; give {STEPS * BATCH} or more")
+        raise data.Refused(f"--data {args.data}: {len(found)} unequal pairs; give {STEPS * BATCH} or more")
     return args, found[:STEPS * BATCH]
 
 
@@ -104,20 +105,28 @@ def run(argv):
     args, found = parse(argv)
     if args.side:
         return turn(args, found)
-    rows = []
-    for side in ("ours", "trl"):
-        command = [sys.executable, "-m", "lab.models.bench", *argv, "--side", side]
+    start.make_folder(args.out)
+    turns = []
+    for side in ("ours", "TRL"):
+        print(f"{side}: {STEPS} steps", flush=True)
+        command = [sys.executable, "-W", "ignore", "-m", "lab.models.bench", *argv, "--side", side]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise ipo.Stopped(f"{side} failed: {data.short(done.stderr.strip().splitlines()[-1])}")
-        numbers = json.loads(done.stdout.splitlines()[-1])
-        print(f"{side:5} {numbers['seconds']:9.4f} s a step  {numbers['GiB']:6.2f} GiB", flush=True)
-        rows.append(numbers)
-    ours, trl = rows
+            *_, why = ["killed, perhaps for its memory; take a smaller model", *done.stderr.splitlines()]
+            raise ipo.Stopped(f"{side} failed: {why}")
+        turns.append(json.loads(done.stdout.splitlines()[-1]))
+    ours, trl = turns
     off = max(abs(a - b) for a, b in zip(ours["losses"], trl["losses"]))
-    print(f"\nTRL needs {trl['seconds'] / ours['seconds']:.1f} times our seconds a step and "
-          f"{trl['GiB'] / ours['GiB']:.1f} times our memory. The losses differ by at most {off:.1g}.")
+    row = start.Row()
+    for unit in ("seconds", "GiB"):
+        row[f"ours, {unit}"] = f"{ours[unit]:.3g}"
+        row[f"TRL, {unit}"] = f"{trl[unit]:.3g}"
+        row[f"times, {unit}"] = f"{trl[unit] / ours[unit]:.3g}"
+    answer = (f"TRL needs {row['times, seconds']} times our seconds a step and {row['times, GiB']} times our "
+              f"memory. The losses differ by at most {off:.1g}.")
+    name = f"{Path(args.init_from).name}, {Path(args.data).stem}"
+    start.finish(args, answer, start.table("model, pairs", {name: row}))
 
 
 if __name__ == "__main__":
-    sys.exit(start.main("bench", run, threads=torch.get_num_threads()))
+    raise SystemExit(start.main("bench", run, threads=torch.get_num_threads()))

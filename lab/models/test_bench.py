@@ -2,6 +2,7 @@
 """
 import json
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -88,8 +89,9 @@ def test_a_turn_is_a_line_of_json(folder, tmp_path, capsys):
     assert [file.name for file in tmp_path.iterdir()] == ["pairs.jsonl"]
 
 
-def test_turns_and_ratios(folder, tmp_path, monkeypatch, capsys):
-    """Ours, then TRL, each a process; the last line is the answer."""
+@pytest.fixture
+def measured(folder, tmp_path, monkeypatch, capsys):
+    """What the program prints if a step takes us 2 seconds and TRL 6, and the sides that had their turn."""
     seconds, sides = iter([2, 6]), []
 
     def turn(command, **more):
@@ -100,11 +102,43 @@ def test_turns_and_ratios(folder, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(subprocess, "run", turn)
     path = write_pairs(tmp_path / "pairs.jsonl")
-    assert start.main("bench", bench.run, ["--data", path, "--init_from", folder]) == 0
-    assert sides == ["ours", "trl"]
-    assert capsys.readouterr().out.splitlines()[-1] == (
-        "TRL needs 3.0 times our seconds a step and 1.0 times our memory. "
-        "The losses differ by at most 0.004.")
+    argv = ["--data", path, "--init_from", folder, "--out", str(tmp_path / "out")]
+    assert start.main("bench", bench.run, argv) == 0
+    return capsys.readouterr().out.splitlines(), sides
+
+
+def test_the_answer_has_the_ratios(measured):
+    """Ours, then TRL, each a process."""
+    printed, sides = measured
+    assert sides == ["ours", "TRL"]
+    assert ("TRL needs 3 times our seconds a step and 1 times our memory. "
+            "The losses differ by at most 0.004.") in printed
+
+
+def test_the_row_is_of_this_model_and_these_pairs(measured, folder, cells):
+    printed, _ = measured
+    assert cells(printed[-1]) == [f"{Path(folder).name}, pairs", "2", "6", "3", "2", "2", "1"]
+
+
+def test_the_readme_s_table_is_what_the_program_prints(measured, quoted, cells):
+    """Its head, and numbers of three digits at most."""
+    printed, _ = measured
+    page = quoted["python -m lab.models.bench --init_from FOLDER --data FILE.jsonl"]
+    assert cells(page[0]) == cells(printed[-3])
+    for row in page[2:]:
+        _, *numbers = cells(row)
+        assert numbers == [f"{float(number):.3g}" for number in numbers]
+
+
+def test_the_readme_makes_a_gpt2(folder, tmp_path, monkeypatch):
+    """Its tokenizer comes from a folder here, and not from the hub."""
+    page = Path(bench.__file__).with_name("README.md").read_text()
+    program = page.split("python - <<END\n")[1].split("END\n")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(program.replace('"gpt2"', f'"{folder}"'))
+    policy, _ = bench.model.load("gpt2_7m")
+    assert [policy.config.n_layer, policy.config.n_head, policy.config.n_embd] == [4, 4, 128]
+    assert transformers.AutoTokenizer.from_pretrained("gpt2_7m").eos_token == data.EOT
 
 
 @pytest.mark.parametrize("change, words", [
@@ -123,8 +157,20 @@ def test_bad_input_is_a_line(change, words, folder, tmp_path, capsys):
 
 
 def test_a_side_that_fails_is_a_line(tmp_path, capsys):
-    """Its last line stands in ours."""
+    """Its last line stands in ours, with the remedy."""
     path = write_pairs(tmp_path / "pairs.jsonl")
-    assert start.main("bench", bench.run, ["--data", path, "--init_from", "no/such"]) == 1
+    argv = ["--data", path, "--init_from", "no/such", "--out", str(tmp_path / "out")]
+    assert start.main("bench", bench.run, argv) == 1
     line, = capsys.readouterr().err.splitlines()
     assert line.startswith("bench: ours failed: bench: --init_from no/such")
+    assert "name a run's .pt file, a folder that transformers saved" in line
+
+
+def test_a_side_that_is_killed_is_a_line(folder, tmp_path, monkeypatch, capsys):
+    """As Linux does if memory is short: nothing is said."""
+    killed = SimpleNamespace(returncode=-9, stdout="", stderr="")
+    monkeypatch.setattr(subprocess, "run", lambda command, **more: killed)
+    path = write_pairs(tmp_path / "pairs.jsonl")
+    argv = ["--data", path, "--init_from", folder, "--out", str(tmp_path / "out")]
+    assert start.main("bench", bench.run, argv) == 1
+    assert "ours failed: killed, perhaps for its memory" in capsys.readouterr().err

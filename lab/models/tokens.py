@@ -10,7 +10,6 @@ responses are scored, end of text included. The prompt's are not. If the prompt 
 shown.
 Trap: the border between prompt and response is where your file puts it. " yes" and "yes" are other tokens.
 """
-
 import data
 from lab.common import start
 from lab.models import chat

@@ -12,7 +12,6 @@ is printed, {ab, ba}, cannot give figure 2. c is in no pair and a, b balance, so
 either loss. The text around the figure (one action never wins, two stay balanced) fits d3prime = {ac, bc}.
 Trap: DPO's optimum is a limit, and at a large tau it is far.
 """
-
 import torch
 
 import data
@@ -28,8 +27,9 @@ CLOSE = 0.02  # a probability that is nearer to its optimum than this has arrive
 
 def bandit(name):  # -> (N,), (N,), (1,Y,Y)
     """Winners and losers of the pairs, as numbers of actions, and p* as the pairs say."""
-    pairs = [["abc".index(action) for action in pair] for pair in BANDITS[name].split()]
-    winner, loser = torch.tensor(pairs).T
+    pairs = BANDITS[name].split()
+    winner = torch.tensor(["abc".index(first) for first, _ in pairs])
+    loser = torch.tensor(["abc".index(second) for _, second in pairs])
     Y = 2 if name == "bandit2" else 3  # d3 has three actions, too: c is in no pair
     wins = torch.zeros(1, Y, Y, dtype=torch.float64)
     wins[0, winner, loser] = 1
@@ -40,15 +40,15 @@ def bandit(name):  # -> (N,), (N,), (1,Y,Y)
 def pose(loss, tau, winner, loser, pstar):  # -> Run, its log empty
     """What a loss is to do: its loss at the reference, and pi* of eq. 7. Raises Refused."""
     certain = torch.ones(())
-    first = ipo.LOSSES[loss](0 * certain, certain, tau).item()
-    if first == float("inf"):
+    first = ipo.LOSSES[loss](0 * certain, certain, tau)
+    if not first.isfinite():
         raise data.Refused("this psi asks for an infinite margin, as these pairs are certain; use another")
     mu = torch.full_like(pstar[:, 0], 1 / pstar.shape[1])  # (1,Y), the reference, too
     worth = ipo.PSI_OF[loss](pstar)
     best = data.optimum(mu.log(), worth, mu, tau)
     opt = numbers(best, winner, loser)
     flags = {"loss": loss, "tau": tau, "labels": "hard"}
-    return pictures.Run(flags, [], {"loss": first}, opt)
+    return pictures.Run(flags, [], {"loss": first.item()}, opt)
 
 
 def numbers(logp, winner, loser):  # (seeds,Y), (N,), (N,) -> numbers by name

@@ -6,11 +6,10 @@
 The paper's pi(y) is the probability of a whole response, so log pi(y) is a sum over its tokens. Tools that
 divide it by their number train another objective: it leads to ref exp(|y| (g/tau + c)), g = E p*, where c
 normalises. The world has responses of 1 to 7 tokens here, its base distribution is reference and mu, and
-nothing is trained: all is exact. "nearest" is the pi* of any tau that is nearest to a form's policy, "best"
-the highest win rate at its KL to the reference. Trap: if all lengths were L, the mean at tau would be the sum
-at tau / L, and nobody would see a difference.
+nothing is trained: all is exact. "nearest" is the tau, of 300 from 30 to .003, whose pi* is nearest to a
+form's policy, "best" the highest win rate at its KL to the reference. Trap: if all lengths were L, the mean
+at tau would be the sum at tau / L, and nobody would see a difference.
 """
-
 import numpy as np
 import torch
 

@@ -38,7 +38,7 @@ def plan(argv):
     own.add_argument("--pairs", nargs="+", default=["560000"], help="pairs to draw [560000]")
     own.add_argument("--seed", nargs="+", default=["0"], help="one or several of each of these five [0]")
     own.add_argument("--out", default="out/tau", help="folder of the runs, report.json and picture [out/tau]")
-    args = start.parse(own, argv, world=True)
+    args = start.parse(own, argv, "--log_every 50", world=True)
     _, rest = own.parse_known_args(argv)
     several = {name: getattr(args, name) for name in ("loss", "tau", "steps", "pairs", "seed")}
     for name, values in several.items():
@@ -105,8 +105,9 @@ def run(argv=None):
     table = train(args, runs)
     if table:
         pictures.draw_runs([pictures.read(runs[row].out) for row in table], f"{args.out}/runs.png")
-        rows = {row: start.Row({title: numbers[name] for name, title in COLUMNS.items()})
-                for row, numbers in table.items()}
+        rows = {}
+        for row, numbers in table.items():
+            rows[row] = start.Row({title: numbers[name] for name, title in COLUMNS.items()})
         start.finish(args, answer(runs, table), start.table("loss-tau, KL in nats", rows), table=table)
     if len(table) < len(runs):
         raise ipo.Stopped("some runs had to stop, as said above; lower --lr or raise --tau")
