@@ -2118,9 +2118,9 @@ NARROW = "--n_embd", 16, "--batch_size", 64
 
 
 @cases("argv, bound", [
-    ("--data cyclic --labels soft --tau 0.5 --steps 200", 0.005),
-    ("--mu ref --tau 1 --steps 150", 0.01),
-    ("--loss dpo --labels soft --tau 2 --steps 200", 0.02),
+    ("--data cyclic --labels soft --tau 0.5 --steps 200", 0.003),
+    ("--mu ref --tau 1 --steps 150", 0.002),
+    ("--loss dpo --labels soft --tau 2 --steps 200", 0.002),
 ])
 def test_a_short_run_reaches_the_optimum(small_world, tmp_path, argv, bound):
     """Intransitive and soft, mu the reference, or DPO: four fifths of the way, and below the bound."""
