@@ -1,7 +1,9 @@
 """What do lab's tests share? The core's folder, the paper's Psi whatever a student made of it, a tiny world,
 and what the pages quote.
 """
+import functools
 import gc
+import importlib.metadata
 import os
 import re
 import sys
@@ -26,6 +28,14 @@ def pytest_collection_finish():
     """A fifth of the time went into looks for garbage among what imports have made. It stays in any case."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def packages():
+    """At each step TRL asks whether peft is there, for which accelerate reads and parses a file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.metadata, "metadata", functools.cache(importlib.metadata.metadata))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -16,11 +16,11 @@ from lab.common import start
 from lab.models import bench
 
 
-def write_pairs(path, soft=False):
+def write_pairs(path, soft=False, yes=" yes", no=" no"):
     """24 pairs with responses of different lengths."""
     lines = []
     for i in range(24):
-        pair = {"prompt": f"say {i % 7}:", "chosen": " yes" * (1 + i % 3), "rejected": " no" * (1 + i % 4)}
+        pair = {"prompt": f"say {i % 7}:", "chosen": yes * (1 + i % 3), "rejected": no * (1 + i % 4)}
         more = {"p": i / 23} if soft else {}
         lines.append(json.dumps(pair | more))
     path.write_text("\n".join(lines))
@@ -67,7 +67,7 @@ def test_trl_computes_the_same_losses(folder, tmp_path, monkeypatch):
     pytest.importorskip("trl", reason="TRL is not installed")
     monkeypatch.setattr(bench, "RATE", 1e-3)
     monkeypatch.setattr(bench.ipo, "DEVICE", "cpu")
-    path = write_pairs(tmp_path / "pairs.jsonl")
+    path = write_pairs(tmp_path / "pairs.jsonl", yes="y", no="n")
     args, found = bench.parse(["--data", path, "--init_from", folder])
     losses, marks = bench.ours(args, found)
     theirs, their_marks = bench.theirs(args, found)
@@ -157,13 +157,12 @@ def test_bad_input_is_a_line(change, words, folder, tmp_path, capsys):
 
 
 def test_a_side_that_fails_is_a_line(tmp_path, capsys):
-    """Its last line stands in ours, with the remedy."""
+    """Its last line stands in ours. It is a process of its own, which ends before transformers is loaded."""
     path = write_pairs(tmp_path / "pairs.jsonl")
-    argv = ["--data", path, "--init_from", "no/such", "--out", str(tmp_path / "out")]
+    argv = ["--data", path, "--init_from", "no.pt", "--out", str(tmp_path / "out")]
     assert start.main("bench", bench.run, argv) == 1
     line, = capsys.readouterr().err.splitlines()
-    assert line.startswith("bench: ours failed: bench: --init_from no/such")
-    assert "name a run's .pt file, a folder that transformers saved" in line
+    assert line.startswith("bench: ours failed: bench: no.pt: not what a run saved")
 
 
 def test_a_side_that_is_killed_is_a_line(folder, tmp_path, monkeypatch, capsys):
