@@ -40,17 +40,18 @@ ANSWERS, TEMPERATURE = 6, 0.7  # to a question; of policy and reference
 DEFAULTS = "--tau 0.1 --steps 20 --batch_size 3 --lr 2e-5 --log_every 5 --out out/chat"
 USELESS = ("data labels mu pairs batch_size tokenizer holdout block_size sft_steps sft_lr n_layer n_head "
            "n_embd dtype overwrite").split()
-RUNS = {  # of --all
-    "ipo": "--loss ipo",
-    "mean": "--mean",
-    "dpo": "--loss dpo",
-    "ipo-certain": "--kind deterministic",
-    "dpo-certain": "--kind deterministic --loss dpo",
-    "ipo-.5": "--tau 0.5",
-    "ipo-.5-slow": "--tau 0.5 --lr 5e-6",
-    "mean-.5": "--tau 0.5 --mean",
-    "dpo-.5": "--tau 0.5 --loss dpo",
-}
+# of --all
+RUNS = """
+ipo          --loss ipo
+mean         --loss ipo --mean
+dpo          --loss dpo
+ipo-certain  --loss ipo --kind deterministic
+dpo-certain  --loss dpo --kind deterministic
+ipo-.5       --loss ipo --tau 0.5
+ipo-.5-slow  --loss ipo --tau 0.5 --lr 5e-6
+mean-.5      --loss ipo --tau 0.5 --mean
+dpo-.5       --loss dpo --tau 0.5
+"""
 COLUMNS = ["h", "h at pi*", "chosen", "chosen at pi*", "accuracy", "win", "win at pi*", "new win", "KL",
            "words"]
 
@@ -167,8 +168,9 @@ def planned(own, argv, out):
     """The flags of each of RUNS, by name. Raises Refused if its folder holds a run with others."""
     start.refuse_given(argv, {"loss", "tau", "lr", "mean", "kind"}, "is set by --all")
     runs = {}
-    for name, flags in RUNS.items():
-        args = start.parse(own, [*argv, *flags.split(), "--out", f"{out}/{name}"], DEFAULTS, USELESS)
+    for line in RUNS.strip().splitlines():
+        name, *flags = line.split()
+        args = start.parse(own, [*argv, *flags, "--out", f"{out}/{name}"], DEFAULTS, USELESS)
         found = pictures.report_of(args.out).get("flags")
         if found not in (None, vars(args)):
             raise Refused(f"{args.out} holds a run with other flags; name another --out, or remove it")
