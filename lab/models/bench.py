@@ -108,7 +108,7 @@ def run(argv):
     start.make_folder(args.out)
     turns = []
     for side in ("ours", "TRL"):
-        print(f"{side}: {STEPS} steps", flush=True)
+        print(f"{side}: {STEPS} steps")
         command = [sys.executable, "-W", "ignore", "-m", "lab.models.bench", *argv, "--side", side]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

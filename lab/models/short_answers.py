@@ -87,7 +87,7 @@ def answered(policy, tokenizer, questions, args):  # -> data.PairData
     pairs.asked, pairs.texts = questions, own.batch_decode(answers, skip_special_tokens=True)
     words = [len(text.split()) for text in pairs.texts]
     pairs.reward = torch.tensor(words).view(-1, ANSWERS) / -4
-    print(f"{len(questions)} questions are answered", flush=True)
+    print(f"{len(questions)} questions are answered")
     return pairs
 
 
@@ -183,7 +183,7 @@ def compare(tokenizer, source, held, runs, out):
     rows = {}
     for name, args in runs.items():
         done = pictures.report_of(args.out)
-        print(f"{args.out} {'is finished' if done else 'begins'}", flush=True)
+        print(f"{args.out} {'is finished' if done else 'begins'}")
         if not done:
             experiment(tokenizer, source, held, args)
         report = pictures.report_of(args.out)

@@ -75,7 +75,7 @@ def train(args, runs):
     """Every run, with a line each -> {row: its numbers}, without the runs that had to stop."""
     table = {}
     for done, (row, one) in enumerate(runs.items(), 1):
-        print(data.one_line(f"run {done}/{len(runs)}: {one.out}"), flush=True)
+        print(data.one_line(f"run {done}/{len(runs)}: {one.out}"))
         try:
             with open(f"{args.out}/runs.log", "a") as log, contextlib.redirect_stdout(log):
                 ipo.run(one)
