@@ -144,8 +144,7 @@ def run(argv):
     except Exception as error:  # of any kind, where TRL, transformers or safetensors cannot use something
         why = f"{start.reason(error)}; change the flag that this is about, --help lists all"
         raise error if isinstance(error, data.Refused) else data.Refused(why) from None
-    print(f"\nThe model is trained on {len(pairs):,} pairs by {state.num_processes} process(es); "
-          f"it is in {data.one_line(args.output_dir)}.")
+    print(f"\nTrained by {state.num_processes} process(es); it is in {data.one_line(args.output_dir)}.")
 
 
 if __name__ == "__main__":
