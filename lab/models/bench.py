@@ -16,7 +16,6 @@ import json
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -69,17 +68,16 @@ def ours(args, found):
 
 def theirs(args, found):
     """The same by TRL's DPOTrainer."""
-    transformers = chat.quiet()
     import datasets
     import trl
     marks = []
 
-    class Clock(transformers.TrainerCallback):
+    class Clock(chat.quiet().TrainerCallback):
         def on_step_begin(self, *state, **more):
             marks.append(time.perf_counter())
 
     config = trl.DPOConfig(
-        tempfile.gettempdir(), beta=TAU, learning_rate=RATE, lr_scheduler_type="constant", max_length=None,
+        args.out, beta=TAU, learning_rate=RATE, lr_scheduler_type="constant", max_length=None,
         max_steps=STEPS, logging_steps=1, per_device_train_batch_size=BATCH, precompute_ref_log_probs=True,
         # 0.99 as in ipo.adam
         train_sampling_strategy="sequential", gradient_checkpointing=False, bf16=False, adam_beta2=0.99,
