@@ -24,12 +24,17 @@ REMEDIES = {OSError: "name a file or folder that can be read and written, and ha
             ImportError: "pip install -r lab/requirements.txt", RuntimeError: "take smaller sizes"}
 
 
-def parser(doc):
-    """A parser for a program's own flags; `parse` takes it. The first command in doc names the program."""
+def parser(doc, out=""):
+    """A parser for a program's own flags; `parse` takes it. The first command in doc names the program.
+
+    out: the default of --out, if the program knows no flags of ipo.py, which has one.
+    """
     name = re.search(r"python -m (lab[.\w]+)", doc)[1]
     own = ipo.Parser(f"python -m {name}", description=doc, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     own.set_defaults(program=name)  # so the saved flags of a run say who made it
+    if out:
+        own.add_argument("--out", default=out, help=f"folder of report.json and pictures [{out}]")
     return own
 
 

@@ -33,10 +33,9 @@ TAU, RATE = 0.1, 1e-5
 
 def parse(argv):
     """Flags and the pairs that the steps take, in the file's order. Raises Refused."""
-    own = start.parser(__doc__)
+    own = start.parser(__doc__, "out/bench")
     own.add_argument("--data", required=True, help="JSONL file; the first 24 pairs count, p is taken for 1")
     own.add_argument("--init_from", required=True, help="a folder or hub id of GPT-2's weights")
-    own.add_argument("--out", default="out/bench", help="folder of report.json [out/bench]")
     own.add_argument("--side", help=argparse.SUPPRESS)  # one turn, in a process of its own
     own.set_defaults(device=ipo.DEVICE, dtype="float32", batch_size=BATCH)
     args = own.parse_args(argv)
