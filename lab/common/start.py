@@ -165,7 +165,8 @@ def main(name, run, argv=None, threads=1):  # one, since the world's matrices ar
     What cannot be used or had to stop is one line on stderr that begins with the program's name.
     """
     torch.set_num_threads(threads)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal or pipe may lack a sample's characters
+    # a terminal or pipe may lack a sample's characters, and progress is to be seen in a pipe, too
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     argv = sys.argv[1:] if argv is None else argv
     try:
         for word in argv:

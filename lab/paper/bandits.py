@@ -122,7 +122,7 @@ def run(argv=None):
             found = numbers(policies, winner, loser)
             one.log.append({"step": step, **found})
         if step % 5000 == 0:
-            print(f"step {step:,}/{args.steps:,}", flush=True)
+            print(f"step {step:,}/{args.steps:,}")
     draw_actions(runs, f"{args.out}/actions.png", len(args.tau))
     pictures.draw_runs([*runs.values()], f"{args.out}/margins.png")
     finish(args, runs)
