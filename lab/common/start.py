@@ -96,6 +96,16 @@ def fit(policy, losses, args, evaluate):
             model.save(f"{args.out}/ckpt.pt", policy, args, step=step, log=log)
 
 
+def changed(args, **flags):
+    """A copy of args in which these flags have other values."""
+    return argparse.Namespace(**vars(args) | flags)
+
+
+def distance(name, world, other):
+    """An `evaluate` for fit or ipo.train: {name: KL(pi||other)}, other (X,Y), log-probs."""
+    return lambda policy: ipo.means({name: data.kl(world.table(policy), other)})
+
+
 def make_folder(out):
     """Makes a folder for report.json and pictures. Raises Refused if it holds a run, whose report that is."""
     if os.path.exists(f"{out}/ref.pt"):
