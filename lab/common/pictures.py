@@ -46,7 +46,7 @@ def folders(out):
     files = sorted(Path(out).glob("*/ckpt.pt"), key=os.path.getmtime)
     if not files:
         there = ", ".join(sorted(os.listdir(out))) or "nothing"
-        raise data.Refused(f"{out}: no ckpt.pt here or one folder below, but {there[:200]}")
+        raise data.Refused(f"{out}: no ckpt.pt here or one folder below, but {there[:99]}; name a run")
     return [str(path.parent) for path in files]
 
 
@@ -118,7 +118,7 @@ def draw_runs(runs, path):
     # a world's log has all three; the distance says more there
     shown = [name for name in CURVES if all(name in one.log[-1] for one in runs)][:2]
     if not shown or min(len(one.log) for one in runs) < 2:
-        raise data.Refused("these runs have no number in common that can be drawn; name fewer of them")
+        raise data.Refused("these runs have no number in common that can be drawn; name runs of one kind")
     figure, axes = panels(1, len(shown), width=9)
     for axis, name in zip(axes[0], shown):
         draw_curves(axis, runs, name)

@@ -24,12 +24,17 @@ REMEDIES = {OSError: "name a file or folder that can be read and written, and ha
             ImportError: "pip install -r lab/requirements.txt", RuntimeError: "take smaller sizes"}
 
 
-def parser(doc):
-    """A parser for a program's own flags; `parse` takes it. The first command in doc names the program."""
+def parser(doc, out=""):
+    """A parser for a program's own flags; `parse` takes it. The first command in doc names the program.
+
+    out: the default of --out, if the program knows no flags of ipo.py, which has one.
+    """
     name = re.search(r"python -m (lab[.\w]+)", doc)[1]
     own = ipo.Parser(f"python -m {name}", description=doc, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     own.set_defaults(program=name)  # so the saved flags of a run say who made it
+    if out:
+        own.add_argument("--out", default=out, help=f"folder of report.json and pictures [{out}]")
     return own
 
 
@@ -89,6 +94,16 @@ def fit(policy, losses, args, evaluate):
             ipo.told(f"step {step}/{args.steps}", numbers)
             log.append({"step": step, **numbers})
             model.save(f"{args.out}/ckpt.pt", policy, args, step=step, log=log)
+
+
+def changed(args, **flags):
+    """A copy of args in which these flags have other values."""
+    return argparse.Namespace(**vars(args) | flags)
+
+
+def distance(name, world, other):
+    """An `evaluate` for fit or ipo.train: {name: KL(pi||other)}, other (X,Y), log-probs."""
+    return lambda policy: ipo.means({name: data.kl(world.table(policy), other)})
 
 
 def make_folder(out):

@@ -68,7 +68,7 @@ def values(function, *columns):  # (n,...) each -> (n,)
         except (Exception, SystemExit) as error:  # whatever their function raises
             if "vmap" in str(error):
                 error = "it makes a number of a tensor (.item(), or an `if`); use tensors alone"
-            raise Refused(f"the loss cannot be computed: {short(error)}") from None
+            raise Refused(f"the loss cannot be computed: {short(error)}; mend it, it gets one pair") from None
     return torch.vmap(one)(*columns)
 
 

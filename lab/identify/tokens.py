@@ -140,8 +140,7 @@ def trainer(loss_type):
         tokenizer_object=splits, eos_token="<eos>", pad_token="<eos>")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            args = trl.DPOConfig(folder, loss_type=[loss_type], bf16=False, use_cpu=True, disable_tqdm=True,
-                                 gradient_checkpointing=False, report_to="none")
+            args = trl.DPOConfig(folder, loss_type=[loss_type], bf16=False, use_cpu=True, report_to="none")
             return trl.DPOTrainer(random_gpt2(0), random_gpt2(1), args, processing_class=tokenizer,
                                   train_dataset=datasets.Dataset.from_list([PAIR]))
         except ValueError as error:

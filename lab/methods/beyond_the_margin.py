@@ -17,7 +17,6 @@ Traps: only dpop knows the reference; what holds cpo, orpo and slic_hf near the 
 and simpo has none. cpo, slic_hf and dpop are convex in the logits; of orpo and simpo LBFGS finds a minimum.
 With lam 0 slic_hf is a hinge alone, whose minimiser is a staircase.
 """
-from argparse import Namespace
 from typing import NamedTuple
 
 import torch
@@ -97,7 +96,8 @@ def losses(policy, source, args):
 
 def expectation(source, args):  # -> a function of log pi (X,Y) that gives ()
     """The exact mean of what `losses` yields."""
-    ref, pairs = source.exact["ref"], source.pairs
+    ref = source.exact["ref"]
+    pairs = source.pairs
     length = (pairs.length - pairs.prompt_len).view_as(ref)
 
     def mean(logp):
@@ -121,11 +121,7 @@ def row(loss, args):  # -> start.Row
     # only now, since the core knows neither this loss nor one without tau; the saved flags are to say so
     args.loss = loss
     vars(args).update({"tau": None} | OWN[loss])
-
-    def evaluate(policy):
-        logp = source.table(policy)
-        return ipo.means({"kl_ref": data.kl(logp, source.exact["ref"])})
-
+    evaluate = start.distance("kl_ref", source, source.exact["ref"])
     start.fit(policy, losses(policy, source, args), args, evaluate)
     mean = expectation(source, args)
     return exact.measured(mean, source.table(policy), source, source.pstar)[0]
@@ -139,8 +135,7 @@ def run(argv):
     start.make_folder(args.out)
     rows = {}
     for loss in args.loss:
-        start_with = {"loss": "ipo", "out": f"{args.out}/{loss}"}
-        rows[loss] = row(loss, Namespace(**vars(args) | start_with))
+        rows[loss] = row(loss, start.changed(args, loss="ipo", out=f"{args.out}/{loss}"))
     far = {loss: row["KL to its minimiser"] for loss, row in rows.items()}
     endless = [loss for loss in far if far[loss] is None]
     said = (f"World {args.data}: each loss leads to an exact minimiser of its own, which is no pi*. Trained "

@@ -18,7 +18,6 @@ slope vanishes where coin flips have pushed z. At p = 1 rebel would ask for an i
 """
 import functools
 import math
-from argparse import Namespace
 
 import torch
 from torch.nn.functional import logsigmoid, relu
@@ -144,7 +143,7 @@ def expectation(source, args):  # -> a function of log pi (X,Y) that gives ()
 
 def prepared(name, args):  # -> the source of one run, with its flags in source.args
     """Raises Refused if the labels ask this loss for an infinite margin."""
-    one = Namespace(**vars(args) | {"loss": name, "out": f"{args.out}/{name}"})
+    one = start.changed(args, loss=name, out=f"{args.out}/{name}")
     source = Flipped(one)
     ipo.refuse_what_cannot_run(source, one)
     return source

@@ -76,9 +76,8 @@ def draw(methods, frontier, path):
 
 
 def run(argv):
-    own = start.parser(__doc__)
+    own = start.parser(__doc__, "out/picture")
     own.add_argument("folders", nargs="+", help="of a run each, or of folders of runs")
-    own.add_argument("--out", default="out/picture", help="folder for the picture [out/picture]")
     args = own.parse_args(argv)
     methods, worlds, table, lost = {}, set(), {}, []
     files = [path for given in args.folders for path in sorted(Path(given).rglob("ckpt.pt"))]

@@ -46,7 +46,8 @@ def opponents(logp, mu, ref, args):  # (X,Y) each -> (X,Y)
 def batches(policy, ref, judge, mu, args):  # judge (X,Y,Y)
     """Yields the Batch of each step: fresh pairs, labelled by the judge."""
     world, random = data.World(args.data), ipo.generator(args, 5)
-    world.pstar, world.pairs.ref_logp = judge, ref.flatten().float()
+    world.pstar = judge
+    world.pairs.ref_logp = ref.flatten().float()
     read = exact.Table(world)
     for _ in range(args.steps):
         with torch.no_grad():  # the sampler is no part of the loss
@@ -89,10 +90,7 @@ def train(policy, world, judge, mu, args):  # -> (X,Y), (X,Y)
     asked = args.tau * ipo.target(judge, args.tau)  # with the paper's Psi it is p - 1/2
     end = answer(asked, mu, ref, args)
     Path(args.out, "ckpt.pt").unlink(missing_ok=True)  # or ipo.train would go on from there
-
-    def evaluate(policy):
-        return ipo.means({"kl_answer": data.kl(world.table(policy), end)})
-
+    evaluate = start.distance("kl_answer", world, end)
     ipo.train(policy, batches(policy, ref, judge, mu, args), args, evaluate)
     return world.table(policy), end
 
@@ -122,8 +120,7 @@ def run(argv):
         r = table(fit(policy, world, args, args.steps, lr=3e-3), world)
         judge = exact.margins(r, 0 * r).sigmoid()
     if args.offline:
-        other = copy.copy(args)
-        other.pairs_from = "offline"
+        other = start.changed(args, pairs_from="offline")
         theirs, their_end = train(copy.deepcopy(policy), world, judge, mu, other)
     if args.pairs_from == "rejection":
         mu = accepted(ref, r, args)

@@ -32,8 +32,8 @@ class RewardModel(torch.nn.Module):
 
     def forward(self, tokens, mask):  # (R,T), (R,T) -> (R,)
         """The reward of each row, read at its last response token."""
-        position = torch.arange(tokens.shape[1])
-        last = (mask * position).argmax(1)               # (R,)
+        # the largest position in the mask
+        last = (mask * torch.arange(tokens.shape[1])).argmax(1)  # (R,)
         x = self.trunk.hidden(tokens)                    # (R,T,C)
         return self.value(x[torch.arange(len(x)), last]).squeeze(1)
 

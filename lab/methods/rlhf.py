@@ -81,8 +81,8 @@ def losses_of_pairs(policy, world, f, args):
 
 def others(reference, world, args):
     """{name: log pi (X,Y)} of DPO and of IPO with Psi = logit, which is REBEL, on the world's pairs."""
-    tables, mine = {}, copy.copy(args)
-    mine.lr = ipo.parse([]).lr
+    tables = {}
+    mine = start.changed(args, lr=ipo.parse([]).lr)
     for name, f in {"DPO": ipo.dpo_loss, "IPO with logit": rebel}.items():
         print(f"{name}:")
         policy = copy.deepcopy(reference)
@@ -127,8 +127,7 @@ def run(argv):
         r = table(fit(policy, world, args, args.steps, lr=3e-3), world)
     end = answer(ref, r, args)
     print("RLHF:")
-    start.fit(policy, losses(policy, world, r, args), args,
-              lambda policy: ipo.means({"kl_answer": data.kl(world.table(policy), end)}))
+    start.fit(policy, losses(policy, world, r, args), args, start.distance("kl_answer", world, end))
     logp = world.table(policy)
     if args.compare:
         return start.finish(args, *compare({"RLHF": logp, **tables, "exact": right}, args))

@@ -17,7 +17,6 @@ A step takes equally many pairs of each of the four prompts. So --batch_size is 
 four, and is 4 at least.
 Trap: with lambda .1 a round's answer lies 9 times as far from p_data, in log space, on the other side.
 """
-import copy
 from pathlib import Path
 
 import torch
@@ -53,9 +52,9 @@ def answer(opponent, p_data, lam):  # (X,Y), (X,Y) -> (X,Y)
 def play(policy, world, p_data, args):
     """All rounds. Returns KL(p_data||pi) after each, and what it would be if each ended at its answer."""
     opponent = theory = world.exact["ref"]
-    random, figures = ipo.generator(args, 5), {}
-    mine = copy.copy(args)
-    mine.loss, mine.tau = "dpo", args.lam
+    random = ipo.generator(args, 5)
+    figures = {}
+    mine = start.changed(args, loss="dpo", tau=args.lam)
 
     def distance(policy):
         return ipo.means({"kl_data": data.kl(p_data, world.table(policy))})

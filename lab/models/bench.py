@@ -16,7 +16,6 @@ import json
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -34,10 +33,9 @@ TAU, RATE = 0.1, 1e-5
 
 def parse(argv):
     """Flags and the pairs that the steps take, in the file's order. Raises Refused."""
-    own = start.parser(__doc__)
+    own = start.parser(__doc__, "out/bench")
     own.add_argument("--data", required=True, help="JSONL file; the first 24 pairs count, p is taken for 1")
     own.add_argument("--init_from", required=True, help="a folder or hub id of GPT-2's weights")
-    own.add_argument("--out", default="out/bench", help="folder of report.json [out/bench]")
     own.add_argument("--side", help=argparse.SUPPRESS)  # one turn, in a process of its own
     own.set_defaults(device=ipo.DEVICE, dtype="float32", batch_size=BATCH)
     args = own.parse_args(argv)
@@ -69,17 +67,16 @@ def ours(args, found):
 
 def theirs(args, found):
     """The same by TRL's DPOTrainer."""
-    transformers = chat.quiet()
     import datasets
     import trl
     marks = []
 
-    class Clock(transformers.TrainerCallback):
+    class Clock(chat.quiet().TrainerCallback):
         def on_step_begin(self, *state, **more):
             marks.append(time.perf_counter())
 
     config = trl.DPOConfig(
-        tempfile.gettempdir(), beta=TAU, learning_rate=RATE, lr_scheduler_type="constant", max_length=None,
+        args.out, beta=TAU, learning_rate=RATE, lr_scheduler_type="constant", max_length=None,
         max_steps=STEPS, logging_steps=1, per_device_train_batch_size=BATCH, precompute_ref_log_probs=True,
         # 0.99 as in ipo.adam
         train_sampling_strategy="sequential", gradient_checkpointing=False, bf16=False, adam_beta2=0.99,

@@ -200,9 +200,8 @@ def run(argv):
     Path(f"{args.out}.tmp").write_text("".join(json.dumps(item) + "\n" for item in items))
     os.replace(f"{args.out}.tmp", args.out)  # whole, or not at all
     reader = "tokens" if type(items[0]["chosen"]) is str else "hf --init_from M"
-    out = data.one_line(args.out)
-    print(f"\n{len(rows):,} rows = {len(items):,} pairs in {out} + {sum(reasons.values()):,} left out. "
-          f"Now: python -m lab.models.{reader} --data {out}")
+    print(f"\n{len(rows):,} rows = {len(items):,} pairs in {data.one_line(args.out)} + {reasons.total():,} "
+          f"left out. Now: python -m lab.models.{reader} --data {data.one_line(args.out)}")
 
 
 if __name__ == "__main__":

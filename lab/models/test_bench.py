@@ -68,7 +68,7 @@ def test_trl_computes_the_same_losses(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "RATE", 1e-3)
     monkeypatch.setattr(bench.ipo, "DEVICE", "cpu")
     path = write_pairs(tmp_path / "pairs.jsonl", yes="y", no="n")
-    args, found = bench.parse(["--data", path, "--init_from", folder])
+    args, found = bench.parse(["--data", path, "--init_from", folder, "--out", str(tmp_path / "out")])
     losses, marks = bench.ours(args, found)
     theirs, their_marks = bench.theirs(args, found)
     assert losses[0] == pytest.approx(0.6931, abs=1e-4)

@@ -339,7 +339,7 @@ def test_a_machine_without_a_gpu_trains_on_the_cpu_in_float32(folder, pairs, tmp
     assert main([*flags, "--report_to", "none", "--per_device_train_batch_size", "4"]) == 0
     said = capsys.readouterr().out
     assert "no GPU here: the CPU trains, in float32" in said
-    assert said.splitlines()[-1] == f"The model is trained on 24 pairs; it is in {out}."
+    assert said.splitlines()[-1] == f"Trained by 1 process(es); it is in {out}."
     state = json.loads(Path(out, "config.json").read_text())
     assert state["dtype"] == "float32"
 

@@ -2,7 +2,8 @@
 
   python -m lab.models.trl_ipo --model MODEL --data FILE.jsonl --tau 0.1 --output_dir out/trl
   ... --use_peft --lora_r 16                                LoRA; with --load_in_4bit QLoRA
-  accelerate launch --num_processes 2 -m lab.models.trl_ipo ...    also FSDP, DeepSpeed: --config_file
+  accelerate launch --num_processes 2 -m lab.models.trl_ipo ...     on two GPUs
+  torchrun --nproc_per_node 2 -m lab.models.trl_ipo ...             on a CPU, where accelerate starts one
 
 TRL trains, and the loss is the core's. h comes from sums over tokens, where TRL's own loss_type "ipo" divides
 by lengths. p comes from a column "p" (1 where there is none), Psi from ipo.psi, --loss from ipo.LOSSES. Other
@@ -143,7 +144,7 @@ def run(argv):
     except Exception as error:  # of any kind, where TRL, transformers or safetensors cannot use something
         why = f"{start.reason(error)}; change the flag that this is about, --help lists all"
         raise error if isinstance(error, data.Refused) else data.Refused(why) from None
-    print(f"\nThe model is trained on {len(pairs):,} pairs; it is in {data.one_line(args.output_dir)}.")
+    print(f"\nTrained by {state.num_processes} process(es); it is in {data.one_line(args.output_dir)}.")
 
 
 if __name__ == "__main__":

@@ -102,12 +102,11 @@ def draw_actions(runs, path, rows):
 
 
 def run(argv=None):
-    own = start.parser(__doc__)
+    own = start.parser(__doc__, "out/bandits")
     own.add_argument("--data", default="d1", choices=BANDITS, help="the bandit [d1]")
     own.add_argument("--tau", nargs="+", type=float, default=[0.1, 0.5, 1.0], help="taus [0.1 0.5 1]")
     own.add_argument("--steps", type=int, default=18_000, help="steps of training [18000]")
     own.add_argument("--seed", type=int, default=0, help="fixes the draws of all [0]")
-    own.add_argument("--out", default="out/bandits", help="folder of report.json and pictures [out/bandits]")
     args = own.parse_args(argv)
     if not min(*args.tau, args.steps) > 0:
         raise data.Refused("--tau and --steps must be above 0")

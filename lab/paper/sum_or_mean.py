@@ -65,12 +65,11 @@ def measured(logp, tau, world):  # -> start.Row
 
 
 def run(argv=None):
-    own = start.parser(__doc__)
+    own = start.parser(__doc__, "out/sum_or_mean")
     taus = [0.2, 0.5, 0.8, 1.1, 1.5]
     own.add_argument("--data", choices=data.WORLDS, default="bt", help="kind of preferences [bt]")
     own.add_argument("--tau", type=float, default=0.2, help="of the sum [0.2]")
     own.add_argument("--mean_tau", type=float, nargs="+", default=taus, help=f"of the mean {taus}")
-    own.add_argument("--out", default="out/sum_or_mean", help="folder of report.json [out/sum_or_mean]")
     args = own.parse_args(argv)
     start.refuse_twice("--mean_tau", args.mean_tau)
     if not min(args.tau, *args.mean_tau) > 0:

@@ -37,8 +37,7 @@ def plan(argv):
     own.add_argument("--steps", nargs="+", default=["2200"], help="of preference training [2200]")
     own.add_argument("--pairs", nargs="+", default=["560000"], help="pairs to draw [560000]")
     own.add_argument("--seed", nargs="+", default=["0"], help="one or several of each of these five [0]")
-    own.add_argument("--out", default="out/tau", help="folder of the runs, report.json and picture [out/tau]")
-    args = start.parse(own, argv, "--log_every 50", world=True)
+    args = start.parse(own, argv, "--log_every 50 --out out/tau", world=True)
     _, rest = own.parse_known_args(argv)
     several = {name: getattr(args, name) for name in ("loss", "tau", "steps", "pairs", "seed")}
     for name, values in several.items():
