@@ -233,7 +233,7 @@ def test_nash_is_a_fixed_point(seed, Y, tau):
         assert logp[x].exp().tolist() == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", data.WORLDS)
+@pytest.mark.parametrize("name", ["deterministic", "cyclic"])
 def test_nash_converges_where_the_worlds_are_hard(name):
     world = data.World(name)
     _, residual = exact.nash(exact.of_base(world), world.pstar, 0.1)

@@ -28,6 +28,14 @@ CONTROLS = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def tiny():
+    """Worlds with 13 responses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.World.__init__, "__defaults__", (["superb", "dull", "hot"], (0, 1/4, 3/4)))
+        yield
+
+
 @functools.cache
 def opened(**values):
     """(text, definitions) of the app's cells with the controls at these values. Nobody changes them."""
@@ -68,7 +76,7 @@ def test_what_is_shown_is_exact(kind, place):
     _, definitions = opened(kind=page.PSI[kind], place=place)
     made = data.World(place)
     ref = exact.of_base(made)
-    mu = torch.full_like(ref, 1 / 400)
+    mu = torch.full_like(ref, 1 / 13)
     due = data.optimum(ref, page.PSI[kind](made.pstar), mu, 0.2)
     assert torch.equal(definitions["policies"]["pi* of this Psi"], due)
 
@@ -88,7 +96,7 @@ def test_endless_labels_lead_where_the_core_leads(kind, labels, monkeypatch):
     monkeypatch.setattr(ipo, "psi", page.PSI[kind])
     made = data.World("cyclic")
     ref = exact.of_base(made)
-    mu = torch.full_like(ref, 1 / 400)
+    mu = torch.full_like(ref, 1 / 13)
     due = exact.limit(ref, made.pstar, mu, 0.2, labels)
     _, definitions = opened(kind=page.PSI[kind], labels=labels, place="cyclic")
     found = definitions["policies"]["where endless labels lead"]
