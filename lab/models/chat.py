@@ -155,9 +155,8 @@ def joined(shared, found, key):
         return found
     if found[0]["role"] == "assistant":
         return shared + found
-    raise Refused(f"'prompt' begins with {short(json.dumps(shared[0]))} and {key!r} with "
-                  f"{short(json.dumps(found[0]))}, so they do not fit; begin both alike, or leave the "
-                  f"prompt's messages out of {key!r}")
+    raise Refused(f"'prompt' begins with {short(json.dumps(shared[0]))}, {key!r} with "
+                  f"{short(json.dumps(found[0]))}; begin both alike, or leave the former out of the latter")
 
 
 def render(before, chosen, rejected, tokenizer):  # -> start, prompt, chosen, rejected: texts

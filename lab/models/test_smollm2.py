@@ -445,7 +445,7 @@ def test_a_run_ends_with_its_answer_and_a_report(made, short, tmp_path, capsys):
     assert "New answers win 0." in said
     assert "step 2/2" in said
     report = json.loads((tmp_path / "out/report.json").read_text())
-    assert {"h", "chosen", "accuracy", "h at pi*", "words before", "words"} < report.keys()
+    assert {"h", "chosen", "accuracy", "h at pi*", "words"} < report.keys()
 
 
 def test_its_folder_is_drawn(made, short, tmp_path, figures):
@@ -521,7 +521,7 @@ def test_all_refuses_a_folder_of_other_flags_before_the_work(made, short, three_
 
 @pytest.mark.parametrize("argv, why", [
     (["--all", "--tau", "1", "--init_from", "no/such"], "--tau is set by --all"),
-    ([], "give --init_from, the folder that python -m lab.models.smollm2 --make"),
+    ([], "give --init_from, the folder that lab.models.smollm2 --make"),
     (["--data", "cyclic"], "--data does nothing in this program"),
     (["--init_from", "no/such"], "there is no such folder"),
     (["--kind", "cyclic"], "invalid choice"),
