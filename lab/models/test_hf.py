@@ -504,7 +504,7 @@ REFUSED = [
      "'prompt' is [{"),
     (CHATML, {"prompt": [{"role": "system", "content": "Be brief."}, USER], "chosen": [USER, YES],
               "rejected": [USER, NO]},
-     '\'prompt\' begins with {"role": "system", "content": "Be brief."} and \'chosen\' with {"role": "us'),
+     '\'prompt\' begins with {"role": "system", "content": "Be brief."}, \'chosen\' with {"role": "us'),
     (CHATML, FOUR[0] | {"p": 2}, "'p' is 2"),
     (CHATML, {"prompt": [USER | {"content": "\ud83d"}], "chosen": [YES], "rejected": [NO]}, "no JSON in UTF")]
 
