@@ -57,7 +57,7 @@ class PairData:
         self.chosen, self.rejected = chosen, rejected
         self.p, self.prompt = p.float(), prompt
 
-    def padded(self, rows):  # (K,) -> (K,T), (K,T)
+    def padded(self, rows):  # (K,) -> (K,T), (K,T), T the longest of these rows
         """The tokens of these K rows, and their mask, True on response tokens.
 
         A token never looks to its right, so the padding there changes no log-prob. A prompt of 2 tokens and a
@@ -116,8 +116,8 @@ SUBJECTS, *LINES = [line.split() for line in REWARDS.strip().splitlines()]
 VALUES = {word: list(map(float, values)) for word, *values in LINES}  # a word's four numbers
 WORDS = list(VALUES)
 WORLDS = "bt", "deterministic", "cyclic"  # see `preference`
-# shares of SFT's texts with 0, 1, 2 and 3 words: none is empty, 1/4 end after the first word, 3/4 * 1/4 after
-# the second, and the rest have three
+# shares of SFT's texts with 0, 1, 2 and 3 words. SFT shows no empty text (a softmax gives it some probability
+# all the same), 1/4 end after the first word, 3/4 * 1/4 after the second, and the rest have three.
 LENGTHS = 0, 1/4, 3/16, 9/16
 
 
@@ -142,7 +142,7 @@ class Words:
 def reward(response):  # -> (X,)
     """What the words of a response add up to, for each prompt."""
     values = [VALUES[word] for word in response.split()]
-    nothing = [0.0] * len(SUBJECTS)  # so that no words add up to 0
+    nothing = [0.0] * len(SUBJECTS)  # so that the empty response has 0
     return torch.tensor([nothing, *values], dtype=torch.float64).sum(0)
 
 
@@ -162,14 +162,15 @@ class World:
     def __init__(self, name, words=WORDS, lengths=LENGTHS):
         self.responses, base = [], []
         for length, share in enumerate(lengths):
-            for response in itertools.product(words, repeat=length):  # every string of so many words
+            # every string of so many words; of 0 words there is one, the empty
+            for response in itertools.product(words, repeat=length):
                 self.responses.append(" ".join(response))
                 base.append(share / len(words) ** length)
         self.base = torch.tensor(base, dtype=torch.float64)
         self.reward = torch.stack([reward(response) for response in self.responses], dim=1)
         self.tokenizer = Words(words)
         encode = self.tokenizer.encode_ordinary
-        # with 7 for end of text, which is cut off after three words: [7], [w, 7], [w, w, 7], [w, w, w]
+        # as ids, with end of text (7) unless three words fill the context: [7], [w, 7], [w, w, 7], [w, w, w]
         longest = len(lengths) - 1
         rows = [encode(f"{response} {EOT}")[:longest] for response in self.responses]
         first = torch.tensor([row[0] for row in rows])  # (Y,) end of text, if there is no word
@@ -191,7 +192,7 @@ class World:
         X, Y = self.reward.shape
         each = math.ceil(n / X)  # pairs for each prompt; [:n] leaves the last ones fewer
         x = torch.arange(X).repeat_interleave(each)[:n]  # (n,)
-        # n = 8, X = 4: x is 0 0 1 1 2 2 3 3, and row x of draws has two first responses, then two second ones
+        # n = 7, X = 4: each is 2, x is 0 0 1 1 2 2 3, a row of draws has two first responses, then two second
         draws = torch.multinomial(mu, 2 * each, True, generator=generator)  # True: with replacement
         first = draws[:, :each].flatten()[:n]            # (n,)
         second = draws[:, each:].flatten()[:n]
@@ -208,9 +209,9 @@ def preference(name, reward, first):  # (X,Y), (Y,) -> (X,Y,Y)
 
     bt: s(r(y) - r(z)), s the sigmoid.
     deterministic: 1 if r(y) > r(z), 1/2 on a tie.
-    cyclic: s(r(y) - r(z) + 2 c), where c is 1 if y's first word beats z's, -1 if it loses, else 0. It is a
-    game of rock, paper, scissors. By id % 3 class 0 is superb, dull and cold, class 1 good and awful, class 2
-    fine and hot. 1 beats 0, 2 beats 1, and 0 beats 2. So i beats j if (i - j) % 3 is 1, and loses if it is 2.
+    cyclic: s(r(y) - r(z) + 2 c). The first words play rock, paper, scissors. By id % 3 a word is of class 0
+    (superb, dull, cold), 1 (good, awful) or 2 (fine, hot). 1 beats 0, 2 beats 1, and 0 beats 2: i beats j if
+    (i - j) % 3 is 1. c is 1 if y wins, -1 if z does, and 0 within a class or if a response is empty.
     """
     gap = reward.unsqueeze(2) - reward.unsqueeze(1)  # (X,Y,1) - (X,1,Y): r(y) - r(z)
     # so that equal sums tie, though added in another order
@@ -237,8 +238,8 @@ def optimum(ref_logp, worth, mu, tau):  # (X,Y), (X,Y,Y), (X,Y) -> (X,Y)
     """The log of pi*(y) = ref(y) exp(g(y) / tau) / Z, with g(y) the mean of worth = Psi(p*) over mu  (eq. 7).
 
     In the deterministic world DPO's Psi, the logit, is inf or -inf, and a mean of both would be NaN. So a
-    million stands for inf (a tie is 0). g is then a million times wins less defeats, and the best response
-    gets nearly everything. DPO's margins grow without end there, too.
+    million stands for inf. g is then a million times (chance to win - chance to lose), and the best response
+    gets nearly everything. Training goes the same way there: DPO's margins grow without end.
     """
     g = mean_over_opponents(worth.clamp(-1e6, 1e6), mu)
     return (ref_logp + g / tau).log_softmax(-1)  # log_softmax divides by Z

@@ -36,8 +36,8 @@ from data import Refused  # bad input, in one line
 def psi(q):
     """The worth of being preferred with probability q. q: a tensor of any shape; returns the same shape.
 
-    Try another one with --labels soft. By default p is 1 in each pair, so training sees psi(1) - psi(0) and
-    nothing else of psi. It ends at pi* if psi(q) + psi(1 - q) is the same for all q (README.md).
+    Try another one with --labels soft. Then training ends at pi* if psi(q) + psi(1 - q) is the same for all q
+    (README.md). By default p is 1 in each pair, so training sees psi(1) - psi(0) and nothing else of psi.
     """
     return q
 
@@ -61,10 +61,10 @@ def ipo_loss(h, p, tau):  # (B,), (B,) -> (B,)
 def dpo_loss(h, p, tau):  # (B,), (B,) -> (B,)
     """-log s(tau h) if p is 1. In general its mean over flips of a coin with p, as a lost flip swaps the two.
 
-    log s(z) has the slope 1 - s(z), and log s(-z) the slope -s(z). So with a = s(tau h) the slope in h is
-    -tau (p (1 - a) - (1 - p) a) = tau (a - p). It is 0 where a = p, which is tau h = logit(p). At p = 1 it
-    never is. After coin flips every p is 1, but the pairs that a response loses hold its u back. If it always
-    wins, h never stops growing.
+    In h log s(tau h) has the slope tau (1 - a), with a = s(tau h), and log s(-tau h) the slope -tau a. So
+    this loss has the slope -tau (p (1 - a) - (1 - p) a) = tau (a - p). It is 0 where a = p, which is
+    tau h = logit(p). At p = 1 it never is. A response that loses some pairs is held back by these. One that
+    always wins rises for ever.
     """
     return -(p * logsigmoid(tau * h)
              + (1 - p) * logsigmoid(-tau * h))
@@ -83,12 +83,12 @@ def sequence_logp(policy, tokens, mask):  # (R,T), (R,T) -> (R,)
         predicted there   x1  y2  y3
         scored            0   1   1         the mask without its first column
     Padding on the right has the mask 0, too. S counts the ones in `scored` of all rows. policy.hidden gives C
-    channels at each position, and policy.head makes logits of them, for a vocabulary of V.
+    channels at each position, and policy.head makes V logits of them, for the ids that it can emit.
     """
     device = next(policy.parameters()).device
     tokens, mask = tokens.to(device), mask.to(device)
     scored = mask[:, 1:]                                         # (R,T-1)
-    # never in the toy world; the same but for rounding, faster, in rows of over 16 tokens
+    # skip this: rows of over 16 tokens (the toy world's have 5) get the same x faster, but for rounding
     if model.sharing_pays(policy, tokens):
         x = model.shared_hidden(policy, tokens[:, :-1], scored)  # (S,C)
     else:
@@ -96,7 +96,7 @@ def sequence_logp(policy, tokens, mask):  # (R,T), (R,T) -> (R,)
     logp = policy.head(x).float().log_softmax(-1)                # (S,V)
     said = tokens[:, 1:][scored]                                 # (S,) the tokens of the responses
     token_logp = logp.new_zeros(scored.shape)                    # (R,T-1)
-    # back to their places, so that each row can be summed; autograd follows
+    # back to their places, row by row as they were taken, so that rows can be summed; autograd follows
     token_logp[scored] = logp.gather(1, said[:, None]).squeeze(1)
     return token_logp.sum(1).cpu()  # where p and ref_logp are
 
@@ -150,7 +150,7 @@ def train(policy, batches, args, evaluate):
     the batches up to its step.
     """
     optimizer = adam(policy)
-    # without ckpt.pt: 0, []; with it, which only a resumed run has: policy and optimizer are restored, too
+    # a new run has no ckpt.pt: 0, []; a resumed one: its step and log, and policy and optimizer are restored
     seen, log = last_checkpoint(policy, optimizer, args)
     for step, batch in enumerate(batches, 1):
         if step <= seen:  # its effect is in ckpt.pt
@@ -159,13 +159,13 @@ def train(policy, batches, args, evaluate):
             logp = sequence_logp(policy, batch.tokens, batch.mask)  # (2B,)
         h = margin(logp, batch.ref_logp)                            # (B,)
         loss = LOSSES[args.loss](h, batch.p, args.tau).mean()       # ()
-        if step == 1:  # prints "step 0", and stops unless every margin is 0
+        if step == 1:  # before it: prints "step 0", and stops if a margin is not 0
             check_start(policy, batch, logp, loss)
         loss.backward()
         optimizer_step(optimizer, step, args.steps, args.lr)
         if step % args.log_every == 0 or step == args.steps:
             numbers = {"batch loss": loss.item(), **evaluate(policy)}
-            if numbers.get("h", 0) is None:  # it is None if NaN or over 10,000
+            if numbers.get("h", 0) is None:  # `means` made it None: NaN, or over 10,000
                 raise Stopped(f"step {step}: h is not finite, or over 10,000 nats; lower --lr")
             told(f"step {step}/{args.steps}", numbers)
             log.append({"step": step, **numbers})
@@ -184,10 +184,11 @@ def generator(args, number):
     return torch.Generator().manual_seed(10 * args.seed + number)
 
 
-# A source is where the pairs come from: WorldSource or FileSource, further down. What follows takes of it
+# A source is where the pairs come from: WorldSource or FileSource, further down. This part takes of it
 #   pairs       a data.PairData
 #   train       the indices of the pairs to train on
 #   sft_weight  (R,) how often SFT takes each row
+# and `run` also evaluate, set_reference, exact (with numbers, unless it is {}), tokenizer and sizes.
 
 def finetune(policy, source, args):
     """SFT: raises the likelihood of rows of the source. The result is the reference."""
@@ -479,8 +480,8 @@ def claim(out, overwrite):
 
 def refuse_what_cannot_run(source, args):
     """Raises Refused, before anything is replaced, if data, weights and loss do not fit together."""
-    # args.tokenizer: that of --init_from's weights, else the flag, None in a world. So GPT-2's weights for a
-    # world are refused.
+    # args.tokenizer: that of --init_from's weights or of a resumed run, else the flag (None in a world). So
+    # GPT-2's weights for a world are refused.
     if args.tokenizer not in (None, source.tokenizer.name):
         raise Refused(f"--init_from {args.init_from} knows the tokens of {args.tokenizer}, and --data "
                       f"{args.data} has those of {source.tokenizer.name}; use weights of the same kind")

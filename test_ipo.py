@@ -929,6 +929,13 @@ def test_preferences_are_what_they_say(name):
         assert world.pstar[x, a, b].item() == approx(expected, abs=1e-9)
 
 
+@cases("text", ["", "hot", "good cold", "hot awful hot"])
+def test_a_reward_is_the_sum_of_its_words(text):
+    world = data.World("bt")
+    rewards = world.reward[:, world.responses.index(text)]
+    assert rewards.tolist() == approx([reward(text, x) for x in range(4)])
+
+
 @cases("name", data.WORLDS)
 def test_a_preference_and_its_mirror_sum_to_one(name):
     p = data.World(name).pstar
