@@ -17,6 +17,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import tokenize
@@ -2516,12 +2517,23 @@ def test_kill_9_loses_nothing(tmp_path):
 
 # ---------------------------------------------------------------------------------------- what is not resumed
 
-def interrupted(folder):
-    """A run on a file, stopped after two of its checkpoints; its data."""
-    flags = flags_of("file", folder)
-    with stopped(ipo, "optimizer_step", 10), pytest.raises(SystemExit):
-        cli(*flags, "--out", folder / "out")
-    return folder / "pairs.jsonl"
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """The folder of pairs.jsonl and of a run on it, stopped after two of its checkpoints."""
+    folder = tmp_path_factory.mktemp("halves")
+    flags = [*flags_of("file", folder), "--data", "pairs.jsonl", "--out", "out"]
+    with contextlib.chdir(folder), mock.patch.object(ipo, "psi", identity):
+        with stopped(ipo, "optimizer_step", 10), pytest.raises(SystemExit):
+            cli(*flags)
+    return folder
+
+
+@pytest.fixture
+def interrupted(halves, tmp_path, monkeypatch):
+    """A copy of that folder, where this process is now; its data."""
+    shutil.copytree(halves, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "pairs.jsonl"
 
 
 def swapped_labels(rows):
@@ -2544,9 +2556,9 @@ CHANGES = {
 
 
 @cases("change", CHANGES)
-def test_data_that_changed_are_not_trained_on(tmp_path, change):
+def test_data_that_changed_are_not_trained_on(interrupted, tmp_path, change):
     """One line, nothing lost; with the old data the run goes on."""
-    path = interrupted(tmp_path)
+    path = interrupted
     before, old = contents(tmp_path / "out"), path.read_text()
     write(path, *CHANGES[change](rows_of_pairs()))
     refused("is not what it was when this run began; bring it back", "--resume", "--out", tmp_path / "out")
@@ -2555,10 +2567,9 @@ def test_data_that_changed_are_not_trained_on(tmp_path, change):
     assert "resumed after step 6" in cli("--resume", "--out", tmp_path / "out")
 
 
-def test_data_that_are_gone_are_missed(tmp_path):
-    path = interrupted(tmp_path)
+def test_data_that_are_gone_are_missed(interrupted, tmp_path):
     before = contents(tmp_path / "out")
-    path.unlink()
+    interrupted.unlink()
     refused("pairs.jsonl: no such file", "--resume", "--out", tmp_path / "out")
     assert contents(tmp_path / "out") == before
 
@@ -2583,19 +2594,17 @@ def emptied(path):
 
 @cases("name", ["ref.pt", "ckpt.pt"])
 @cases("damage", [cut, foreign, saved_again, emptied])
-def test_a_damaged_or_foreign_file_is_not_resumed(tmp_path, name, damage):
+def test_a_damaged_or_foreign_file_is_not_resumed(interrupted, tmp_path, name, damage):
     """One line that names it; nothing is changed."""
-    interrupted(tmp_path)
     damage(tmp_path / "out" / name)
     before = contents(tmp_path / "out")
-    refused(f"{name}: not what a run saved", "--resume", "--out", tmp_path / "out")
+    refused(f"{name}: not what a run saved", "--resume", "--out", "out")
     assert contents(tmp_path / "out") == before
 
 
-def test_a_checkpoint_of_another_run_is_not_resumed(tmp_path):
+def test_a_checkpoint_of_another_run_is_not_resumed(interrupted, tmp_path):
     """It is named; when it is removed, the run goes on from its reference."""
-    path = interrupted(tmp_path)
-    flags = ["--data", path, *FILE, "--tau", 0.5]
+    flags = ["--data", interrupted, *FILE, "--tau", 0.5]
     cli(*flags, "--out", tmp_path / "other")
     checkpoint = tmp_path / "out/ckpt.pt"
     checkpoint.write_bytes((tmp_path / "other/ckpt.pt").read_bytes())
@@ -2605,9 +2614,8 @@ def test_a_checkpoint_of_another_run_is_not_resumed(tmp_path):
     assert "resumed" not in cli("--resume", "--out", tmp_path / "out")
 
 
-def test_a_reference_is_no_checkpoint(tmp_path):
+def test_a_reference_is_no_checkpoint(interrupted, tmp_path):
     """ref.pt under the name of ckpt.pt."""
-    interrupted(tmp_path)
     reference = (tmp_path / "out/ref.pt").read_bytes()
     (tmp_path / "out/ckpt.pt").write_bytes(reference)
     refused("ckpt.pt is of another run than ref.pt", "--resume", "--out", tmp_path / "out")
