@@ -2277,7 +2277,7 @@ def test_sft_of_other_weights_is_done_when_asked_for(tmp_path):
     assert not same_weights(b, model.load(f"{tmp_path}/a/ckpt.pt")[0])
 
 
-def test_a_run_from_another_in_a_world(tmp_path):
+def test_a_run_from_another_in_a_world(small_world, tmp_path):
     """Its reference is the other's policy, and its pi* that of this reference."""
     cli(*WORLD, "--out", tmp_path / "a")
     cli(*WORLD[:4], "--init_from", tmp_path / "a/ckpt.pt", "--out", tmp_path / "b")
@@ -2285,7 +2285,7 @@ def test_a_run_from_another_in_a_world(tmp_path):
     assert torch.equal(a, b)
 
 
-def test_weights_that_know_other_tokens_are_refused(tmp_path):
+def test_weights_that_know_other_tokens_are_refused(small_world, tmp_path):
     flags = first_run(tmp_path)
     cli(*WORLD, "--out", tmp_path / "w")
     refused("knows the tokens of bytes, and --data bt has those of words; use weights of the same kind",
@@ -3441,7 +3441,7 @@ def shortened(words):
     return [*words, *(FILE if "pairs.jsonl" in words else WORLD)]
 
 
-def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
+def test_the_commands_of_the_readme_run(small_world, tmp_path, monkeypatch):
     """In their order. Those with gpt2, which needs a network, are parsed."""
     monkeypatch.chdir(tmp_path)
     some_pairs(tmp_path)
