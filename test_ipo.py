@@ -17,6 +17,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import tokenize
@@ -2283,7 +2284,7 @@ def test_sft_of_other_weights_is_done_when_asked_for(tmp_path):
     assert not same_weights(b, model.load(f"{tmp_path}/a/ckpt.pt")[0])
 
 
-def test_a_run_from_another_in_a_world(tmp_path):
+def test_a_run_from_another_in_a_world(small_world, tmp_path):
     """Its reference is the other's policy, and its pi* that of this reference."""
     cli(*WORLD, "--out", tmp_path / "a")
     cli(*WORLD[:4], "--init_from", tmp_path / "a/ckpt.pt", "--out", tmp_path / "b")
@@ -2291,7 +2292,7 @@ def test_a_run_from_another_in_a_world(tmp_path):
     assert torch.equal(a, b)
 
 
-def test_weights_that_know_other_tokens_are_refused(tmp_path):
+def test_weights_that_know_other_tokens_are_refused(small_world, tmp_path):
     flags = first_run(tmp_path)
     cli(*WORLD, "--out", tmp_path / "w")
     refused("knows the tokens of bytes, and --data bt has those of words; use weights of the same kind",
@@ -2523,12 +2524,23 @@ def test_kill_9_loses_nothing(tmp_path):
 
 # ---------------------------------------------------------------------------------------- what is not resumed
 
-def interrupted(folder):
-    """A run on a file, stopped after two of its checkpoints; its data."""
-    flags = flags_of("file", folder)
-    with stopped(ipo, "optimizer_step", 10), pytest.raises(SystemExit):
-        cli(*flags, "--out", folder / "out")
-    return folder / "pairs.jsonl"
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """The folder of pairs.jsonl and of a run on it, stopped after two of its checkpoints."""
+    folder = tmp_path_factory.mktemp("halves")
+    flags = [*flags_of("file", folder), "--data", "pairs.jsonl", "--out", "out"]
+    with contextlib.chdir(folder), mock.patch.object(ipo, "psi", identity):
+        with stopped(ipo, "optimizer_step", 10), pytest.raises(SystemExit):
+            cli(*flags)
+    return folder
+
+
+@pytest.fixture
+def interrupted(halves, tmp_path, monkeypatch):
+    """A copy of that folder, where this process is now; its data."""
+    shutil.copytree(halves, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "pairs.jsonl"
 
 
 def swapped_labels(rows):
@@ -2551,9 +2563,9 @@ CHANGES = {
 
 
 @cases("change", CHANGES)
-def test_data_that_changed_are_not_trained_on(tmp_path, change):
+def test_data_that_changed_are_not_trained_on(interrupted, tmp_path, change):
     """One line, nothing lost; with the old data the run goes on."""
-    path = interrupted(tmp_path)
+    path = interrupted
     before, old = contents(tmp_path / "out"), path.read_text()
     write(path, *CHANGES[change](rows_of_pairs()))
     refused("is not what it was when this run began; bring it back", "--resume", "--out", tmp_path / "out")
@@ -2562,10 +2574,9 @@ def test_data_that_changed_are_not_trained_on(tmp_path, change):
     assert "resumed after step 6" in cli("--resume", "--out", tmp_path / "out")
 
 
-def test_data_that_are_gone_are_missed(tmp_path):
-    path = interrupted(tmp_path)
+def test_data_that_are_gone_are_missed(interrupted, tmp_path):
     before = contents(tmp_path / "out")
-    path.unlink()
+    interrupted.unlink()
     refused("pairs.jsonl: no such file", "--resume", "--out", tmp_path / "out")
     assert contents(tmp_path / "out") == before
 
@@ -2590,19 +2601,17 @@ def emptied(path):
 
 @cases("name", ["ref.pt", "ckpt.pt"])
 @cases("damage", [cut, foreign, saved_again, emptied])
-def test_a_damaged_or_foreign_file_is_not_resumed(tmp_path, name, damage):
+def test_a_damaged_or_foreign_file_is_not_resumed(interrupted, tmp_path, name, damage):
     """One line that names it; nothing is changed."""
-    interrupted(tmp_path)
     damage(tmp_path / "out" / name)
     before = contents(tmp_path / "out")
-    refused(f"{name}: not what a run saved", "--resume", "--out", tmp_path / "out")
+    refused(f"{name}: not what a run saved", "--resume", "--out", "out")
     assert contents(tmp_path / "out") == before
 
 
-def test_a_checkpoint_of_another_run_is_not_resumed(tmp_path):
+def test_a_checkpoint_of_another_run_is_not_resumed(interrupted, tmp_path):
     """It is named; when it is removed, the run goes on from its reference."""
-    path = interrupted(tmp_path)
-    flags = ["--data", path, *FILE, "--tau", 0.5]
+    flags = ["--data", interrupted, *FILE, "--tau", 0.5]
     cli(*flags, "--out", tmp_path / "other")
     checkpoint = tmp_path / "out/ckpt.pt"
     checkpoint.write_bytes((tmp_path / "other/ckpt.pt").read_bytes())
@@ -2612,9 +2621,8 @@ def test_a_checkpoint_of_another_run_is_not_resumed(tmp_path):
     assert "resumed" not in cli("--resume", "--out", tmp_path / "out")
 
 
-def test_a_reference_is_no_checkpoint(tmp_path):
+def test_a_reference_is_no_checkpoint(interrupted, tmp_path):
     """ref.pt under the name of ckpt.pt."""
-    interrupted(tmp_path)
     reference = (tmp_path / "out/ref.pt").read_bytes()
     (tmp_path / "out/ckpt.pt").write_bytes(reference)
     refused("ckpt.pt is of another run than ref.pt", "--resume", "--out", tmp_path / "out")
@@ -3440,7 +3448,7 @@ def shortened(words):
     return [*words, *(FILE if "pairs.jsonl" in words else WORLD)]
 
 
-def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
+def test_the_commands_of_the_readme_run(small_world, tmp_path, monkeypatch):
     """In their order. Those with gpt2, which needs a network, are parsed."""
     monkeypatch.chdir(tmp_path)
     some_pairs(tmp_path)

@@ -25,7 +25,7 @@ import ipo  # noqa: E402
 
 
 def pytest_collection_finish():
-    """A fifth of the time went into looks for garbage among what imports have made. It stays in any case."""
+    """What imports have made stays in any case, and looks for garbage among it take much of the time."""
     gc.collect()
     gc.freeze()
 

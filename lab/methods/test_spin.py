@@ -10,8 +10,8 @@ import data
 from lab.common import exact, start
 from lab.methods import spin
 
-FAST = ["--steps", "250", "--sft_steps", "40", "--lr", "6e-3", "--log_every", "150", "--tau", "0.3",
-        "--batch_size", "96", "--n_embd", "16"]
+FAST = ["--steps", "200", "--sft_steps", "40", "--lr", "8e-3", "--log_every", "150", "--tau", "0.3",
+        "--batch_size", "64", "--n_embd", "16"]
 
 
 @pytest.fixture(autouse=True)
