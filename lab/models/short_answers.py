@@ -47,8 +47,7 @@ ipo-.5-slow  --loss ipo --tau 0.5 --lr 5e-6
 mean-.5      --loss ipo --tau 0.5 --mean
 dpo-.5       --loss dpo --tau 0.5
 """
-COLUMNS = ["h", "h at pi*", "chosen", "chosen at pi*", "accuracy", "win", "win at pi*", "new win", "KL",
-           "words"]
+COLUMNS = "h,h at pi*,chosen,chosen at pi*,accuracy,win,win at pi*,new win,KL,words".split(",")
 
 
 def load(args, tokenizer):
@@ -61,22 +60,25 @@ def load(args, tokenizer):
 def answered(policy, tokenizer, questions, args):  # -> data.PairData
     """What the policy says to X questions, Y = ANSWERS times each. It is the reference of these answers.
 
-    An answer that is not cut has its end of text. Also texts, and reward (X,Y), where a word costs 1/4 nat.
+    An answer that is not cut has its end of text. Also asked, texts, and reward (X,Y), where a word costs 1/4
+    nat. Raises Refused if the model has no chat template.
     """
     own = tokenizer.hf
     own.pad_token = own.eos_token
-    end = own.eos_token_id
     asked = []
     for question in questions:
         asked += ANSWERS * [[*BEFORE, {"role": "user", "content": question}]]
-    prompts = own.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+    try:
+        prompts = own.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+    except Exception as error:  # jinja's, and what a template raises itself
+        raise chat.refused(args.init_from, error, "take a chat model whose template takes a system message") from None
     rows = own.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     said = policy.hf.generate(
         **rows.to(args.device), do_sample=True, temperature=TEMPERATURE, top_k=0,
         max_new_tokens=args.tokens)
     answers = []
     for ids in said[:, rows["input_ids"].shape[1]:].tolist():
-        stop = [*ids, end].index(end) + 1
+        stop = [*ids, tokenizer.eot_token].index(tokenizer.eot_token) + 1
         answers.append(ids[:stop])
     pairs = data.PairData(prompts, answers)
     pairs.ref_logp = ipo.score(policy, pairs, args)
@@ -161,8 +163,7 @@ def experiment(tokenizer, source, held, args):
     figures["new win"] = spread(won)
     figures["KL"] = spread(far.view(-1, ANSWERS))
     figures["words"] = spread(-4 * fresh.reward)
-    answer = f"New answers win {figures['new win']} against the reference's, "
-    answer += f"at KL(pi||ref) {figures['KL']} nats."
+    answer = f"New answers win {figures['new win']}, at KL(pi||ref) {figures['KL']} nats."
     start.finish(args, answer, figures)
     return figures
 

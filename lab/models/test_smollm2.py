@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -517,6 +518,15 @@ def test_all_refuses_a_folder_of_other_flags_before_the_work(made, short, three_
     line = refusal(capsys, short("--init_from", made[1], "--all"))
     assert f"{tmp_path}/out/mean holds a run with other flags" in line
     assert not (tmp_path / "out/ipo").exists()
+
+
+def test_a_model_without_a_chat_template_is_refused(made, short, tmp_path, capsys):
+    """In one line, which names a remedy."""
+    shutil.copytree(made[1], tmp_path / "plain")
+    (tmp_path / "plain/chat_template.jinja").unlink()
+    line = refusal(capsys, short("--init_from", str(tmp_path / "plain")))
+    assert "chat_template is not set" in line
+    assert line.endswith("; take a chat model whose template takes a system message")
 
 
 @pytest.mark.parametrize("argv, why", [
