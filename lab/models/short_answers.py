@@ -71,7 +71,7 @@ def answered(policy, tokenizer, questions, args):  # -> data.PairData
     try:
         prompts = own.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
     except Exception as error:  # jinja's, and what a template raises itself
-        raise chat.refused(args.init_from, error, "take a model whose chat template takes a system turn") from None
+        raise chat.refused(args.init_from, error, "take one whose chat template has system turns") from None
     rows = own.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     said = policy.hf.generate(
         **rows.to(args.device), do_sample=True, temperature=TEMPERATURE, top_k=0,

@@ -526,7 +526,7 @@ def test_a_model_without_a_chat_template_is_refused(made, short, tmp_path, capsy
     (tmp_path / "plain/chat_template.jinja").unlink()
     line = refusal(capsys, short("--init_from", str(tmp_path / "plain")))
     assert "chat_template is not set" in line
-    assert line.endswith("; take a model whose chat template takes a system turn")
+    assert line.endswith("; take one whose chat template has system turns")
 
 
 @pytest.mark.parametrize("argv, why", [
