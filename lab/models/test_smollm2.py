@@ -2,7 +2,9 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -518,6 +520,34 @@ def test_all_refuses_a_folder_of_other_flags_before_the_work(made, short, three_
     line = refusal(capsys, short("--init_from", made[1], "--all"))
     assert f"{tmp_path}/out/mean holds a run with other flags" in line
     assert not (tmp_path / "out/ipo").exists()
+
+
+PAGE = Path(short_answers.__file__).with_name("CHAT.md").read_text(encoding="utf-8")
+
+
+def table(cells):
+    """The head and the rows of the page's table."""
+    head, _, *rows = [cells(line) for line in PAGE.splitlines() if line.startswith("  |")]
+    return head, {row[0]: row for row in rows}
+
+
+def test_the_page_has_the_runs_and_columns_of_the_program(cells):
+    head, rows = table(cells)
+    assert head == ["run", *short_answers.COLUMNS]
+    assert list(rows) == [line.split()[0] for line in short_answers.RUNS.strip().splitlines()]
+
+
+@pytest.mark.parametrize("column, quoted", [
+    ("KL", r"KL\(pi\|\|ref\) is (\S+) nats with IPO and (\S+) with DPO"),
+    ("words", r"words become (\S+) words long with IPO and (\S+) with DPO")])
+def test_the_core_s_readme_quotes_the_page(cells, column, quoted):
+    """Rounded, perhaps."""
+    text = Path(ipo.__file__).with_name("README.md").read_text(encoding="utf-8")
+    said = re.search(quoted, " ".join(text.split())).groups()
+    head, rows = table(cells)
+    for run, number in zip(("ipo", "dpo"), said):
+        due = float(rows[run][head.index(column)].split()[0])
+        assert float(number.rstrip(".")) == pytest.approx(due, abs=0.051)
 
 
 def test_a_model_without_a_chat_template_is_refused(made, short, tmp_path, capsys):
