@@ -291,7 +291,7 @@ def told(name, numbers):
 
 # ---------------------------------------------------------------------------------- where the pairs come from
 
-# the Psi whose pi* a run with this loss is compared with (a lambda, since the lab and tests replace psi)
+# the Psi whose pi* a run with this loss is compared with (a lambda, since psi may be replaced)
 PSI_OF = {"ipo": lambda q: psi(q), "dpo": torch.logit}
 
 
@@ -496,7 +496,7 @@ def refuse_what_cannot_run(source, args):
 def run(args, policy=None, source=None):
     """One run: reference, pairs, training, report. policy and source may be your own.
 
-    A source then has all that WorldSource or FileSource has.
+    The comment before `finetune` says what a source has.
     """
     torch.manual_seed(args.seed)
     if args.init_from and policy is None:

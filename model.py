@@ -140,7 +140,7 @@ def generate(policy, tokenizer, text, temperature=1.0, seed=0, max_new_tokens=64
     ids = prompt[:]
     for _ in range(min(max_new_tokens, room)):
         x = policy.hidden(torch.tensor([ids], device=device))[0, -1]  # (C,)
-        # (V,); a model of lab/ may emit ids that its tokenizer lacks
+        # (V,), without ids that the tokenizer lacks, as some models emit more than it has
         logits = policy.head(x).cpu().double()[:tokenizer.n_vocab]
         if not logits.isfinite().all():
             raise Refused("the policy's weights are not finite: its run diverged; train again, --lr lower")

@@ -184,7 +184,7 @@ def check_5(psi):
 
 
 def check_6(answer):
-    # of exp psi(1) - psi(0) is e - 1
+    # if psi is exp, psi(1) - psi(0) is e - 1
     compare(lambda p, tau: answer(torch.exp, p, tau), CASES,
             lambda p, tau: (2 * p - 1) * (math.e - 1) / (2 * tau))
 

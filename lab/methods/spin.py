@@ -37,7 +37,7 @@ def draw(logp, n, random):  # (X,Y) -> (X n,)
 
 def batches(world, p_data, opponent, args, random):  # p_data, opponent (X,Y): log-probs
     """Yields the Batch of each step: chosen responses from the data, rejected ones from the opponent."""
-    n = args.batch_size // len(p_data) or 1
+    n = max(1, args.batch_size // len(p_data))
     p = torch.ones(n * len(p_data))
     for _ in range(args.steps):
         rows = torch.cat([draw(p_data, n, random), draw(opponent, n, random)])
